@@ -1,0 +1,56 @@
+"""Command lines and configuration: jsonargparse, with errors that name the nearest key."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import jsonargparse
+
+# How jsonargparse words that it does not know a key; the group is the key.
+UNKNOWN_KEY = (
+    r"(?<=\s)--([\w.]+)(?=.*$)",  # unrecognized arguments: --a.b 3 --c
+    r"does not accept option '([\w.]+)'",
+    r"Option '([\w.]+)' is not accepted",
+    r"[Kk]ey ['\"]([\w.]+)['\"] is not expected",
+)
+
+
+class SuggestKeys:
+    """Adds "did you mean" to what a jsonargparse parser says of an unknown key; to be mixed in."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message, with the nearest known key, and exit with 2."""
+        unknown = [key for pattern in UNKNOWN_KEY for key in re.findall(pattern, message)]
+        suggestion = nearest(unknown, _known_keys(self, message)) if unknown else ""
+        super().error(message + suggestion, ex)  # type: ignore[misc]
+        raise AssertionError("the parser's error() exits")
+
+
+class ArgumentParser(SuggestKeys, jsonargparse.ArgumentParser):
+    """The parser of every trirank command; options are never abbreviated."""
+
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+
+
+def nearest(unknown: Iterable[str], known: Iterable[str]) -> str:
+    """Return "; did you mean X?" with the known name nearest to each unknown one, or "" for none."""
+    names = sorted(known)
+    found = [match for key in unknown for match in difflib.get_close_matches(key, names, n=1)]
+    return f"; did you mean {' or '.join(dict.fromkeys(found))}?" if found else ""
+
+
+def _known_keys(parser: Any, message: str) -> set[str]:
+    if class_path := re.search(r"class_path='([\w.]+)\.(\w+)'", message):  # an option of that class
+        return set(
+            inspect.signature(getattr(importlib.import_module(class_path[1]), class_path[2])).parameters
+        )
+    keys = {action.dest for action in parser._actions} - {"help", "config", "print_config"}
+    # An error inside a group names the key without its group.
+    group = re.search(r"Group '([\w.]+)'", message)
+    return {key.removeprefix(f"{group[1]}.") for key in keys if key.startswith(group[1])} if group else keys

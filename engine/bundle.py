@@ -1,0 +1,289 @@
+"""One versioned directory with all that serving needs: written, verified and read in this file.
+
+    bundles/20261121-080100-3f2a9c/
+      manifest.json             what it is and where it came from; the sha256 of each other file
+      catalog.parquet           the items, by row (engine/catalog.py)
+      users.parquet             the users and what they did, by row (engine/history.py)
+      item_index.faiss          nearest items to a query vector (retrieval/item_index.py)
+      embeddings.safetensors    item_vectors [I+1,D], user_vectors [U+1,D], item_degrees [I+1]; float32
+      ranker.onnx               the scorer (ranking/onnx_scorer.py); absent where ranker.kind is "none"
+
+Writing is atomic: a bundle is a complete, verified directory or it is not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from engine.catalog import Catalog
+from engine.history import BundleHistoryStore, HistoryStore
+from ranking.onnx_scorer import OnnxScorer
+from retrieval.item_index import ItemIndex
+
+BUNDLE_FORMAT = 1
+
+MANIFEST = "manifest.json"
+FILES = ("catalog.parquet", "users.parquet", "item_index.faiss", "embeddings.safetensors")
+RANKER = "ranker.onnx"
+RANKER_KINDS = ("ordered", "unordered", "none")
+
+T = TypeVar("T")
+
+BUNDLE_NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
+
+
+class BundleError(ValueError):
+    """A bundle that cannot be used: the message names the file and says why."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle, opened: I items, U users, vectors of D numbers."""
+
+    path: Path
+    manifest: dict[str, Any]
+    catalog: Catalog
+    index: ItemIndex
+    item_vectors: NDArray[np.float32]  # [I+1, D], row 0 zeros
+    user_vectors: NDArray[np.float32]  # [U+1, D], row 0 zeros
+    item_degrees: NDArray[np.float32]  # [I+1] training users of each item
+    users: HistoryStore
+    scorer: OnnxScorer | None
+
+    @property
+    def version(self) -> str:
+        """The name the bundle was published under."""
+        return str(self.manifest["version"])
+
+    @classmethod
+    def load(cls, path: str | Path, *, num_threads: int = 1) -> Bundle:
+        """Open a bundle directory, after the checksum of every file has been found right.
+
+        Args:
+            path: the bundle's own directory; see resolve_bundle for a directory of bundles.
+            num_threads: threads that the ranker uses for one call.
+
+        Raises:
+            BundleError: the directory is no bundle, is newer than this program, is damaged, holds files that
+                the manifest does not name, or its files contradict each other.
+        """
+        path = Path(path)
+        manifest = verify_files(path)
+        catalog = _open(path / "catalog.parquet", Catalog.from_parquet)
+        users = _open(
+            path / "users.parquet", lambda file: BundleHistoryStore(pl.read_parquet(file), catalog.num_items)
+        )
+        index = _open(path / "item_index.faiss", ItemIndex.load)
+        vectors = _open(path / "embeddings.safetensors", load_file)
+        has_ranker = manifest["ranker"]["kind"] != "none"
+        scorer = _open(path / RANKER, lambda file: OnnxScorer(file, num_threads)) if has_ranker else None
+
+        num_items, dim = catalog.num_items, index.dim
+        _expect(path / "item_index.faiss", "number of items", index.num_items, num_items)
+        for name, shape in {
+            "item_vectors": (num_items + 1, dim),
+            "user_vectors": (len(users) + 1, dim),
+            "item_degrees": (num_items + 1,),
+        }.items():
+            found = vectors.get(name, np.zeros(0))
+            _expect(path / "embeddings.safetensors", f"shape of {name}", found.shape, shape)
+            _expect(path / "embeddings.safetensors", f"type of {name}", str(found.dtype), "float32")
+            if not np.isfinite(found).all():
+                raise BundleError(f"{path / 'embeddings.safetensors'}: {name} holds NaN or infinite values")
+        if scorer:
+            _expect(path / RANKER, "number of items", scorer.num_items, num_items)
+            length = manifest["ranker"]["history_length"]
+            _expect(path / RANKER, "history_length", scorer.history_length, length)
+        return cls(
+            path,
+            manifest,
+            catalog,
+            index,
+            vectors["item_vectors"],
+            vectors["user_vectors"],
+            vectors["item_degrees"],
+            users,
+            scorer,
+        )
+
+
+def verify_files(path: Path) -> dict[str, Any]:
+    """Return the manifest of a bundle whose every file is there, plain, and has the stated checksum.
+
+    No file but the manifest is opened for anything except its checksum. Raises BundleError.
+    """
+    manifest = _read_manifest(path)
+    # Only known names pass, so that no name in a manifest can lead out of the directory.
+    expected = {*FILES, RANKER} if manifest["ranker"]["kind"] != "none" else {*FILES}
+    named = set(manifest["files"])
+    if named != expected:
+        raise BundleError(f"{path / MANIFEST}: files names {sorted(named)}; expected {sorted(expected)}")
+    present = {entry.name for entry in path.iterdir()}
+    for name in sorted(expected - present):
+        raise BundleError(f"{path / name} is missing")
+    for name in sorted(present - expected - {MANIFEST}):
+        raise BundleError(f"{path / name} does not belong to the bundle; its manifest does not name it")
+    for name in sorted(expected):
+        file = path / name
+        if file.is_symlink() or not file.is_file():
+            raise BundleError(f"{file} is not a plain file")
+        if _describe(file) != manifest["files"][name]:
+            raise BundleError(f"{file} is damaged: its size or sha256 differs from {MANIFEST}")
+    return manifest
+
+
+def write_bundle(
+    root: str | Path,
+    fill: Callable[[Path], dict[str, Any]],
+    verify: Callable[[Bundle], None] = lambda bundle: None,
+) -> Path:
+    """Write a bundle below `root` and return its directory; on any error nothing is left behind.
+
+    Args:
+        root: where the bundles stand; made where it is missing.
+        fill: writes the files of FILES (and ranker.onnx) into the directory it is given, and returns the
+            manifest's fields: data, ranker, pipeline, policy, and whatever else should be recorded.
+        verify: raises where the opened bundle is not fit to be published.
+    """
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".tmp-", dir=root))
+    try:
+        fields = fill(draft)
+        now = datetime.now(UTC)
+        files = {file.name: _describe(file) for file in sorted(draft.iterdir())}
+        # The time, to the microsecond, is part of what is hashed: equal exports get names of their own.
+        digest = hashlib.sha256(json.dumps([now.isoformat(), files]).encode()).hexdigest()
+        version = f"{now:%Y%m%d-%H%M%S}-{digest[:6]}"
+        manifest = fields | {
+            "format_version": BUNDLE_FORMAT,
+            "version": version,
+            "created": now.isoformat(),
+            "trirank_version": _program_version(),
+            "files": files,
+        }
+        text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
+        (draft / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        verify(Bundle.load(draft))
+        draft.chmod(0o755)  # mkdtemp's directories are for their owner alone
+        for entry in (*draft.iterdir(), draft):
+            _sync(entry)
+        draft.rename(root / version)  # refused by the system where that name is taken
+        _sync(root)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return root / version
+
+
+def resolve_bundle(path: str | Path) -> Path:
+    """Return the bundle at `path`: the directory itself, or the newest bundle that stands in it."""
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return path
+    if not path.is_dir():
+        raise BundleError(f"{path} is not a directory; expected a bundle, or a directory of bundles")
+    found = [
+        entry
+        for entry in path.iterdir()
+        if BUNDLE_NAME.fullmatch(entry.name) and (entry / MANIFEST).is_file()
+    ]
+    if not found:
+        raise BundleError(f"{path} holds no bundle; make one with `trirank train`")
+    # The name tells the second; within one second the files' own times decide.
+    return max(found, key=lambda entry: (entry.name[:15], (entry / MANIFEST).stat().st_mtime_ns))
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    if not file.is_file():
+        raise BundleError(f"{path} is not a bundle: {MANIFEST} is missing")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise BundleError(f"{file} cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format_version"), int):
+        raise BundleError(f"{file} is not the manifest of a bundle: format_version is missing")
+    found = manifest["format_version"]
+    if found > BUNDLE_FORMAT:
+        raise BundleError(
+            f"{file}: the bundle has format {found}, newer than {BUNDLE_FORMAT}, which this trirank reads; "
+            "serve it with a newer trirank"
+        )
+    if found != BUNDLE_FORMAT:
+        raise BundleError(f"{file}: format_version is {found}; expected {BUNDLE_FORMAT}; export it again")
+    for key, kind in {
+        "version": str,
+        "data": dict,
+        "ranker": dict,
+        "pipeline": dict,
+        "policy": list,
+        "files": dict,
+    }.items():
+        if not isinstance(manifest.get(key), kind):
+            raise BundleError(f"{file}: {key} is missing or is no {kind.__name__}")
+    if manifest["ranker"].get("kind") not in RANKER_KINDS:
+        kinds = ", ".join(RANKER_KINDS)
+        raise BundleError(
+            f"{file}: ranker.kind is {manifest['ranker'].get('kind')!r}; expected one of {kinds}"
+        )
+    for section, key in (
+        ("pipeline", "num_candidates"),
+        ("pipeline", "num_ranked"),
+        ("pipeline", "default_limit"),
+        *([("ranker", "history_length")] if manifest["ranker"]["kind"] != "none" else []),
+    ):
+        value = manifest[section].get(key)
+        if not isinstance(value, int) or value < 1:
+            raise BundleError(f"{file}: {section}.{key} is {value!r}; expected a whole number of at least 1")
+    return manifest
+
+
+def _open(file: Path, opener: Callable[[Path], T]) -> T:
+    """Open one file, with its name in whatever goes wrong."""
+    try:
+        return opener(file)
+    except Exception as error:
+        raise BundleError(f"{file} cannot be opened: {error}") from error
+
+
+def _expect(file: Path, what: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise BundleError(f"{file}: {what} is {found}; expected {expected}")
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": file.stat().st_size}
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file or a directory to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _program_version() -> str:
+    try:
+        return importlib.metadata.version("trirank")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that was not installed
+        return "unknown"

@@ -1,0 +1,135 @@
+"""What is known of each item, by row; the only place that knows the shop's own item ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+# The columns of catalog.parquet: those of a data set's items.parquet, and how often training saw each item.
+# Only item_id has to be there.
+CATALOG_SCHEMA: dict[str, pl.DataType] = {
+    "item_id": pl.String(),
+    "title": pl.String(),
+    "category": pl.List(pl.String()),  # the path, broadest first
+    "brand": pl.String(),
+    "seller_id": pl.String(),
+    "price": pl.Float64(),
+    "margin": pl.Float64(),
+    "available_from": pl.Int64(),
+    "attributes": pl.List(pl.String()),
+    "popularity": pl.Int64(),
+}
+GROUP_FIELDS = ("category", "brand", "seller_id")
+
+
+class Catalog:
+    """The items of a shop: row 0 is padding, rows 1..I are the lines of the table, in order.
+
+    Attributes:
+        num_items: I.
+        ids: item id of each row; "" at row 0.
+        titles: title of each row; "" where there is none.
+        prices: [I+1] float64; NaN where there is none.
+        available_from: [I+1] int64, the data set's clock; 0 where unknown.
+        popularity: [I+1] int64, training events of each item.
+    """
+
+    def __init__(self, items: pl.DataFrame) -> None:
+        """Take a table with the columns of CATALOG_SCHEMA; raise ValueError where it breaks a rule."""
+        if "item_id" not in items.columns:
+            raise ValueError(f"the catalog has no column 'item_id'; it has {items.columns}")
+        for column, expected in CATALOG_SCHEMA.items():
+            if column not in items.columns:
+                items = items.with_columns(pl.lit(None, expected).alias(column))
+            elif items.schema[column] != expected:
+                raise ValueError(f"column {column!r} is {items.schema[column]}; expected {expected}")
+
+        self.num_items = items.height
+        self.ids: list[str] = ["", *items["item_id"].fill_null("").to_list()]
+        self.titles: list[str] = ["", *items["title"].fill_null("").to_list()]
+        self.prices = _column(items["price"], np.nan, np.float64)
+        self.available_from = _column(items["available_from"], 0, np.int64)
+        self.popularity = _column(items["popularity"], 0, np.int64)
+        self._groups = items.select(GROUP_FIELDS)
+        self._rows_having = {field: _rows_by_value(items[field]) for field in GROUP_FIELDS}
+
+        self._row_of = {item_id: row for row, item_id in enumerate(self.ids) if row}
+        if "" in self._row_of:
+            raise ValueError("the catalog has an item without an item_id; every item needs one")
+        if len(self._row_of) != self.num_items:
+            repeated = items["item_id"].filter(items["item_id"].is_duplicated())[0]
+            raise ValueError(f"item_id {repeated!r} stands in the catalog twice; expected once")
+
+    @classmethod
+    def from_parquet(cls, path: str | Path) -> Catalog:
+        """Read catalog.parquet or a data set's items.parquet."""
+        return cls(pl.read_parquet(path))
+
+    def rows(self, ids: Iterable[str]) -> NDArray[np.int32]:
+        """Return the row of each id, [N] int32; 0 for an id that is not in the catalog."""
+        return np.fromiter((self._row_of.get(item_id, 0) for item_id in ids), np.int32)
+
+    def codes(self, field: str, level: int | None = None) -> NDArray[np.int32]:
+        """Return a number for each item's category, brand or seller: [I+1] int32, 0 where it has none.
+
+        Equal numbers mean equal values; the numbers themselves mean nothing.
+
+        Args:
+            field: "category", "brand" or "seller_id".
+            level: which step of the category path: 0 the broadest, -1 the leaf; None means the leaf.
+        """
+        if field not in GROUP_FIELDS:
+            raise ValueError(f"field is {field!r}; expected one of {', '.join(GROUP_FIELDS)}")
+        values = self._groups[field]
+        if field == "category":
+            values = values.list.get(-1 if level is None else level, null_on_oob=True)
+        values = values.replace("", None)
+        codes = values.rank("dense")  # null stays null
+        return _column(codes.cast(pl.Int32), 0, np.int32)
+
+    def matching(
+        self,
+        categories: Sequence[str] = (),
+        brands: Sequence[str] = (),
+        seller_ids: Sequence[str] = (),
+        min_price: float | None = None,
+        max_price: float | None = None,
+    ) -> NDArray[np.bool_]:
+        """Return which rows meet every condition: [I+1] bool, row 0 always False.
+
+        Values of one field are alternatives; an empty field is no condition. A category matches at any level
+        of its path. Prices are inclusive, and an item without a price fails a price condition.
+        """
+        mask = np.ones(self.num_items + 1, np.bool_)
+        for field, wanted in zip(GROUP_FIELDS, (categories, brands, seller_ids), strict=True):
+            if wanted:
+                having = np.zeros_like(mask)
+                for value in wanted:
+                    having[self._rows_having[field].get(value, [])] = True
+                mask &= having
+        if min_price is not None:
+            mask &= self.prices >= min_price
+        if max_price is not None:
+            mask &= self.prices <= max_price
+        mask[0] = False
+        return mask
+
+
+def _column(values: pl.Series, missing: float, dtype: type[np.generic]) -> NDArray[Any]:
+    """Return a column by row: the missing value at row 0 and where the table has none."""
+    filled = values.fill_null(missing).to_numpy()
+    return np.concatenate([[missing], filled]).astype(dtype)
+
+
+def _rows_by_value(values: pl.Series) -> dict[str, NDArray[np.int32]]:
+    """Return the rows that have each value; a row with a list has all values of the list."""
+    table = pl.DataFrame({"row": np.arange(1, len(values) + 1, dtype=np.int32), "value": values})
+    if values.dtype == pl.List(pl.String):
+        table = table.explode("value")
+    groups = table.drop_nulls().group_by("value").agg("row").sort("value")
+    return {value: rows.to_numpy() for value, rows in zip(groups["value"], groups["row"], strict=True)}

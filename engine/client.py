@@ -1,0 +1,88 @@
+"""The three calls for a Python program that has item ids and wants items: a thin, synchronous client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from engine.messages import MAX_MESSAGE_BYTES
+from protos.trirank.v1 import recommender_pb2 as pb
+from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
+
+
+class RecommenderClient:
+    """A connection to `trirank serve`; close it, or use it in a `with` block.
+
+    Every call raises grpc.RpcError, whose code() and details() say what went wrong.
+    """
+
+    def __init__(self, address: str, *, timeout_s: float = 5.0) -> None:
+        self._channel = grpc.insecure_channel(
+            address,
+            options=[
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ],
+        )
+        self._stub = pb_grpc.RecommenderServiceStub(self._channel)
+        self._timeout_s = timeout_s
+
+    def recommend(
+        self,
+        visitor: pb.Visitor,
+        *,
+        limit: int | None = None,
+        exclude_item_ids: Sequence[str] = (),
+        filters: pb.Filters | None = None,
+    ) -> pb.RecommendResponse:
+        """Return the best items for a visitor."""
+        request = pb.RecommendRequest(
+            visitor=visitor, limit=limit, exclude_item_ids=exclude_item_ids, filters=filters
+        )
+        return self._stub.Recommend(request, timeout=self._timeout_s)
+
+    def similar_items(
+        self,
+        item_id: str,
+        *,
+        limit: int | None = None,
+        exclude_item_ids: Sequence[str] = (),
+        filters: pb.Filters | None = None,
+    ) -> pb.SimilarItemsResponse:
+        """Return the items nearest to an item."""
+        request = pb.SimilarItemsRequest(
+            item_id=item_id, limit=limit, exclude_item_ids=exclude_item_ids, filters=filters
+        )
+        return self._stub.SimilarItems(request, timeout=self._timeout_s)
+
+    def rank(self, visitor: pb.Visitor, candidate_item_ids: Sequence[str]) -> pb.RankResponse:
+        """Return the candidates, best first."""
+        request = pb.RankRequest(visitor=visitor, candidate_item_ids=candidate_item_ids)
+        return self._stub.Rank(request, timeout=self._timeout_s)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def visitor(
+    user_id: str = "", history: Sequence[str] = (), context: Mapping[str, str] | None = None
+) -> pb.Visitor:
+    """Return a visitor; the items of `history` (oldest first) count as touched just now."""
+    return pb.Visitor(
+        user_id=user_id, history=[pb.Event(item_id=item_id) for item_id in history], context=context or {}
+    )

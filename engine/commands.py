@@ -1,0 +1,278 @@
+"""The commands around a bundle and a running server: serve, inspect, recommend, similar, rank.
+
+Each takes its arguments and returns an exit code: 0 done, 1 the server failed, 2 what was asked for is wrong,
+3 the server does not answer. Results go to stdout, all else to stderr.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.json_format import MessageToDict
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from engine.arguments import ArgumentParser
+from engine.bundle import Bundle, BundleError, resolve_bundle, verify_files
+from engine.client import RecommenderClient, visitor
+from engine.pipeline import RecommendationPipeline
+from engine.server import serve as run_server
+from protos.trirank.v1 import recommender_pb2 as pb
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+
+Response = pb.RecommendResponse | pb.SimilarItemsResponse | pb.RankResponse
+
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+stdout = Console(highlight=False)
+
+
+def serve(argv: list[str]) -> int:
+    """Answer gRPC requests from a bundle until SIGTERM or SIGINT."""
+    parser = ArgumentParser(
+        allow_abbrev=False, prog="trirank serve", description=serve.__doc__, allow_abbrev=False
+    )
+    parser.add_argument("bundle", type=Path, help="a bundle, or a directory of bundles: the newest is served")
+    parser.add_argument(
+        "--address", type=str, default=DEFAULT_ADDRESS, help="host:port to listen on; port 0 takes a free one"
+    )
+    parser.add_argument(
+        "--num_workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="requests that are worked on at once (default: the number of cores)",
+    )
+    parser.add_argument("--num_threads", type=int, default=1, help="threads of the ranker for one request")
+    parser.add_argument(
+        "--drain_s", type=float, default=10.0, help="seconds that requests under way get after SIGTERM"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON line to stdout when ready")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        for name in ("num_workers", "num_threads"):
+            if args[name] < 1:
+                raise ValueError(f"{name} is {args[name]}; expected at least 1")
+        bundle = Bundle.load(resolve_bundle(args.bundle), num_threads=args.num_threads)
+        pipeline = RecommendationPipeline(bundle)
+
+        def on_ready(address: str) -> None:
+            stderr.print(f"listening on {address}, bundle {bundle.version}", markup=False)
+            if args.json:
+                print(json.dumps({"address": address, "bundle": bundle.version}), flush=True)
+
+        asyncio.run(
+            run_server(
+                pipeline, args.address, num_workers=args.num_workers, drain_s=args.drain_s, on_ready=on_ready
+            )
+        )
+    except ValueError as error:  # a BundleError, an AddressError, or a wrong argument
+        return _fail(str(error), 2)
+    return 0
+
+
+def inspect(argv: list[str]) -> int:
+    """Show what a bundle is, after checking the checksum of each of its files."""
+    parser = ArgumentParser(
+        allow_abbrev=False, prog="trirank inspect", description=inspect.__doc__, allow_abbrev=False
+    )
+    parser.add_argument("bundle", type=Path, help="a bundle, or a directory of bundles: the newest is shown")
+    parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
+    args = parser.parse_args(argv)
+    try:
+        path = resolve_bundle(args.bundle)
+        manifest = verify_files(path)
+    except BundleError as error:
+        return _fail(str(error), 2)
+    if args.json:
+        stdout.print_json(data=manifest)
+        return 0
+    table = Table("field", "value", title=f"bundle {manifest['version']}", title_justify="left")
+    for section, content in manifest.items():
+        if section == "files":
+            content = {name: f"{entry['bytes']:,} bytes, checksum right" for name, entry in content.items()}
+        for key, value in _flattened(section, content):
+            table.add_row(_plain(key), _plain(value))
+    stdout.print(table)
+    return 0
+
+
+def recommend(argv: list[str]) -> int:
+    """Ask a running server for the best items for a visitor."""
+    parser = ArgumentParser(
+        allow_abbrev=False, prog="trirank recommend", description=recommend.__doc__, allow_abbrev=False
+    )
+    _add_visitor_arguments(parser)
+    _add_slate_arguments(parser)
+    _add_client_arguments(parser)
+    args = parser.parse_args(argv)
+    return _ask(
+        args,
+        lambda client: client.recommend(
+            visitor(args.user, args.history, _context(args.context)),
+            limit=args.limit,
+            exclude_item_ids=args.exclude,
+            filters=_filters(args),
+        ),
+    )
+
+
+def similar(argv: list[str]) -> int:
+    """Ask a running server for the items nearest to an item."""
+    parser = ArgumentParser(
+        allow_abbrev=False, prog="trirank similar", description=similar.__doc__, allow_abbrev=False
+    )
+    parser.add_argument("item", type=str, help="id of the item")
+    _add_slate_arguments(parser)
+    _add_client_arguments(parser)
+    args = parser.parse_args(argv)
+    return _ask(
+        args,
+        lambda client: client.similar_items(
+            args.item, limit=args.limit, exclude_item_ids=args.exclude, filters=_filters(args)
+        ),
+    )
+
+
+def rank(argv: list[str]) -> int:
+    """Ask a running server to put given items in order for a visitor."""
+    parser = ArgumentParser(
+        allow_abbrev=False, prog="trirank rank", description=rank.__doc__, allow_abbrev=False
+    )
+    parser.add_argument("candidates", type=str, nargs="+", help="ids of the items to put in order")
+    _add_visitor_arguments(parser)
+    _add_client_arguments(parser)
+    args = parser.parse_args(argv)
+    return _ask(
+        args,
+        lambda client: client.rank(visitor(args.user, args.history, _context(args.context)), args.candidates),
+    )
+
+
+def _add_visitor_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--user", type=str, default="", help="user id; nothing for an unknown visitor")
+    parser.add_argument(
+        "--history",
+        type=str,
+        nargs="+",
+        default=[],
+        help="ids of items that the visitor just touched, oldest first: --history B01 B02",
+    )
+    parser.add_argument(
+        "--context", type=str, nargs="+", default=[], help="what else is known: --context hour=9 device=phone"
+    )
+
+
+def _add_slate_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--limit", type=int | None, default=None, help="how many items, 1 to 500 (default: the bundle's own)"
+    )
+    parser.add_argument("--exclude", type=str, nargs="+", default=[], help="ids of items not to show")
+    parser.add_argument(
+        "--category", type=str, nargs="+", default=[], help="only these categories, at any level of the path"
+    )
+    parser.add_argument("--brand", type=str, nargs="+", default=[], help="only these brands")
+    parser.add_argument("--seller", type=str, nargs="+", default=[], help="only these sellers")
+    parser.add_argument("--min_price", type=float | None, default=None, help="lowest price, inclusive")
+    parser.add_argument("--max_price", type=float | None, default=None, help="highest price, inclusive")
+
+
+def _add_client_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--address", type=str, default=DEFAULT_ADDRESS, help="host:port of the server")
+    parser.add_argument("--timeout_s", type=float, default=5.0, help="how long to wait for the answer")
+    parser.add_argument("--json", action="store_true", help="print the whole answer as JSON")
+
+
+def _filters(args: Any) -> pb.Filters:
+    return pb.Filters(
+        categories=args.category,
+        brands=args.brand,
+        seller_ids=args.seller,
+        min_price=args.min_price,
+        max_price=args.max_price,
+    )
+
+
+def _context(pairs: list[str]) -> dict[str, str]:
+    context = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"context is {pair!r}; expected key=value")
+        context[key] = value
+    return context
+
+
+def _ask(args: Any, call: Callable[[RecommenderClient], Response]) -> int:
+    """Make one call and print its answer, or one line about what went wrong."""
+    try:
+        with RecommenderClient(args.address, timeout_s=args.timeout_s) as client:
+            response = call(client)
+    except ValueError as error:
+        return _fail(str(error), 2)
+    except grpc.RpcError as error:
+        code, details = error.code(), error.details()
+        if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND):
+            return _fail(details or "", 2)
+        if code == grpc.StatusCode.UNAVAILABLE:
+            return _fail(f"no answer; is `trirank serve` running at {args.address}?", 3)
+        if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+            return _fail(f"no answer from {args.address} within {args.timeout_s:g} s", 3)
+        return _fail(f"{code.name}: {details}", 1)
+    if args.json:
+        stdout.print_json(data=MessageToDict(response, preserving_proto_field_name=True))
+    else:
+        _print_answer(response)
+    return 0
+
+
+def _print_answer(response: Response) -> None:
+    items = Table("", "item", "title", "source", "score")
+    for place, item in enumerate(response.items, start=1):
+        items.add_row(str(place), _plain(item.item_id), _plain(item.title), item.source, f"{item.score:.4g}")
+    stdout.print(items)
+    trace = response.trace
+    timings = Table("stage", "ms", "items in", "items out")
+    for timing in trace.timings:
+        duration = f"{timing.duration_us / 1000:.2f}"
+        timings.add_row(timing.stage, duration, f"{timing.num_in:,}", f"{timing.num_out:,}")
+    timings.add_row("total", f"{trace.total_us / 1000:.2f}", "", "")
+    stdout.print(timings)
+    kind = pb.VisitorKind.Name(trace.visitor_kind).removeprefix("VISITOR_KIND_").lower().replace("_", " ")
+    notes = {
+        "bundle": trace.bundle_version,
+        "visitor": "" if kind == "unspecified" else kind,
+        "degraded stages": ", ".join(trace.degraded_stages),
+        "relaxed rules": ", ".join(trace.relaxed_rules),
+        "unknown items in the history": str(trace.num_unknown_history_items or ""),
+        "ignored context": ", ".join(trace.ignored_context_keys),
+        "unknown candidates": ", ".join(getattr(response, "unknown_item_ids", [])),
+    }
+    for name, text in notes.items():
+        if text:
+            stdout.print(f"{name}: {text}", markup=False)
+
+
+def _flattened(prefix: str, content: object) -> list[tuple[str, str]]:
+    """Return nested mappings as (dotted key, value) lines."""
+    if not isinstance(content, dict):
+        return [(prefix, content if isinstance(content, str) else json.dumps(content, ensure_ascii=False))]
+    return [line for key, value in content.items() for line in _flattened(f"{prefix}.{key}", value)]
+
+
+def _plain(text: str) -> Text:
+    """Return text that rich prints as it is: ids and titles may look like its markup."""
+    return Text(text)
+
+
+def _fail(message: str, code: int) -> int:
+    stderr.print(f"error: {message}", markup=False)
+    return code

@@ -1,0 +1,372 @@
+"""One request, top to bottom: all items -> candidates -> the best few hundred -> the slate.
+
+Read RecommendationPipeline.recommend first; the methods below it are one stage each. Stages exchange arrays
+of item rows (row 17 means the same item everywhere). Strings become rows before (resolve_visitor,
+Catalog.rows) and rows become strings after, so that evaluation can ask with rows alone.
+
+Shape legend: I items, H events of a history, N items of a list, D dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.bundle import Bundle
+from engine.history import EVENT_CODE, History, left_padded
+from engine.trace import Trace, VisitorKind
+from reranking.rerank import rerank
+from reranking.rules import RankedItems, rules_from_config
+from retrieval.fold_in import fold_in
+from retrieval.sources import (
+    Candidates,
+    EmbeddingSource,
+    FreshSource,
+    Merged,
+    PopularSource,
+    interleave,
+    merge,
+)
+
+NO_ROWS = np.zeros(0, np.int32)
+JUST_NOW = np.iinfo(np.int64).max  # where an event without a time stands: after all others
+
+
+class Event(NamedTuple):
+    """Something a visitor did, as a request tells it."""
+
+    item_id: str
+    event_type: str = "interaction"  # one of engine.history.EVENT_TYPES
+    timestamp: int = 0  # the data set's clock; 0 means just now
+
+
+@dataclass(frozen=True)
+class Visitor:
+    """Who is asking, in rows."""
+
+    history: History  # all that is known, oldest first
+    user_row: int = 0  # 1..U; 0 for a user whom the bundle does not know
+    num_unknown_items: int = 0  # events that were left out, as the catalog does not have their item
+
+    @property
+    def kind(self) -> VisitorKind:
+        """How well the visitor is known."""
+        if self.user_row:
+            return VisitorKind.KNOWN_USER
+        return VisitorKind.HISTORY_ONLY if len(self.history) else VisitorKind.ANONYMOUS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filters:
+    """Hard conditions, as Catalog.matching takes them; an empty field is no condition."""
+
+    categories: Sequence[str] = ()
+    brands: Sequence[str] = ()
+    seller_ids: Sequence[str] = ()
+    min_price: float | None = None
+    max_price: float | None = None
+
+
+NO_FILTERS = Filters()
+
+
+@dataclass(frozen=True)
+class ItemList:
+    """Items between two stages, best first: three arrays of one length."""
+
+    rows: NDArray[np.int32]  # [N] 1..I, none twice
+    scores: NDArray[np.float32]  # [N] descending
+    sources: NDArray[np.str_]  # [N] the candidate source that found each item
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, positions: NDArray[np.int64] | slice) -> ItemList:
+        """Return the items at these positions, in that order."""
+        return ItemList(self.rows[positions], self.scores[positions], self.sources[positions])
+
+    def ordered_by(self, scores: NDArray[np.float32], num_kept: int) -> ItemList:
+        """Return the items with the best new scores [N], best first; equal scores keep their order.
+
+        Raises ValueError where there is not one finite score for each item.
+        """
+        if scores.shape != self.rows.shape or not np.isfinite(scores).all():
+            raise ValueError(f"scores {scores.shape} for {len(self)} items; expected one finite score each")
+        kept = largest(scores, num_kept)
+        return ItemList(self.rows[kept], scores[kept], self.sources[kept])
+
+
+class Answer(NamedTuple):
+    """What the pipeline gives back."""
+
+    items: ItemList
+    trace: Trace
+
+
+class RecommendationPipeline:
+    """The funnel over one bundle. Holds no state of a request: any number of threads may call it at once."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        catalog = bundle.catalog
+        self.embedding = EmbeddingSource(bundle.index)
+        self.popular = PopularSource(catalog.popularity)
+        self.fresh = FreshSource(catalog.available_from)
+        self.rules = rules_from_config(bundle.manifest["policy"])
+        self.groups = {field: catalog.codes(field) for field in ("category", "brand", "seller_id")}
+        self.norms = np.linalg.norm(bundle.item_vectors, axis=1)  # [I+1]
+        self.num_candidates: int = bundle.manifest["pipeline"]["num_candidates"]
+        self.num_ranked: int = bundle.manifest["pipeline"]["num_ranked"]
+        self.default_limit: int = bundle.manifest["pipeline"]["default_limit"]
+        # Where people return to the same items (groceries, sessions), no item counts as seen.
+        drops_seen = any(rule.name == "drop_seen" for rule in self.rules)
+        self.drops_seen = drops_seen and not bundle.manifest["data"].get("repeats", False)
+
+    # The three questions.
+
+    def recommend(
+        self,
+        visitor: Visitor,
+        limit: int,
+        *,
+        filters: Filters = NO_FILTERS,
+        excluded: NDArray[np.int32] = NO_ROWS,
+        deadline: float | None = None,
+    ) -> Answer:
+        """Return the slate: the `limit` best items, fewer only where fewer are eligible.
+
+        Filters and exclusions are hard. What the visitor has seen is left out while `limit` other items are
+        eligible. A stage that fails, or would start after the deadline (on the clock of time.perf_counter()),
+        is passed over, and the trace says so.
+        """
+        _check_limit(limit)
+        trace = self._trace(visitor, deadline)
+        num_items = self.bundle.catalog.num_items
+
+        eligible = trace.run(
+            "filtering", lambda: self._eligible(filters, excluded), num_in=num_items, size=np.count_nonzero
+        )
+        seen = self._seen(visitor)
+        candidates = trace.run(
+            "retrieval",
+            lambda: self._retrieve(query_vector(self.bundle, visitor), eligible, seen, limit),
+            otherwise=lambda: self._retrieve(None, eligible, seen, limit),
+            num_in=trace.timings[-1].num_out,
+        )
+        num_ranked = max(self.num_ranked, limit)
+        ranked = candidates.take(slice(num_ranked))
+        if self.bundle.scorer and len(visitor.history):
+            ranked = trace.run(
+                "ranking",
+                lambda: candidates.ordered_by(self._scores(visitor, candidates.rows), num_ranked),
+                otherwise=lambda: candidates.take(slice(num_ranked)),
+                num_in=len(candidates),
+            )
+        slate = trace.run(
+            "reranking",
+            lambda: self._rerank(ranked, seen, limit, trace),
+            otherwise=lambda: ranked.take(slice(limit)),
+            num_in=len(ranked),
+        )
+        return Answer(slate, trace)
+
+    def similar(
+        self,
+        item_row: int,
+        limit: int,
+        *,
+        filters: Filters = NO_FILTERS,
+        excluded: NDArray[np.int32] = NO_ROWS,
+        deadline: float | None = None,
+    ) -> Answer:
+        """Return the items whose vectors have the largest cosine with an item's; never the item itself.
+
+        An item that training never saw has no direction: popular items stand in for its neighbours.
+        """
+        _check_limit(limit)
+        if not 1 <= item_row <= self.bundle.catalog.num_items:
+            raise ValueError(f"item_row is {item_row}; expected 1 to {self.bundle.catalog.num_items}")
+        trace = Trace(self.bundle.version, deadline=deadline)
+        eligible = trace.run(
+            "filtering",
+            lambda: self._eligible(filters, np.append(excluded, np.int32(item_row))),
+            num_in=self.bundle.catalog.num_items,
+            size=np.count_nonzero,
+        )
+        items = trace.run(
+            "retrieval",
+            lambda: self._nearest(item_row, eligible, limit),
+            otherwise=lambda: self._find(None, eligible, limit),
+            num_in=trace.timings[-1].num_out,
+        )
+        return Answer(items, trace)
+
+    def rank(
+        self, visitor: Visitor, candidates: NDArray[np.int32], *, deadline: float | None = None
+    ) -> Answer:
+        """Return the caller's own candidates (rows, none twice), best first, all of them."""
+        trace = self._trace(visitor, deadline)
+        popularity = self.bundle.catalog.popularity[candidates].astype(np.float32)
+        asked = ItemList(candidates, popularity, np.full(len(candidates), "caller"))
+        items = trace.run(
+            "ranking",
+            lambda: asked.ordered_by(self._scores(visitor, candidates), len(candidates)),
+            otherwise=lambda: asked.ordered_by(popularity, len(candidates)),
+            num_in=len(candidates),
+        )
+        return Answer(items, trace)
+
+    # Before the stages: strings become rows.
+
+    def resolve_visitor(self, user_id: str, events: Sequence[Event] = ()) -> Visitor:
+        """Return the visitor in rows: what is stored for the user, and the request's events after or between.
+
+        Events are ordered by time; those without one are the newest, in the order given. Events that share a
+        time stay as they are, stored ones first.
+        """
+        stored = self.bundle.users.get(user_id)
+        rows = self.bundle.catalog.rows(event.item_id for event in events)
+        known = rows > 0
+        times = np.fromiter((event.timestamp or JUST_NOW for event in events), np.int64)[known]
+        types = np.fromiter((EVENT_CODE[event.event_type] for event in events), np.uint8)[known]
+
+        all_times = np.concatenate([stored.timestamps, times])
+        order = np.argsort(all_times, kind="stable")
+        history = History(
+            items=np.concatenate([stored.items, rows[known]])[order],
+            event_types=np.concatenate([stored.event_types, types])[order],
+            timestamps=np.where(all_times == JUST_NOW, 0, all_times)[order],
+        )
+        num_unknown = len(rows) - int(np.count_nonzero(known))
+        return Visitor(history, self.bundle.users.row(user_id), num_unknown)
+
+    # The stages.
+
+    def _eligible(self, filters: Filters, excluded: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Return which items may be shown at all: [I+1] bool. No later stage can bring one back."""
+        eligible = self.bundle.catalog.matching(
+            filters.categories, filters.brands, filters.seller_ids, filters.min_price, filters.max_price
+        )
+        eligible[excluded] = False
+        return eligible
+
+    def _seen(self, visitor: Visitor) -> NDArray[np.bool_]:
+        seen = np.zeros(self.bundle.catalog.num_items + 1, np.bool_)
+        if self.drops_seen:
+            seen[visitor.history.items] = True
+        return seen
+
+    def _retrieve(
+        self,
+        query: NDArray[np.float32] | None,
+        eligible: NDArray[np.bool_],
+        seen: NDArray[np.bool_],
+        limit: int,
+    ) -> ItemList:
+        """Return unseen candidates; where they cannot fill a slate, seen ones fill up behind them."""
+        unseen = self._find(query, eligible & ~seen, max(self.num_candidates, limit))
+        if len(unseen) >= limit or not seen.any():
+            return unseen
+        return _joined(unseen, self._find(query, eligible & seen, limit - len(unseen)))
+
+    def _find(self, query: NDArray[np.float32] | None, allowed: NDArray[np.bool_], limit: int) -> ItemList:
+        """Ask the sources. Popular knows every item, so the list is short only where few are allowed."""
+        if query is None:
+            parts = [self.popular.find(None, allowed, limit), self.fresh.find(None, allowed, limit)]
+            return _item_list(parts, interleave(parts[0], parts[1], limit))
+        parts = [self.embedding.find(query, allowed, limit)]
+        if len(parts[0].rows) < limit:
+            parts.append(self.popular.find(query, allowed, limit))
+        return _item_list(parts, merge(parts, limit))
+
+    def _nearest(self, item_row: int, eligible: NDArray[np.bool_], limit: int) -> ItemList:
+        """Return the items of the largest cosine, by one exact product with all vectors.
+
+        Not by the index: it ranks by inner product, which favours the long vectors of popular items.
+        """
+        if not self.norms[item_row]:
+            return self._find(None, eligible, limit)
+        rows = np.flatnonzero(eligible).astype(np.int32)
+        vectors = self.bundle.item_vectors
+        products = vectors @ vectors[item_row]
+        norms = self.norms * self.norms[item_row]
+        cosines = np.divide(products, norms, out=np.zeros_like(products), where=norms > 0)
+        found = ItemList(rows, cosines[rows], np.full(len(rows), self.embedding.name))
+        return found.ordered_by(found.scores, limit)
+
+    def _scores(self, visitor: Visitor, rows: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Return one score per candidate [N]: the ranker's, else the query vector's, else popularity."""
+        scorer = self.bundle.scorer
+        if scorer:
+            history = left_padded([visitor.history.items], scorer.history_length)
+            scores: NDArray[np.float32] = scorer.score(history, rows[np.newaxis])[0]
+            return scores
+        query = query_vector(self.bundle, visitor)
+        if query is not None:
+            return np.asarray(self.bundle.item_vectors[rows] @ query)
+        return self.bundle.catalog.popularity[rows].astype(np.float32)
+
+    def _rerank(self, ranked: ItemList, seen: NDArray[np.bool_], limit: int, trace: Trace) -> ItemList:
+        items = RankedItems(
+            rows=ranked.rows,
+            scores=ranked.scores,
+            vectors=self.bundle.item_vectors[ranked.rows],
+            groups={field: codes[ranked.rows] for field, codes in self.groups.items()},
+            seen=seen[ranked.rows],
+        )
+        slate = rerank(items, self.rules, limit)
+        trace.relaxed_rules = slate.relaxed
+        return ranked.take(slate.order)
+
+    def _trace(self, visitor: Visitor, deadline: float | None) -> Trace:
+        return Trace(self.bundle.version, visitor.kind, visitor.num_unknown_items, deadline)
+
+
+def query_vector(bundle: Bundle, visitor: Visitor) -> NDArray[np.float32] | None:
+    """Return the vector [D] to search with, folded in from the whole history; None where that is empty.
+
+    The trained user vector is not asked: it knows the user as of the last training run, the history as of
+    now, and on Amazon Beauty the history finds more (benchmarks/results/README.md).
+    """
+    folded = fold_in(bundle.item_vectors, bundle.item_degrees, visitor.history.items)
+    return folded if folded.any() else None
+
+
+def largest(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """Return the positions of the k largest scores, the largest first; equal scores keep their order."""
+    num_lower = len(scores) - k
+    if num_lower <= 0:
+        return np.argsort(-scores, kind="stable")
+    bar = np.partition(scores, num_lower)[
+        num_lower
+    ]  # the k-th largest; where it is shared, the first ones get in
+    above = np.flatnonzero(scores > bar)
+    at_bar = np.flatnonzero(scores == bar)[: k - len(above)]
+    return np.concatenate([above[np.argsort(-scores[above], kind="stable")], at_bar])
+
+
+def _item_list(parts: Sequence[Candidates], merged: Merged) -> ItemList:
+    names = np.array([part.source for part in parts])
+    return ItemList(merged.rows, _descending(merged.scores), names[merged.source_of])
+
+
+def _joined(first: ItemList, second: ItemList) -> ItemList:
+    return ItemList(
+        np.concatenate([first.rows, second.rows]),
+        _descending(np.concatenate([first.scores, second.scores])),
+        np.concatenate([first.sources, second.sources]),
+    )
+
+
+def _descending(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return scores that fall with the order: sources score on scales of their own, only order compares."""
+    return np.minimum.accumulate(scores)
+
+
+def _check_limit(limit: int) -> None:
+    if limit < 1:
+        raise ValueError(f"limit is {limit}; expected at least 1")

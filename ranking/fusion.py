@@ -1,0 +1,65 @@
+"""Fusion: hidden states of the sequence cross-attend to graph vectors.
+
+Shapes: B batch, T history, D dimension, G graph dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ranking.encoders.sasrec import causal_mask
+
+
+class GraphCrossAttention(nn.Module):
+    """Each state attends to the graph vectors of the items so far and of the user so far.
+
+    The user's vector is folded in from the items up to the position (LightGCN eq. 3 for a new node), not read
+    from the trained table: the trained one was fitted to the very items that the ranker has to predict, so
+    with it the ranker would learn to look the answer up, and fail on users and clicks it has not seen.
+
+    The output projection starts at zero: training starts from the sequence model alone.
+
+    Args:
+        dim: D.
+        graph_dim: G.
+        dropout: on the graph vectors and on the output.
+    """
+
+    def __init__(self, dim: int, graph_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.query = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
+        self.key_value = nn.Linear(graph_dim, 2 * dim)
+        self.user_key_value = nn.Linear(graph_dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+        self.dropout = nn.Dropout(dropout)
+        self.scale = dim**-0.5
+
+    def forward(self, states: Tensor, items: Tensor, graph_vectors: Tensor, fold_weights: Tensor) -> Tensor:
+        """Return the fused states [B, T, D].
+
+        Args:
+            states: [B, T, D].
+            items: [B, T] int64 item rows, 0 is padding.
+            graph_vectors: [B, T, G] of these items; zero where there is none.
+            fold_weights: [B, T] weight of each item in the user's vector, 1 / sqrt(degree); 0 at padding and
+                at the start token.
+        """
+        # The start token is no item: like padding it has no weight.
+        count = (fold_weights > 0).to(graph_vectors.dtype).cumsum(1).clamp(min=1).unsqueeze(-1)
+        user = (graph_vectors * fold_weights.unsqueeze(-1)).cumsum(1) / count.sqrt()
+
+        query = self.query(states)
+        key, value = self.key_value(self.dropout(graph_vectors)).chunk(2, dim=-1)
+        user_key, user_value = self.user_key_value(self.dropout(user)).chunk(2, dim=-1)
+        # Padding sees the start token, as that does itself, and not itself too: both have one state. No row is
+        # left with nothing to look at, since the user is always there.
+        visible = causal_mask(items) & (items > 0)[:, None]
+        to_items = (query @ key.transpose(1, 2)).masked_fill(~visible, -torch.inf)
+        to_user = (query * user_key).sum(-1, keepdim=True)
+        weights = torch.softmax(torch.cat([to_items, to_user], dim=-1) * self.scale, dim=-1)
+        attended = weights[..., :-1] @ value + weights[..., -1:] * user_value
+        fused: Tensor = states + self.dropout(self.out(attended))
+        return fused

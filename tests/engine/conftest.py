@@ -1,0 +1,225 @@
+"""A small bundle made by hand: I items, five users, and a scorer whose answers a loop can check."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import polars as pl
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import save_file
+
+from engine.bundle import write_bundle
+from engine.catalog import CATALOG_SCHEMA
+from engine.history import USERS_SCHEMA
+from retrieval.item_index import ItemIndex
+
+ROOT = Path(__file__).parents[2]
+DIM = 8
+POLICY = [
+    {"rule": "mmr", "relevance_weight": 0.8},
+    {"rule": "cap", "field": "brand", "max_items": 3},
+    {"rule": "drop_seen"},
+]
+
+
+def item_ids(num_items: int) -> list[str]:
+    """The first ids are the awkward ones."""
+    awkward = ["with space", "emoji 🎉🛒", "comma,semicolon;", "[markup]", "0042", "null", "ü/ö?=&"]
+    return [*awkward, *(f"item-{number}" for number in range(len(awkward), num_items))][:num_items]
+
+
+def catalog_frame(num_items: int) -> pl.DataFrame:
+    rng = np.random.default_rng(3)
+    numbers = range(num_items)
+    return pl.DataFrame(
+        {
+            "item_id": item_ids(num_items),
+            "title": [None if number % 5 == 0 else f"Title [b]{number}[/b]" for number in numbers],
+            "category": [None if number % 7 == 0 else ["all", f"c{number % 3}"] for number in numbers],
+            "brand": [None if number % 4 == 0 else f"brand {number % 6}" for number in numbers],
+            "seller_id": [f"s{number % 2}" for number in numbers],
+            "price": [None if number % 6 == 0 else float(number) for number in numbers],
+            "margin": [0.1 for _ in numbers],
+            "available_from": [number * 1000 if number % 3 else 0 for number in numbers],
+            "attributes": [[] for _ in numbers],
+            "popularity": rng.integers(0, 30, num_items),
+        },
+        schema=CATALOG_SCHEMA,
+    )
+
+
+def scorer_model(vectors: np.ndarray, history_length: int = 6) -> onnx.ModelProto:
+    """state = mean of the history's vectors, padding (the start token) among them; score = state . item"""
+    table = vectors.copy()
+    table[0] = 0.05
+    nodes = [
+        helper.make_node("Gather", ["table", "history"], ["history_vectors"]),
+        helper.make_node("ReduceMean", ["history_vectors", "axis_1"], ["state"], keepdims=0),
+        helper.make_node("Gather", ["table", "candidates"], ["candidate_vectors"]),
+        helper.make_node("Unsqueeze", ["state", "axis_2"], ["state_column"]),
+        helper.make_node("MatMul", ["candidate_vectors", "state_column"], ["product"]),
+        helper.make_node("Squeeze", ["product", "axis_2"], ["scores"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "scorer",
+        [
+            helper.make_tensor_value_info("history", TensorProto.INT64, ["B", "T"]),
+            helper.make_tensor_value_info("candidates", TensorProto.INT64, ["B", "C"]),
+        ],
+        [
+            helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["B", "C"]),
+            helper.make_tensor_value_info("state", TensorProto.FLOAT, ["B", vectors.shape[1]]),
+        ],
+        [
+            numpy_helper.from_array(table, "table"),
+            numpy_helper.from_array(np.array([1]), "axis_1"),
+            numpy_helper.from_array(np.array([2]), "axis_2"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    helper.set_model_props(model, {"history_length": str(history_length), "num_items": str(len(vectors) - 1)})
+    return model
+
+
+def users_frame(num_items: int) -> pl.DataFrame:
+    """ "loyal" knows items 2, 3 and 5; "new" has no events; "everything" has touched each item."""
+    histories: dict[str, list[int]] = {
+        "loyal": [2, 3, 3, 5],
+        "new": [],
+        "user with spaces 🎉": [1],
+        "everything": list(range(1, num_items + 1)),
+        "reader": [4, 6],
+    }
+    histories = {user: [row for row in rows if row <= num_items] for user, rows in histories.items()}
+    return pl.DataFrame(
+        {
+            "user_id": list(histories),
+            "items": list(histories.values()),
+            "event_types": [[1] * len(rows) for rows in histories.values()],
+            "timestamps": [[100 * (place + 1) for place in range(len(rows))] for rows in histories.values()],
+        },
+        schema=USERS_SCHEMA,
+    )
+
+
+def fill_bundle(
+    directory: Path,
+    *,
+    num_items: int = 40,
+    ranker: str = "ordered",
+    repeats: bool = False,
+    policy: list[dict[str, Any]] = POLICY,
+    num_candidates: int = 20,
+    num_ranked: int = 10,
+) -> dict[str, Any]:
+    rng = np.random.default_rng(7)
+    items = catalog_frame(num_items)
+    users = users_frame(num_items)
+    vectors = rng.normal(size=(num_items + 1, DIM)).astype(np.float32)
+    vectors[0] = 0
+    if num_items > 12:
+        vectors[12] = 0  # an item that training never saw
+    user_vectors = rng.normal(size=(users.height + 1, DIM)).astype(np.float32)
+    user_vectors[[0, 2]] = 0  # the unknown user, and "new"
+    items.write_parquet(directory / "catalog.parquet")
+    users.write_parquet(directory / "users.parquet")
+    ItemIndex.build(vectors).save(directory / "item_index.faiss")
+    save_file(
+        {
+            "item_vectors": vectors,
+            "user_vectors": user_vectors,
+            "item_degrees": np.concatenate([[0], items["popularity"]]).astype(np.float32),
+        },
+        directory / "embeddings.safetensors",
+    )
+    if ranker != "none":
+        onnx.save(scorer_model(vectors), directory / "ranker.onnx")
+    return {
+        "commit": None,
+        "data": {
+            "name": "toy",
+            "simulated": True,
+            "time": "unix",
+            "repeats": repeats,
+            "num_items": num_items,
+        },
+        "ranker": {"kind": ranker, "history_length": 6},
+        "pipeline": {"num_candidates": num_candidates, "num_ranked": num_ranked, "default_limit": 10},
+        "policy": policy,
+        "recipe": {},
+        "metrics": {},
+        "shapes": {},
+    }
+
+
+@pytest.fixture(scope="session")
+def fill() -> Callable[..., dict[str, Any]]:
+    """Write the files of a toy bundle into a directory and return its manifest fields."""
+    return fill_bundle
+
+
+@pytest.fixture(scope="session")
+def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Write a toy bundle, with the options of fill_bundle, and return its directory."""
+
+    def make(**options: Any) -> Path:
+        root = tmp_path_factory.mktemp("bundles")
+        return write_bundle(root, lambda directory: fill_bundle(directory, **options))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bundle_path(make_bundle: Callable[..., Path]) -> Path:
+    """The toy bundle as most tests use it; do not change its files."""
+    return make_bundle()
+
+
+@pytest.fixture(scope="session")
+def server_address(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real server, as `trirank serve` starts it, in a process of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "engine.cli",
+        "serve",
+        str(bundle_path),
+        "--address",
+        "127.0.0.1:0",
+        "--json",
+    ]
+    log = tmp_path_factory.mktemp("server") / "stderr.txt"
+    with log.open("w") as errors, start(command, errors) as (process, ready):
+        assert ready, f"the server did not start:\n{log.read_text()}"
+        yield json.loads(ready)["address"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0, log.read_text()
+
+
+@contextmanager
+def start(command: list[str], errors: Any = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run a command beside the test, and yield it with the first line that it printed."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT)
+    try:
+        assert process.stdout is not None
+        yield process, process.stdout.readline()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="session")
+def start_process() -> Callable[..., Any]:
+    """Run a command beside the test: see `start`."""
+    return start

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from engine.bundle import BUNDLE_NAME, FILES, MANIFEST, Bundle, BundleError, resolve_bundle, write_bundle
+from retrieval.item_index import ItemIndex
+
+Fill = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def copy(bundle_path: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle_path, tmp_path / bundle_path.name))
+
+
+def edit_manifest(bundle: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    edit(manifest)
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_round_trip(bundle_path: Path) -> None:
+    bundle = Bundle.load(bundle_path)
+    assert BUNDLE_NAME.fullmatch(bundle_path.name)
+    assert bundle.version == bundle_path.name
+    assert bundle.manifest["created"].endswith("+00:00")
+    assert bundle.catalog.num_items == bundle.index.num_items == 40
+    assert bundle.item_vectors.shape == (41, 8)
+    assert bundle.user_vectors.shape == (6, 8)
+    assert bundle.item_degrees.shape == (41,)
+    assert bundle.users.row("loyal") == 1
+    assert bundle.scorer is not None
+    assert bundle.scorer.history_length == 6
+    products = bundle.item_vectors[1] @ bundle.item_vectors[1:].T
+    np.testing.assert_allclose(bundle.index.scores(bundle.item_vectors[1:2])[0, 1:], products, rtol=1e-5)
+
+
+def test_without_ranker(make_bundle: Callable[..., Path]) -> None:
+    assert Bundle.load(make_bundle(ranker="none")).scorer is None
+
+
+@pytest.mark.parametrize("num_items", [0, 1])
+def test_tiny_catalogs(make_bundle: Callable[..., Path], num_items: int) -> None:
+    bundle = Bundle.load(make_bundle(num_items=num_items, ranker="none"))
+    assert bundle.catalog.num_items == num_items
+
+
+@pytest.mark.parametrize("name", [*FILES, "ranker.onnx"])
+def test_damage_is_refused_by_name(copy: Path, name: str) -> None:
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1  # one bit
+    (copy / name).write_bytes(content)
+    with pytest.raises(BundleError, match=f"{name} is damaged"):
+        Bundle.load(copy)
+    (copy / name).write_bytes(content[:-1])
+    with pytest.raises(BundleError, match=f"{name} is damaged"):
+        Bundle.load(copy)
+    (copy / name).unlink()
+    with pytest.raises(BundleError, match=f"{name} is missing"):
+        Bundle.load(copy)
+    (copy / name).symlink_to(copy.parent / "elsewhere")
+    with pytest.raises(BundleError, match=f"{name} is not a plain file"):
+        Bundle.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda manifest: manifest.update(format_version=2), "has format 2, newer than 1"),
+        (lambda manifest: manifest.update(format_version=0), "format_version is 0; expected 1"),
+        (lambda manifest: manifest.pop("format_version"), "format_version is missing"),
+        (lambda manifest: manifest.pop("policy"), "policy is missing"),
+        (lambda manifest: manifest.update(files=[]), "files is missing or is no dict"),
+        (lambda manifest: manifest["files"].update({"../secret": {}}), "files names"),
+        (lambda manifest: manifest["files"].pop("users.parquet"), "files names"),
+        (lambda manifest: manifest["ranker"].update(kind="magic"), "ranker.kind is 'magic'"),
+        (lambda manifest: manifest["ranker"].update(kind="none"), "files names"),
+        (lambda manifest: manifest["ranker"].update(history_length=7), "history_length is 6; expected 7"),
+        (lambda manifest: manifest["pipeline"].update(num_ranked=0), "pipeline.num_ranked is 0"),
+    ],
+)
+def test_foreign_manifests(copy: Path, edit: Callable[[dict[str, Any]], object], message: str) -> None:
+    edit_manifest(copy, edit)
+    with pytest.raises(BundleError, match=message):
+        Bundle.load(copy)
+
+
+def test_a_manifest_that_is_no_manifest(copy: Path) -> None:
+    for content in (b"{", b"\xff", b"[]"):
+        (copy / MANIFEST).write_bytes(content)
+        with pytest.raises(BundleError, match=MANIFEST):
+            Bundle.load(copy)
+    (copy / MANIFEST).unlink()
+    with pytest.raises(BundleError, match=f"not a bundle: {MANIFEST} is missing"):
+        Bundle.load(copy)
+
+
+def test_a_file_that_nobody_named(copy: Path) -> None:
+    (copy / "weights.bin").write_bytes(b"external data")
+    with pytest.raises(BundleError, match=r"weights\.bin does not belong to the bundle"):
+        Bundle.load(copy)
+
+
+def test_parts_that_contradict_each_other(tmp_path: Path, fill: Fill) -> None:
+    def other_index(directory: Path) -> dict[str, Any]:
+        fields = fill(directory)
+        ItemIndex.build(np.ones((3, 8), np.float32)).save(directory / "item_index.faiss")
+        return fields
+
+    def other_vectors(key: str, value: np.ndarray | None) -> Callable[[Path], dict[str, Any]]:
+        def change(directory: Path) -> dict[str, Any]:
+            fields = fill(directory)
+            vectors = load_file(directory / "embeddings.safetensors") | {key: value}
+            save_file(
+                {name: array for name, array in vectors.items() if array is not None},
+                directory / "embeddings.safetensors",
+            )
+            return fields
+
+        return change
+
+    def not_faiss(directory: Path) -> dict[str, Any]:
+        fields = fill(directory)
+        (directory / "item_index.faiss").write_bytes(b"not an index")
+        return fields
+
+    for damaged, message in [
+        (other_index, "item_index.faiss: number of items is 2; expected 40"),
+        (not_faiss, "item_index.faiss cannot be opened"),
+        (other_vectors("user_vectors", np.zeros((2, 8), np.float32)), "shape of user_vectors"),
+        (other_vectors("item_degrees", np.zeros(41, np.float64)), "type of item_degrees is float64"),
+        (other_vectors("item_degrees", None), "shape of item_degrees"),
+        (other_vectors("item_vectors", np.full((41, 8), np.nan, np.float32)), "NaN"),
+    ]:
+        with pytest.raises(BundleError, match=message):
+            write_bundle(tmp_path, damaged)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path, fill: Fill) -> None:
+    def failing_fill(directory: Path) -> dict[str, Any]:
+        fill(directory)
+        raise KeyboardInterrupt
+
+    def failing_verify(bundle: Bundle) -> None:
+        raise RuntimeError("not good enough")
+
+    with pytest.raises(KeyboardInterrupt):
+        write_bundle(tmp_path, failing_fill)
+    with pytest.raises(RuntimeError, match="not good enough"):
+        write_bundle(tmp_path, fill, failing_verify)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_equal_exports_do_not_collide(tmp_path: Path, fill: Fill) -> None:
+    seen: list[Path] = []
+    written = [write_bundle(tmp_path, fill, lambda bundle: seen.append(bundle.path)) for _ in range(3)]
+    assert len(set(written)) == len(list(tmp_path.iterdir())) == 3
+    assert all(path.name.startswith(".tmp-") for path in seen)
+    assert resolve_bundle(tmp_path) == written[-1]
+
+
+def test_resolve(tmp_path: Path, bundle_path: Path) -> None:
+    with pytest.raises(BundleError, match="is not a directory"):
+        resolve_bundle(tmp_path / "nowhere")
+    with pytest.raises(BundleError, match="holds no bundle"):
+        resolve_bundle(tmp_path)
+    for name in ("20250101-000000-aaaaaa", "20260101-000000-000000", ".tmp-x", "20270101-000000-unfini"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / MANIFEST).touch()
+    (tmp_path / "20280101-000000-abcdef").mkdir()  # no manifest: no bundle
+    os.utime(tmp_path / "20250101-000000-aaaaaa" / MANIFEST, (2**40, 2**40))
+    assert resolve_bundle(tmp_path).name == "20260101-000000-000000"
+    assert resolve_bundle(str(bundle_path)) == bundle_path

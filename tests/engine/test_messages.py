@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from engine import messages
+from engine.messages import InvalidRequestError
+from engine.pipeline import Event, Filters, ItemList
+from engine.trace import StageTiming, Trace, VisitorKind
+from protos.trirank.v1 import recommender_pb2 as pb
+
+
+@pytest.mark.parametrize("limit", [0, -1, 501, 2**31 - 1])
+@pytest.mark.parametrize("request_type", [pb.RecommendRequest, pb.SimilarItemsRequest])
+def test_limits_out_of_range(limit: int, request_type: type[pb.RecommendRequest]) -> None:
+    with pytest.raises(InvalidRequestError, match=f"^limit is {limit}; expected 1 to 500$"):
+        messages.read_limit(request_type(limit=limit), 10)
+
+
+def test_limits() -> None:
+    assert messages.read_limit(pb.RecommendRequest(), 10) == 10
+    assert messages.read_limit(pb.RecommendRequest(limit=1), 10) == 1
+    assert messages.read_limit(pb.RecommendRequest(limit=500), 10) == 500
+
+
+def test_visitor() -> None:
+    assert messages.read_visitor(pb.Visitor()) == ("", [])
+    visitor = pb.Visitor(
+        user_id=" a b 🎉 ",
+        history=[
+            pb.Event(item_id="x y"),
+            pb.Event(item_id="🛒", event_type="cart", timestamp_ms=7),
+            pb.Event(item_id="x y"),
+        ],
+        context={"hour": "9"},
+    )
+    events = [Event("x y", "interaction", 0), Event("🛒", "cart", 7), Event("x y", "interaction", 0)]
+    assert messages.read_visitor(visitor) == (" a b 🎉 ", events)
+
+
+@pytest.mark.parametrize(
+    ("visitor", "message"),
+    [
+        (pb.Visitor(user_id="  "), "visitor.user_id is '  '; expected an id, or nothing"),
+        (pb.Visitor(user_id="x" * 257), "length of visitor.user_id is 257; expected at most 256 characters"),
+        (
+            pb.Visitor(history=[pb.Event(item_id="a"), pb.Event()]),
+            r"visitor.history\[1\].item_id is ''; expected a non-empty string",
+        ),
+        (
+            pb.Visitor(history=[pb.Event(item_id="a", event_type="buy")]),
+            r"visitor.history\[0\].event_type is 'buy'; expected one of interaction, view, click",
+        ),
+        (
+            pb.Visitor(history=[pb.Event(item_id="a", timestamp_ms=-5)]),
+            r"visitor.history\[0\].timestamp_ms is -5; expected 0 or more",
+        ),
+        (
+            pb.Visitor(context={str(number): "" for number in range(65)}),
+            "number of keys in visitor.context is 65; expected at most 64",
+        ),
+        (pb.Visitor(context={"": "x"}), "key of visitor.context is ''"),
+        (pb.Visitor(context={"hour": "x" * 300}), r"length of visitor.context\['hour'\] is 300"),
+    ],
+)
+def test_bad_visitors(visitor: pb.Visitor, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        messages.read_visitor(visitor)
+
+
+def test_filters() -> None:
+    assert messages.read_filters(pb.Filters()) == Filters(categories=[], brands=[], seller_ids=[])
+    assert messages.read_filters(
+        pb.Filters(categories=["a"], brands=["b c"], seller_ids=["🎉"], min_price=0, max_price=0)
+    ) == Filters(categories=["a"], brands=["b c"], seller_ids=["🎉"], min_price=0.0, max_price=0.0)
+
+
+@pytest.mark.parametrize(
+    ("filters", "message"),
+    [
+        (pb.Filters(min_price=math.nan), "filters.min_price is nan; expected a finite number of at least 0"),
+        (pb.Filters(max_price=math.inf), "filters.max_price is inf"),
+        (pb.Filters(min_price=-0.01), "filters.min_price is -0.01"),
+        (
+            pb.Filters(min_price=3, max_price=1),
+            "filters.min_price is 3.0; expected at most filters.max_price, 1.0",
+        ),
+        (pb.Filters(brands=["a", ""]), r"filters.brands\[1\] is ''; expected a non-empty string"),
+        (pb.Filters(categories=["a"] * 1001), "number of filters.categories is 1001; expected at most 1000"),
+    ],
+)
+def test_bad_filters(filters: pb.Filters, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        messages.read_filters(filters)
+
+
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        (
+            lambda: messages.read_excluded(pb.RecommendRequest(exclude_item_ids=[""])),
+            r"exclude_item_ids\[0\] is ''",
+        ),
+        (
+            lambda: messages.read_excluded(pb.SimilarItemsRequest(exclude_item_ids=["a"] * 10_001)),
+            "number of exclude_item_ids is 10001; expected at most 10000",
+        ),
+        (lambda: messages.read_item_id(pb.SimilarItemsRequest()), "item_id is ''"),
+        (
+            lambda: messages.read_candidates(pb.RankRequest()),
+            r"candidate_item_ids is \[\]; expected 1 to 10000 ids",
+        ),
+        (
+            lambda: messages.read_candidates(pb.RankRequest(candidate_item_ids=["a", "b", "a"])),
+            r"candidate_item_ids\[2\] is 'a'; expected each id once, and it is candidate_item_ids\[0\]",
+        ),
+        (
+            lambda: messages.read_candidates(
+                pb.RankRequest(candidate_item_ids=[str(number) for number in range(10_001)])
+            ),
+            "number of candidate_item_ids is 10001",
+        ),
+        (
+            lambda: messages.read_candidates(pb.RankRequest(candidate_item_ids=["a", ""])),
+            r"candidate_item_ids\[1\] is ''",
+        ),
+    ],
+)
+def test_bad_ids(read: Callable[[], object], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        read()
+
+
+def test_long_values_are_cut_in_messages() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        messages.read_visitor(pb.Visitor(history=[pb.Event(item_id="a", event_type="x" * 100_000)]))
+    assert len(str(caught.value)) < 400
+
+
+def test_trace() -> None:
+    trace = Trace(
+        "v1",
+        VisitorKind.HISTORY_ONLY,
+        num_unknown_history_items=3,
+        timings=[StageTiming("ranking", 12, 20, 10)],
+        degraded_stages=["ranking"],
+        relaxed_rules=["drop_seen"],
+        total_us=20,
+    )
+    assert messages.write_trace(trace, {"hour": "9", "device": "phone"}) == pb.Trace(
+        bundle_version="v1",
+        visitor_kind=pb.VISITOR_KIND_HISTORY_ONLY,
+        degraded_stages=["ranking"],
+        timings=[pb.StageTiming(stage="ranking", duration_us=12, num_in=20, num_out=10)],
+        total_us=20,
+        num_unknown_history_items=3,
+        ignored_context_keys=["device", "hour"],
+        relaxed_rules=["drop_seen"],
+    )
+
+
+def test_every_visitor_kind_is_on_the_wire() -> None:
+    for kind in VisitorKind:
+        assert messages.write_trace(Trace("v1", kind)).visitor_kind == kind.value
+    assert len(VisitorKind) == len(pb.VisitorKind.keys())
+
+
+def test_items_of_nothing() -> None:
+    nothing = ItemList(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.str_))
+    assert list(messages.write_items(nothing, None)) == []  # type: ignore[arg-type]

@@ -1,0 +1,150 @@
+"""Interactions and the event log, on logs small enough to read."""
+
+import dataclasses
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+
+from engine.history import EVENT_CODE
+from training.data.dataset import Dataset, DatasetError, DatasetInfo
+from training.data.interactions import NEGATIVE_EVENT, Interactions, load_event_log
+
+VIEW = EVENT_CODE["view"]
+
+
+def interactions(users, items, event_types=None, num_users=4, num_items=9):
+    count = len(users)
+    return Interactions(
+        np.array(users, np.int32),
+        np.array(items, np.int32),
+        np.array(event_types if event_types is not None else [VIEW] * count, np.uint8),
+        np.arange(count, dtype=np.int64) * 10,
+        num_users,
+        num_items,
+    )
+
+
+def test_each_users_events_stand_together():
+    events = interactions([1, 1, 3, 3, 3], [5, 6, 7, 8, 9])
+    assert events.offsets.tolist() == [0, 0, 2, 2, 5, 5]
+    assert events.history(1).items.tolist() == [5, 6]
+    assert events.history(2).items.tolist() == []
+    assert events.history(3).items.tolist() == [7, 8, 9]
+    assert events.history(3, end=4).items.tolist() == [7, 8]
+    assert events.history(3, end=2).items.tolist() == []
+    assert events.history(3).timestamps.tolist() == [20, 30, 40]
+    assert events.history(3).event_types.tolist() == [VIEW] * 3
+
+
+def test_no_events():
+    events = interactions([], [])
+    assert len(events) == 0
+    assert events.offsets.tolist() == [0] * 6
+    assert events.is_first_touch.tolist() == events.is_next_item.tolist() == []
+    assert events.item_counts().tolist() == [0] * 10
+
+
+def test_first_touch_and_next_item():
+    events = interactions([1, 1, 1, 1, 2, 2], [5, 5, 6, 5, 5, 6])
+    assert events.is_first_touch.tolist() == [True, False, True, False, True, True]
+    # The first event of user 2 is of the item of user 1's last: another user's event repeats nothing.
+    assert events.is_next_item.tolist() == [True, False, True, True, True, True]
+
+
+def test_take_by_mask_and_by_position():
+    events = interactions([1, 1, 2], [5, 6, 7])
+    for where in (np.array([True, False, True]), np.array([0, 2])):
+        taken = events.take(where)
+        assert (taken.users.tolist(), taken.items.tolist()) == ([1, 2], [5, 7])
+        assert taken.timestamps.tolist() == [0, 20]
+        assert (taken.num_users, taken.num_items) == (4, 9)
+        assert taken.offsets.tolist() == [0, 0, 1, 2, 2, 2]
+
+
+def test_edges_and_item_counts():
+    # User 1 views 5 twice; user 2 removes 5 and then buys it; user 3 only removes it.
+    events = interactions(
+        [1, 1, 2, 2, 3, 3],
+        [5, 5, 5, 5, 5, 6],
+        [VIEW, VIEW, NEGATIVE_EVENT, VIEW, NEGATIVE_EVENT, VIEW],
+    )
+    assert events.edges().users.tolist() == [1, 2, 3]
+    assert events.edges().items.tolist() == [5, 5, 6]
+    assert events.edges().timestamps.tolist() == [0, 30, 50]
+    assert events.item_counts().tolist() == [0, 0, 0, 0, 0, 2, 1, 0, 0, 0]
+
+
+def write_dataset(directory, events, item_ids, **info):
+    """Write a data set directory; events are (user, item, timestamp[, event type[, split]])."""
+    columns = ["user_id", "item_id", "timestamp", "event_type", "split"]
+    rows = [(*event, "view")[:4] if len(event) < 4 else event for event in events]
+    width = len(rows[0]) if rows else 4
+    schema = {"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Int64, "event_type": pl.String}
+    schema |= {"split": pl.String} if width == 5 else {}
+    frame = pl.DataFrame(rows, schema={name: schema[name] for name in columns[:width]}, orient="row")
+    frame.write_parquet(directory / "events.parquet")
+    pl.DataFrame({"item_id": item_ids}).write_parquet(directory / "items.parquet")
+    info = DatasetInfo(name="tiny", source={"format": "test"}, **{"time": "unix", **info})
+    (directory / "dataset.json").write_text(json.dumps(dataclasses.asdict(info)))
+    return Dataset.open(directory)
+
+
+def test_load_event_log(tmp_path):
+    dataset = write_dataset(
+        tmp_path,
+        [
+            ("zoe", "b", 20),
+            ("adam", "a", 10, "purchase"),
+            ("zoe", "c", 10),
+            ("adam", "b", 5),
+            ("zoe", "a", 10, "remove_from_cart"),  # at the time of another event, and behind it in the file
+        ],
+        ["c", "b", "never seen", "a"],
+    )
+    log = load_event_log(dataset)
+    assert log.user_ids == ["zoe", "adam"]  # by first appearance
+    assert log.item_ids == ["c", "b", "never seen", "a"]  # as items.parquet has them
+    assert log.is_test is None
+    events = log.events
+    assert (events.num_users, events.num_items) == (2, 4)
+    assert events.users.tolist() == [1, 1, 1, 2, 2]
+    assert events.items.tolist() == [1, 4, 2, 2, 4]
+    assert events.timestamps.tolist() == [10, 10, 20, 5, 10]
+    names = ["view", "remove_from_cart", "view", "view", "purchase"]
+    assert events.event_types.tolist() == [EVENT_CODE[name] for name in names]
+    dtypes = [events.users.dtype, events.items.dtype, events.event_types.dtype, events.timestamps.dtype]
+    assert dtypes == [np.int32, np.int32, np.uint8, np.int64]
+
+
+def test_events_at_one_time_keep_the_order_of_the_file(tmp_path):
+    items = [f"i{n}" for n in range(200)]
+    order = np.random.default_rng(0).permutation(200)
+    dataset = write_dataset(tmp_path, [(f"u{n % 2}", items[n], 0) for n in order], items, time="none")
+    events = load_event_log(dataset).events
+    for user, parity in ((1, order[0] % 2), (2, 1 - order[0] % 2)):
+        assert (events.history(user).items - 1).tolist() == [n for n in order if n % 2 == parity]
+
+
+def test_a_split_of_the_data_set_is_carried_along(tmp_path):
+    dataset = write_dataset(
+        tmp_path,
+        [("u", "a", 0, "view", "train"), ("v", "a", 0, "view", "test"), ("u", "b", 0, "view", "test")],
+        ["a", "b"],
+        time="none",
+        split="given",
+    )
+    log = load_event_log(dataset)
+    assert log.events.users.tolist() == [1, 1, 2]
+    assert log.is_test.tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("events", "message"),
+    [([], "has no events"), ([("u", "a", 1), ("u", "x", 2), ("v", "y", 2)], "2 events of .* name an item")],
+)
+def test_what_cannot_be_used_is_said(tmp_path, events, message):
+    dataset = write_dataset(tmp_path, events, ["a"])
+    with pytest.raises(DatasetError, match=message):
+        load_event_log(dataset)

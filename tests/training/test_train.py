@@ -1,0 +1,198 @@
+"""From a data set directory to a bundle and its metrics, through the public commands, on tiny data."""
+
+import json
+import shutil
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+
+from engine.bundle import Bundle, resolve_bundle
+from engine.cli import main
+from engine.history import EMPTY_HISTORY
+from engine.pipeline import RecommendationPipeline, Visitor
+from training import train
+from training.ranking_module import RankingModule
+
+FAST = [
+    "--retrieval.trainer.max_epochs=2",
+    "--ranking.trainer.max_epochs=2",
+    "--retrieval.model.encoder.dim=16",
+    "--ranking.model.encoder.dim=16",
+    "--retrieval.model.num_negatives=64",
+]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A simulated data set, a run and a bundle, in a folder whose name has a space."""
+    root = tmp_path_factory.mktemp("a shop")
+    size = ["--num_users", "200", "--num_items", "100", "--num_events", "4000"]
+    assert main(["simulate", "--out", str(root / "data"), *size]) == 0
+    assert _train(root) == 0
+    return root
+
+
+def _train(root: Path, *options: str) -> int:
+    paths = ["--out", str(root / "bundles"), "--runs", str(root / "runs")]
+    return main(["train", str(root / "data"), *paths, *FAST, *options])
+
+
+def test_train_publishes_one_verified_bundle_and_leaves_logs(shop: Path) -> None:
+    bundle = Bundle.load(resolve_bundle(shop / "bundles"))
+    manifest = bundle.manifest
+    assert manifest["data"]["simulated"] is True
+    assert manifest["ranker"] == {"kind": "ordered", "history_length": 50}
+    assert manifest["recipe"]["ranking"]["model"]["encoder"]["init_args"]["dim"] == 16
+    assert set(manifest["metrics"]["validation"]) == {"retrieval", "ranking"}
+    assert bundle.item_vectors.shape == (101, 16)
+    (run,) = (shop / "runs").iterdir()
+    assert list(run.glob("ranking/csv/*/metrics.csv"))
+    assert list(run.glob("ranking/tensorboard/*/events.out.*"))
+
+
+def test_evaluate_writes_every_metric_of_every_stage(shop: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    assert main(["evaluate", str(shop / "bundles"), "--data", str(shop / "data"), "--json", str(out)]) == 0
+    results = json.loads(out.read_text())
+    assert results["split"] == "leave-one-out"
+    assert 0 < results["num_users"] <= 200
+    names = {f"{metric}@{k}" for metric in ("recall", "ndcg", "mrr", "hit") for k in (5, 10, 20, 1000)}
+    for stage in ("retrieval", "ranking", "slate", "popularity"):
+        assert names | {"coverage@10", "diversity@10", "novelty@10"} <= set(results[stage])
+        assert all(np.isfinite(value) and value >= 0 for value in results[stage].values())
+    # One target a user: recall is hit, and every list of a catalog of 100 holds it by place 1000.
+    assert results["ranking"]["recall@10"] == pytest.approx(results["ranking"]["hit@10"])
+    assert results["ranking"]["recall@1000"] == pytest.approx(1.0)
+
+
+def test_full_ranking_of_evaluation_agrees_with_the_pipeline_without_rules(shop: Path) -> None:
+    bundle = Bundle.load(resolve_bundle(shop / "bundles"))
+    bundle.manifest["policy"][:] = [{"rule": "drop_seen"}]
+    pipeline = RecommendationPipeline(bundle)
+    history = bundle.users.get("17")
+    slate = pipeline.recommend(Visitor(history), 10).items
+    assert bundle.scorer is not None
+    scores = bundle.scorer.score(np.asarray([without_seen(history.items)]), np.arange(101)[None])[0]
+    scores[[0, *history.items]] = -np.inf
+    assert slate.rows.tolist() == np.argsort(-scores, kind="stable")[:10].tolist()
+
+
+def without_seen(items: np.ndarray) -> np.ndarray:
+    return items[np.r_[True, items[1:] != items[:-1]]]
+
+
+def test_a_visitor_with_nothing_gets_a_full_slate(shop: Path) -> None:
+    pipeline = RecommendationPipeline(Bundle.load(resolve_bundle(shop / "bundles")))
+    assert len(pipeline.recommend(Visitor(EMPTY_HISTORY), 10).items) == 10
+
+
+def test_resume_goes_on_where_the_run_was_cut_short(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(shop / "data", tmp_path / "data")
+
+    def cut_short(module: L.LightningModule) -> None:
+        if module.current_epoch == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RankingModule, "on_train_epoch_start", cut_short)
+        assert _train(tmp_path) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert not list(tmp_path.glob("bundles/*"))
+
+    assert _train(tmp_path, "--resume") == 0
+    shown = capsys.readouterr().err
+    assert "retrieval: already trained" in shown
+    assert "ranking epoch 1" in shown
+    assert "ranking epoch 0" not in shown
+    # Both stages' validation metrics are on record, though one was trained before the cut.
+    metrics = Bundle.load(resolve_bundle(tmp_path / "bundles")).manifest["metrics"]["validation"]
+    assert set(metrics) == {"retrieval", "ranking"}
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_resume_without_anything_to_resume_says_so(
+    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--runs", str(tmp_path), "--out", str(tmp_path), "--resume"]
+    assert main(["train", str(shop / "data"), *options]) == 2
+    assert "no unfinished run" in capsys.readouterr().err
+
+
+def test_data_without_order_trains_and_serves_retrieval_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "source").mkdir()
+    for name, size in (("train", 8), ("test", 3)):
+        lines = [" ".join(map(str, [u, *rng.choice(60, size, replace=False)])) for u in range(40)]
+        (tmp_path / "source" / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    out = str(tmp_path / "data")
+    assert main(["import", "lightgcn", str(tmp_path / "source"), "--out", out]) == 0
+    assert _train(tmp_path) == 0
+    assert "ranking: left out" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path / "bundles"), "--data", out, "--json", "-"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["ranking"] is None
+    assert results["split"] == "given"
+    bundle = Bundle.load(resolve_bundle(tmp_path / "bundles"))
+    assert bundle.manifest["ranker"]["kind"] == "none"
+    pipeline = RecommendationPipeline(bundle)
+    assert len(pipeline.recommend(pipeline.resolve_visitor("5"), 10).items) == 10
+
+
+def test_the_same_seed_gives_the_same_vectors(shop: Path, tmp_path: Path) -> None:
+    shutil.copytree(shop / "data", tmp_path / "data")
+    assert _train(tmp_path) == 0
+    first = Bundle.load(resolve_bundle(shop / "bundles"))
+    second = Bundle.load(resolve_bundle(tmp_path / "bundles"))
+    np.testing.assert_allclose(first.item_vectors, second.item_vectors, atol=1e-5)
+
+
+def test_evaluate_refuses_other_data(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["--num_users", "100", "--num_items", "60", "--num_events", "1500"]
+    assert main(["simulate", "--out", str(tmp_path / "other"), *size]) == 0
+    assert main(["evaluate", str(shop / "bundles"), "--data", str(tmp_path / "other")]) == 2
+    assert "is not the data that" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "nearest"),
+    [
+        ("--retrieval.model.learning_rat=1", "retrieval.model.learning_rate"),
+        ("--ranking.trainer.max_epoch=1", "ranking.trainer.max_epochs"),
+        ("--ranking.model.encoder.dims=8", "dim"),
+    ],
+)
+def test_unknown_options_name_the_nearest(
+    shop: Path, option: str, nearest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(shop / "data"), option])
+    assert stop.value.code == 2
+    assert f"did you mean {nearest}?" in capsys.readouterr().err
+
+
+def test_unknown_keys_of_a_recipe_name_the_nearest(
+    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.yaml").write_text("ranking:\n  model:\n    learning_rates: 0.1\n")
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(shop / "data"), "--config", str(tmp_path / "recipe.yaml")])
+    assert stop.value.code == 2
+    assert "did you mean learning_rate?" in capsys.readouterr().err
+
+
+def test_a_directory_that_is_no_data_set_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(tmp_path), "--runs", str(tmp_path / "runs")]) == 2
+    assert "is not a data set directory" in capsys.readouterr().err
+
+
+def test_unknown_commands_name_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recomend"]) == 2
+    assert "did you mean recommend?" in capsys.readouterr().err

@@ -1,0 +1,155 @@
+"""A data set directory: what `trirank import` and `trirank simulate` write and everything else reads.
+
+events.parquet     who did what to which item, when (EVENT_SCHEMA)
+items.parquet      what is known of each item (ITEM_SCHEMA); holds every item of events.parquet once
+dataset.json       DatasetInfo: source, counts, fingerprint, what the times mean
+rejected.parquet   the source's rows that broke a rule, with the reason; only where there are any
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+
+from engine.history import EVENT_TYPES
+
+EVENT_SCHEMA: dict[str, pl.DataType] = {
+    "user_id": pl.String(),
+    "item_id": pl.String(),
+    "timestamp": pl.Int64(),  # what it counts: DatasetInfo.time
+    "event_type": pl.String(),  # one of EVENT_TYPES
+    # the rest is optional: a column stands only where the source has it
+    "session_id": pl.String(),
+    "price": pl.Float64(),
+    "rating": pl.Float64(),
+    "split": pl.String(),  # "train" or "test", where DatasetInfo.split is "given"
+}
+REQUIRED_EVENT_COLUMNS = ("user_id", "item_id", "timestamp", "event_type")
+
+ITEM_SCHEMA: dict[str, pl.DataType] = {
+    "item_id": pl.String(),
+    # the rest is optional
+    "title": pl.String(),
+    "category": pl.List(pl.String()),  # the path, broadest first
+    "brand": pl.String(),
+    "seller_id": pl.String(),
+    "price": pl.Float64(),
+    "margin": pl.Float64(),  # share of the price, 0 to 1
+    "available_from": pl.Int64(),  # same clock as the events' timestamp
+    "attributes": pl.List(pl.String()),
+}
+
+TimeKind = Literal["unix", "order", "none"]
+
+
+@dataclass(kw_only=True)
+class DatasetInfo:
+    """The contents of dataset.json."""
+
+    name: str
+    source: dict[str, Any]  # {"format": "s3rec", "files": ["Beauty.txt.gz", ...], ...}
+    time: TimeKind  # unix: milliseconds since 1970 UTC; order: place in the user's sequence; none: all 0
+    split: Literal["given"] | None = None
+    repeats: bool = False  # True where users return to the same items (groceries, sessions)
+    simulated: bool = False
+    num_users: int = 0
+    num_items: int = 0
+    num_events: int = 0
+    num_rejected: int = 0
+    rejected_reasons: dict[str, int] = field(default_factory=dict)
+    event_types: dict[str, int] = field(default_factory=dict)  # event type -> number of events
+    fingerprint: str = ""  # sha256 over events.parquet and items.parquet
+
+
+class DatasetError(ValueError):
+    """A data set directory that cannot be used, and why."""
+
+
+def fingerprint(directory: Path) -> str:
+    """Return the sha256 (hex) over events.parquet followed by items.parquet."""
+    digest = hashlib.sha256()
+    for name in ("events.parquet", "items.parquet"):
+        with (directory / name).open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_info(directory: Path, info: DatasetInfo) -> DatasetInfo:
+    """Write dataset.json with the fingerprint of the Parquet files that already stand beside it."""
+    info = dataclasses.replace(info, fingerprint=fingerprint(directory))
+    text = json.dumps(dataclasses.asdict(info), indent=2, ensure_ascii=False)
+    (directory / "dataset.json").write_text(text + "\n", encoding="utf-8")
+    return info
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set directory, opened; the tables are read lazily."""
+
+    directory: Path
+    info: DatasetInfo
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Dataset:
+        """Open a data set directory; raise DatasetError where it is none, or is damaged."""
+        directory = Path(directory)
+        for name in ("dataset.json", "events.parquet", "items.parquet"):
+            if not (directory / name).is_file():
+                raise DatasetError(
+                    f"{directory} is not a data set directory: {name} is missing; "
+                    "make one with `trirank import` or `trirank simulate`"
+                )
+        try:
+            raw = json.loads((directory / "dataset.json").read_text(encoding="utf-8"))
+            info = DatasetInfo(**raw)
+        except (json.JSONDecodeError, TypeError) as error:
+            raise DatasetError(f"{directory / 'dataset.json'} cannot be read: {error}") from error
+        dataset = cls(directory, info)
+        dataset._check_schema()
+        return dataset
+
+    @property
+    def events(self) -> pl.LazyFrame:
+        """The events, in file order (EVENT_SCHEMA)."""
+        return pl.scan_parquet(self.directory / "events.parquet")
+
+    @property
+    def items(self) -> pl.LazyFrame:
+        """The items, in row order: the first stands at row 1 of every table (ITEM_SCHEMA)."""
+        return pl.scan_parquet(self.directory / "items.parquet")
+
+    def _check_schema(self) -> None:
+        for file, frame, allowed, required in (
+            ("events.parquet", self.events, EVENT_SCHEMA, REQUIRED_EVENT_COLUMNS),
+            ("items.parquet", self.items, ITEM_SCHEMA, ("item_id",)),
+        ):
+            schema = frame.collect_schema()
+            for column in required:
+                if column not in schema:
+                    raise DatasetError(f"{self.directory / file} has no column {column!r}")
+            for column, dtype in schema.items():
+                if column in allowed and dtype != allowed[column]:
+                    raise DatasetError(
+                        f"{self.directory / file}: column {column!r} is {dtype}; expected {allowed[column]}"
+                    )
+
+
+__all__ = [
+    "EVENT_SCHEMA",
+    "EVENT_TYPES",
+    "ITEM_SCHEMA",
+    "REQUIRED_EVENT_COLUMNS",
+    "Dataset",
+    "DatasetError",
+    "DatasetInfo",
+    "TimeKind",
+    "fingerprint",
+    "write_info",
+]

@@ -1,0 +1,178 @@
+"""Lightning data modules: one per training stage, both over the same split of the same directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from training.data.graph import USER_ITEM, build_graph
+from training.data.sequences import SequenceBatch, make_sequences, sequence_batches
+from training.data.splits import Holdout, Split, SplitOptions, load_split
+
+
+class _StageData(L.LightningDataModule):
+    """What the stages share: the split, and questions for validation and test."""
+
+    def __init__(self, directory: Path, split: SplitOptions, max_validation_users: int) -> None:
+        super().__init__()
+        self.directory, self.options, self.max_validation_users = directory, split, max_validation_users
+
+    @cached_property
+    def split(self) -> Split:
+        """The split data set; read at first use, unless it was set before."""
+        return load_split(self.directory, self.options).split
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Yield QuestionBatch of the validation targets (a fixed random part of them where they are many)."""
+        holdout = self.split.validation
+        if len(holdout) > self.max_validation_users:
+            draw = np.random.default_rng(0).permutation(len(holdout))[: self.max_validation_users]
+            holdout = holdout.take(np.sort(draw))
+        return question_loader(holdout)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Yield QuestionBatch of the test targets."""
+        return question_loader(self.split.test)
+
+
+class RetrievalData(_StageData):
+    """The event graph, its edges in random batches, and questions.
+
+    Args:
+        directory: a data set directory (`trirank import`, `trirank simulate`).
+        split: how to cut it.
+        batch_size: edges of a step.
+        max_validation_users: most users asked at each validation.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        split: SplitOptions = SplitOptions(),  # noqa: B008 (frozen)
+        batch_size: int = 8192,
+        max_validation_users: int = 5000,
+    ) -> None:
+        super().__init__(directory, split, max_validation_users)
+        self.batch_size = batch_size
+
+    def setup(self, stage: str) -> None:
+        """Build the graph of the training events."""
+        self.graph = build_graph(self.split.train)
+        self.item_degrees = torch.from_numpy(self.split.train.item_counts()).float()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Yield [B, 2] int64 edges (user row, item row)."""
+        edges = self.graph[USER_ITEM].edge_index.T.contiguous()
+        return _ShuffledBatches(edges, self.batch_size)
+
+
+class _ShuffledBatches(DataLoader[Any]):
+    """Rows of one tensor in random batches; gathers a batch at once, where a DataLoader would row by row."""
+
+    def __init__(self, rows: Tensor, batch_size: int) -> None:
+        super().__init__(_Batched(rows, batch_size), batch_size=None)
+
+
+class _Batched(IterableDataset[Tensor]):
+    def __init__(self, rows: Tensor, batch_size: int) -> None:
+        self.rows, self.batch_size = rows, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in torch.split(torch.randperm(len(self.rows)), self.batch_size):
+            yield self.rows[batch]
+
+
+class RankingData(_StageData):
+    """Histories in batches of like length, and questions.
+
+    Args:
+        directory: a data set directory (`trirank import`, `trirank simulate`).
+        split: how to cut it.
+        batch_size: most histories of a step.
+        max_tokens: most events of a step, padding included; long histories get smaller batches.
+        history_length: newest events that the ranker sees. None: as many as 95% of the users have,
+            at least 50 and at most 200.
+        max_validation_users: most users asked at each validation.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        split: SplitOptions = SplitOptions(),  # noqa: B008 (frozen)
+        batch_size: int = 128,
+        max_tokens: int = 4096,
+        history_length: int | None = None,
+        max_validation_users: int = 10_000,
+    ) -> None:
+        super().__init__(directory, split, max_validation_users)
+        if history_length is not None and history_length < 1:
+            raise ValueError(f"history_length is {history_length}; expected 1 or more")
+        self.batch_size, self.max_tokens, self._history_length = batch_size, max_tokens, history_length
+
+    @property
+    def history_length(self) -> int:
+        """The newest events that the ranker sees."""
+        if self._history_length is not None:
+            return self._history_length
+        lengths = np.diff(self.split.train.offsets)
+        return int(np.clip(np.percentile(lengths[lengths > 0], 95), 50, 200))
+
+    def setup(self, stage: str) -> None:
+        """Cut the training histories into windows."""
+        split = self.split
+        self.sequences = make_sequences(split.train, self.history_length, repeats=split.repeats)
+        self.num_items = split.train.num_items
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Yield SequenceBatch."""
+        return DataLoader(_SequenceDataset(self), batch_size=None)
+
+
+class _SequenceDataset(IterableDataset[SequenceBatch]):
+    def __init__(self, data: RankingData) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[SequenceBatch]:
+        rng = np.random.default_rng(int(torch.randint(2**31, ())))  # follows the seed and the epoch
+        yield from sequence_batches(self.data.sequences, self.data.batch_size, self.data.max_tokens, rng)
+
+
+@dataclass  # not frozen: Lightning moves a batch's tensors in place
+class QuestionBatch:
+    """Some questions of a holdout; lists hold one array per question."""
+
+    users: NDArray[np.int32]  # [B]
+    histories: list[NDArray[np.int32]]  # item rows, oldest first, each whole
+    targets: list[NDArray[np.int32]]
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+
+def question_loader(holdout: Holdout, batch_size: int = 256) -> DataLoader[Any]:
+    """Yield all questions of a holdout, shortest history first, as QuestionBatch."""
+    length = holdout.ends - holdout.events.offsets[holdout.users]
+    order = torch.from_numpy(np.argsort(length, kind="stable"))
+
+    def collate(rows: list[tuple[Tensor]]) -> QuestionBatch:
+        questions = [int(row[0]) for row in rows]
+        return QuestionBatch(
+            holdout.users[questions],
+            [holdout.history(q).items for q in questions],
+            [holdout.target(q) for q in questions],
+        )
+
+    return DataLoader(TensorDataset(order), batch_size=batch_size, collate_fn=collate)

@@ -1,0 +1,122 @@
+"""Training sequences for a ranker: histories in batches of like length, with the items to predict.
+
+Shapes: B batch, T the longest history of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from training.data.interactions import NEGATIVE_EVENT, Interactions
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Windows of histories, ragged: item n of a window is the input of the one place behind it.
+
+    A user's events are cut from the end backwards into windows of `history_length` targets, so that every
+    event is learned from once, however long the history. Every window has something to predict.
+    """
+
+    items: NDArray[np.int32]  # [N] item rows; the first of each window is only input
+    is_target: NDArray[np.bool_]  # [N] whether the place may be predicted
+    starts: NDArray[np.int64]  # [W] a window's places are starts[w] to ends[w]
+    ends: NDArray[np.int64]  # [W]
+    has_start: NDArray[np.bool_]  # [W] whether the window begins where the user's history begins
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+
+def make_sequences(events: Interactions, history_length: int, *, repeats: bool = False) -> Sequences:
+    """Cut every user's events into windows.
+
+    An event that repeats the item just before it is dropped; an item that the user knows already stays in
+    the history and is not predicted, unless `repeats`.
+    """
+    kept = events.is_next_item
+    target = (np.ones(len(events), bool) if repeats else events.is_first_touch) & (
+        events.event_types != NEGATIVE_EVENT
+    )
+    target, events = target[kept], events.take(kept)
+    starts, ends, has_start = [], [], []
+    for first, end in zip(events.offsets[1:-1].tolist(), events.offsets[2:].tolist(), strict=True):
+        while end > first:
+            begins = end - first <= history_length
+            # A window that begins mid-history has one more place: its first item is input alone.
+            start = first if begins else end - history_length - 1
+            # A batch of windows with nothing to predict would have a loss of 0/0.
+            if target[start if begins else start + 1 : end].any():
+                starts.append(start)
+                ends.append(end)
+                has_start.append(begins)
+            end = first if begins else start + 1
+    return Sequences(
+        events.items,
+        target,
+        np.asarray(starts, np.int64),
+        np.asarray(ends, np.int64),
+        np.asarray(has_start, bool),
+    )
+
+
+@dataclass  # not frozen: Lightning moves a batch's tensors in place
+class SequenceBatch:
+    """One batch: histories and, for the start token and every event, the item that came next."""
+
+    history: Tensor  # [B, T] int64, padded on the left with 0
+    targets: Tensor  # [B, T+1] int64, 0 where nothing is to be predicted
+
+
+def sequence_batches(
+    sequences: Sequences, batch_size: int, max_tokens: int, rng: np.random.Generator | None
+) -> Iterator[SequenceBatch]:
+    """Yield every window once, in batches of like length.
+
+    Args:
+        sequences: the windows.
+        batch_size: most windows of a batch.
+        max_tokens: most places of a batch, padding included.
+        rng: shuffles which windows meet and the order of batches; None keeps one order.
+    """
+    length = sequences.ends - sequences.starts
+    # Ties of length are broken at random: short histories abound and must not always meet the same ones.
+    tie = rng.random(len(length)) if rng is not None else np.arange(len(length))
+    order = np.lexsort((tie, length))
+    batches: list[NDArray[np.int64]] = []
+    position = len(order)
+    while position > 0:  # from the longest, so that a batch's size follows from its first window
+        longest = int(length[order[position - 1]])
+        size = max(1, min(batch_size, max_tokens // longest))
+        batches.append(order[max(0, position - size) : position])
+        position -= size
+    if rng is not None:
+        rng.shuffle(batches)
+    for batch in batches:
+        yield _collate(sequences, batch)
+
+
+def _collate(sequences: Sequences, batch: NDArray[np.int64]) -> SequenceBatch:
+    starts, ends = sequences.starts[batch], sequences.ends[batch]
+    # The last item of a window is only a target, so the history is one shorter than the window.
+    width = max(1, int((ends - starts).max()) - 1)
+    # place[b, t]: which event stands at column t of the targets; below starts[b] it is padding.
+    place = ends[:, None] - 1 - np.arange(width, -1, -1)[None, :]
+    inside = place >= starts[:, None]
+    place = np.where(inside, place, 0)
+    items = np.where(inside, sequences.items[place], 0)
+    targets = np.where(inside & sequences.is_target[place], items, 0)
+    # A window that begins mid-history does not predict its first item, which the start token would have to.
+    first = inside & (place == starts[:, None]) & ~sequences.has_start[batch][:, None]
+    targets[first] = 0
+    # The state at column t follows the history up to column t-1. Behind padding alone that is the state of
+    # the start token (HybridRanker.states), from which a window's first item is predicted.
+    return SequenceBatch(
+        torch.from_numpy(items[:, :-1].astype(np.int64)), torch.from_numpy(targets.astype(np.int64))
+    )

@@ -1,0 +1,243 @@
+"""`trirank evaluate`: what the served artefacts find, stage by stage, ranked among all items.
+
+The questions come from the data set, split as the bundle was trained; the answers come from the bundle alone:
+its FAISS vectors, its ONNX ranker, its pipeline. Nothing of torch takes part.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from engine.arguments import ArgumentParser
+from engine.bundle import Bundle, resolve_bundle
+from engine.history import left_padded
+from engine.pipeline import RecommendationPipeline, Visitor, query_vector
+from training import metrics
+from training.data.splits import Holdout, SplitOptions, load_split
+
+LIST_LENGTH = 10  # of the lists that coverage, diversity and novelty look at
+SCORES_AT_ONCE = 20_000_000  # 80 MB of float32 scores
+
+STAGES = ("popularity", "retrieval", "ranking", "slate")
+
+
+def evaluate(
+    bundle: Bundle, data: Path, part: Literal["test", "validation"] = "test", max_users: int | None = None
+) -> dict[str, Any]:
+    """Return the metrics of every stage, as `trirank evaluate --json` writes them.
+
+    Items of a user's history take no part in a ranking, unless the data set says that repeats are normal.
+    Metrics are means over users; ties count by their expectation (training/metrics.py).
+
+    Args:
+        bundle: what to measure.
+        data: the data set directory that the bundle was trained on.
+        part: the questions to ask.
+        max_users: ask this many, drawn with a fixed seed; all where None.
+
+    Raises:
+        ValueError: the directory holds other data than the bundle was trained on.
+    """
+    manifest = bundle.manifest
+    loaded = load_split(data, SplitOptions(**manifest["recipe"]["split"]))
+    if loaded.info.fingerprint != manifest["data"]["fingerprint"]:
+        raise ValueError(
+            f"{data} is not the data that {bundle.path} was trained on: fingerprint "
+            f"{loaded.info.fingerprint[:12]}, expected {manifest['data']['fingerprint'][:12]}"
+        )
+    split = loaded.split
+    holdout = split.test if part == "test" else split.validation
+    if max_users is not None and max_users < len(holdout):
+        holdout = holdout.take(np.sort(np.random.default_rng(0).permutation(len(holdout))[:max_users]))
+
+    stages: dict[str, Callable[[_Questions], _Answers]] = {
+        "popularity": lambda q: _ranked(q, _popularity_scores(bundle, q)),
+        "retrieval": lambda q: _ranked(q, _retrieval_scores(bundle, q)),
+        "ranking": lambda q: _ranked(q, _ranking_scores(bundle, q)),
+        "slate": _slate_answers(RecommendationPipeline(bundle)),
+    }
+    if bundle.scorer is None:
+        del stages["ranking"]
+    cutoffs = sorted(
+        {5, 10, 20, 100, manifest["pipeline"]["num_ranked"], manifest["pipeline"]["num_candidates"]}
+    )
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    results: dict[str, Any] = {}
+    with Progress(*columns, console=console) as progress:
+        for name, answer in stages.items():
+            task = progress.add_task(name, total=len(holdout))
+            totals: list[dict[str, float]] = []
+            lists: list[NDArray[np.int32]] = []
+            for questions in _blocks(holdout, bundle.catalog.num_items, split.repeats):
+                answers = answer(questions)
+                totals += [metrics.accuracy(places, cutoffs) for places in answers.places]
+                lists += answers.lists
+                progress.advance(task, len(questions.histories))
+            results[name] = _means(totals, lists, bundle, split.train.num_users)
+    return {
+        "split": split.name,
+        "part": part,
+        "num_users": len(holdout),
+        "num_items": bundle.catalog.num_items,
+        "history_excluded": not split.repeats,
+        "bundle": bundle.version,
+        "data": manifest["data"],
+        "stages": list(results),
+        **{name: results.get(name) for name in STAGES},
+    }
+
+
+class _Questions:
+    """Some questions of a holdout, as the stages take them."""
+
+    def __init__(self, holdout: Holdout, rows: NDArray[np.int64], repeats: bool) -> None:
+        self.users = holdout.users[rows]
+        self.visitor_histories = [holdout.history(int(q)) for q in rows]
+        self.histories = [history.items for history in self.visitor_histories]
+        self.targets = [holdout.target(int(q)) for q in rows]
+        self.repeats = repeats
+
+
+class _Answers:
+    """Where the targets of each question stand, and the first items of each list."""
+
+    def __init__(self, places: list[metrics.Places], lists: list[NDArray[np.int32]]) -> None:
+        self.places, self.lists = places, lists
+
+
+def _blocks(holdout: Holdout, num_items: int, repeats: bool) -> Iterator[_Questions]:
+    # Questions of like length meet, so that short histories are not padded to the longest.
+    order = np.argsort(holdout.ends - holdout.events.offsets[holdout.users], kind="stable")
+    size = int(np.clip(SCORES_AT_ONCE // (num_items + 1), 1, 256))
+    for start in range(0, len(order), size):
+        yield _Questions(holdout, order[start : start + size], repeats)
+
+
+def _popularity_scores(bundle: Bundle, questions: _Questions) -> NDArray[np.float32]:
+    popularity = bundle.catalog.popularity.astype(np.float32)
+    return np.repeat(popularity[None], len(questions.histories), axis=0)
+
+
+def _retrieval_scores(bundle: Bundle, questions: _Questions) -> NDArray[np.float32]:
+    queries = np.zeros((len(questions.histories), bundle.index.dim), np.float32)
+    for query, user, history in zip(queries, questions.users, questions.visitor_histories, strict=True):
+        found = query_vector(bundle, Visitor(history, user_row=int(user)))
+        if found is not None:
+            query[:] = found
+    return bundle.index.scores(queries)
+
+
+def _ranking_scores(bundle: Bundle, questions: _Questions) -> NDArray[np.float32]:
+    assert bundle.scorer is not None
+    history = left_padded(questions.histories, bundle.scorer.history_length)
+    scores = np.empty((len(history), bundle.catalog.num_items + 1), np.float32)
+    scores[:, 1:] = bundle.scorer.score(history, np.arange(1, bundle.catalog.num_items + 1)[None])
+    return scores
+
+
+def _ranked(questions: _Questions, scores: NDArray[np.float32]) -> _Answers:
+    scores[:, 0] = -np.inf
+    if not questions.repeats:
+        for row, history in zip(scores, questions.histories, strict=True):
+            row[history] = -np.inf
+    places = [
+        metrics.places_by_score(row, target) for row, target in zip(scores, questions.targets, strict=True)
+    ]
+    length = min(LIST_LENGTH, scores.shape[1] - 1)
+    top = np.argpartition(-scores, length - 1, axis=1)[:, :length].astype(np.int32)
+    best = np.take_along_axis(scores, top, axis=1)
+    return _Answers(places, [rows[np.isfinite(s)] for rows, s in zip(top, best, strict=True)])
+
+
+def _slate_answers(pipeline: RecommendationPipeline) -> Callable[[_Questions], _Answers]:
+    limit = 50
+
+    def answer(questions: _Questions) -> _Answers:
+        slates = [
+            pipeline.recommend(Visitor(history, user_row=int(user)), limit).items.rows
+            for user, history in zip(questions.users, questions.visitor_histories, strict=True)
+        ]
+        places = [metrics.places_in_list(s, t) for s, t in zip(slates, questions.targets, strict=True)]
+        return _Answers(places, [slate[:LIST_LENGTH] for slate in slates])
+
+    return answer
+
+
+def _means(
+    totals: list[dict[str, float]], lists: list[NDArray[np.int32]], bundle: Bundle, num_users: int
+) -> dict[str, float]:
+    means = {key: float(np.mean([t[key] for t in totals])) for key in totals[0]} if totals else {}
+    diversity = [metrics.diversity(rows, bundle.item_vectors) for rows in lists]
+    novelty = [metrics.novelty(rows, bundle.catalog.popularity, num_users) for rows in lists]
+    return means | {
+        f"coverage@{LIST_LENGTH}": metrics.coverage(lists, bundle.catalog.num_items),
+        f"diversity@{LIST_LENGTH}": float(np.mean(diversity)) if diversity else 0.0,
+        f"novelty@{LIST_LENGTH}": float(np.mean(novelty)) if novelty else 0.0,
+    }
+
+
+def print_table(results: dict[str, Any], console: Console) -> None:
+    """Print the stages side by side."""
+    simulated = ", SIMULATED data" if results["data"]["simulated"] else ""
+    table = Table(
+        title=f"{results['data']['name']}{simulated}: {results['split']}, {results['part']}, "
+        f"{results['num_users']:,} users, all {results['num_items']:,} items ranked"
+    )
+    table.add_column("stage")
+    largest = max(int(key.split("@")[1]) for key in results["popularity"])
+    shown = ["recall@10", "ndcg@10", "mrr@10", "recall@20", "recall@500", f"recall@{largest}"]
+    shown = [key for key in dict.fromkeys(shown) if key in results["popularity"]]
+    shown += [
+        key for key in results["popularity"] if key.split("@")[0] in ("coverage", "diversity", "novelty")
+    ]
+    for key in shown:
+        table.add_column(key, justify="right")
+    for stage in results["stages"]:
+        table.add_row(stage, *(f"{results[stage][key]:.4f}" for key in shown))
+    console.print(table)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `trirank evaluate`: a table on stdout, or JSON with `--json -`."""
+    parser = ArgumentParser(prog="trirank evaluate", description=__doc__)
+    parser.add_argument("bundle", type=Path, help="A bundle, or a directory of bundles: the newest one.")
+    parser.add_argument("--data", type=Path, required=True, help="The data set directory it was trained on.")
+    parser.add_argument(
+        "--json", type=str, default=None, help="File for all metrics; - for stdout, no table."
+    )
+    parser.add_argument(
+        "--part", type=Literal["test", "validation"], default="test", help="Tune on validation, report test."
+    )
+    parser.add_argument("--max_users", type=int, default=None, help="Ask a fixed random part of the users.")
+    options = parser.parse_args(argv)
+    try:
+        if options.max_users is not None and options.max_users < 1:
+            raise ValueError(f"max_users is {options.max_users}; expected 1 or more")
+        bundle = Bundle.load(resolve_bundle(options.bundle), num_threads=2)
+        results = evaluate(bundle, options.data, options.part, options.max_users)
+    except (ValueError, OSError) as error:
+        print(f"trirank evaluate: {error}", file=sys.stderr)
+        return 2
+    text = json.dumps(results, indent=2)
+    if options.json == "-":
+        print(text)
+        return 0
+    if options.json is not None:
+        Path(options.json).write_text(text + "\n", encoding="utf-8")
+    print_table(results, Console(width=None if sys.stdout.isatty() else 160))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

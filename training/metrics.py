@@ -1,0 +1,173 @@
+"""Metrics of rankings: pure functions, the only definition of each.
+
+Ties never favour the target. Where items share a score, every order of them is equally likely, and a metric
+is its expectation over these orders, in closed form: a model that scores all alike gets what chance gets.
+
+Shapes: I items, R targets of a question, K cutoffs, L length of a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a question's targets stand in a ranking: somewhere in first[r] .. first[r] + width[r] - 1."""
+
+    first: NDArray[np.int64]  # [R] how many items score higher (0 is the top)
+    width: NDArray[np.int64]  # [R] how many items share the target's score, itself included
+
+
+NOWHERE = np.iinfo(np.int64).max // 2
+
+
+def places_by_score(scores: FloatArray, targets: NDArray[np.int32]) -> Places:
+    """Return where the targets stand when all items are ranked by score.
+
+    Args:
+        scores: [I+1], -inf where an item takes no part in the ranking (padding, items of the history).
+            NaN is an error.
+        targets: [R] item rows; a target that takes no part stands nowhere.
+    """
+    if np.isnan(scores).any():
+        raise ValueError("scores hold NaN; expected numbers, or -inf for items that take no part")
+    wanted = scores[targets][:, None]
+    first = (scores[None, :] > wanted).sum(1)
+    width = (scores[None, :] == wanted).sum(1)
+    out = np.isneginf(wanted[:, 0])
+    return Places(np.where(out, NOWHERE, first).astype(np.int64), np.where(out, 1, width).astype(np.int64))
+
+
+def places_in_list(ranked: NDArray[np.int32], targets: NDArray[np.int32]) -> Places:
+    """Return where the targets stand in a list of item rows, best first; nowhere where they are not in it."""
+    found = ranked[None, :] == targets[:, None]
+    first = np.where(found.any(1), found.argmax(1) if len(ranked) else 0, NOWHERE)
+    return Places(first.astype(np.int64), np.ones(len(targets), np.int64))
+
+
+def recall(places: Places, cutoff: int) -> float:
+    """Return the share of targets among the first `cutoff` items."""
+    return float(np.mean(_inside(places, cutoff) / places.width))
+
+
+def ndcg(places: Places, cutoff: int) -> float:
+    """Return the normalized discounted cumulative gain with binary gains (Jarvelin and Kekalainen 2002).
+
+    Discount 1 / log2(place + 2) with place 0 at the top; ideal: the targets fill the first places.
+    """
+    discounts = 1.0 / np.log2(np.arange(2, cutoff + 2))
+    gains = np.concatenate([[0.0], np.cumsum(discounts)])  # of the first n places
+    begin = np.minimum(places.first, cutoff)
+    gain = (gains[begin + _inside(places, cutoff)] - gains[begin]) / places.width
+    return float(gain.sum() / gains[min(len(places.first), cutoff)])
+
+
+def mrr(places: Places, cutoff: int) -> float:
+    """Return the reciprocal of the first target's place (1 at the top), 0 beyond `cutoff`."""
+    start, share = _first_hit(places, cutoff)
+    return float((share / (start + 1 + np.arange(len(share)))).sum())
+
+
+def hit(places: Places, cutoff: int) -> float:
+    """Return 1 where any target is among the first `cutoff` items, else 0 (in expectation over ties)."""
+    return float(_first_hit(places, cutoff)[1].sum())
+
+
+def _inside(places: Places, cutoff: int) -> NDArray[np.int64]:
+    """How many of the places a target may take lie before the cutoff."""
+    inside: NDArray[np.int64] = np.clip(cutoff - places.first, 0, places.width)
+    return inside
+
+
+def _first_hit(places: Places, cutoff: int) -> tuple[int, FloatArray]:
+    """The first place that the best target may take, and the chance of the first hit at it and at each next.
+
+    Of `width` tied items, `tied` are targets. That none of the first p is one has the chance
+    (width - tied)(width - tied - 1)... / width (width - 1)..., p factors each.
+    """
+    start = int(places.first.min())
+    best = places.first == start
+    width, tied = int(places.width[best][0]), int(best.sum())
+    depth = max(0, min(cutoff - start, width - tied + 1))
+    step = np.arange(depth)
+    miss = (width - tied - step) / (width - step)
+    none_yet = np.cumprod(np.concatenate([[1.0], miss]))[:depth]
+    return start, none_yet * tied / (width - step)
+
+
+METRICS = {"recall": recall, "ndcg": ndcg, "mrr": mrr, "hit": hit}
+
+
+def accuracy(places: Places, cutoffs: Sequence[int]) -> dict[str, float]:
+    """Return every accuracy metric of one question at every cutoff, as {"recall@5": ...}."""
+    return {f"{name}@{k}": metric(places, k) for name, metric in METRICS.items() for k in cutoffs}
+
+
+def coverage(lists: Iterable[NDArray[np.int32]], num_items: int) -> float:
+    """Return the share of the catalog's items that stand in at least one of the lists."""
+    shown = {int(row) for ranked in lists for row in ranked}
+    return len(shown) / num_items if num_items else 0.0
+
+
+def diversity(ranked: NDArray[np.int32], item_vectors: NDArray[np.float32]) -> float:
+    """Return the intra-list diversity: the mean of 1 - cosine over all pairs (Ziegler et al. 2005).
+
+    Args:
+        ranked: [L] item rows; fewer than two give 0.
+        item_vectors: [I+1, D]; a zero vector is orthogonal to every other.
+    """
+    if len(ranked) < 2:
+        return 0.0
+    vectors = item_vectors[ranked].astype(np.float64)
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
+    total = vectors.sum(0)
+    pairs = len(ranked) * (len(ranked) - 1)
+    return float(1.0 - (total @ total - (vectors * vectors).sum()) / pairs)
+
+
+def novelty(ranked: NDArray[np.int32], popularity: NDArray[np.int64], num_users: int) -> float:
+    """Return the mean self-information -log2(share of users who know the item) (Vargas and Castells 2011).
+
+    Args:
+        ranked: [L] item rows; an empty list gives 0.
+        popularity: [I+1] how many users touched the item in training; 0 counts as 1.
+        num_users: users in training.
+    """
+    if not len(ranked):
+        return 0.0
+    share = np.maximum(popularity[ranked], 1) / max(num_users, 1)
+    return float(np.mean(-np.log2(share)))
+
+
+def mean_accuracy(
+    scores: NDArray[np.float32],
+    histories: Sequence[NDArray[np.int32]],
+    targets: Sequence[NDArray[np.int32]],
+    cutoffs: Sequence[int],
+    *,
+    repeats: bool = False,
+) -> dict[str, float]:
+    """Return the mean of every accuracy metric over some questions, all items ranked.
+
+    Args:
+        scores: [Q, I+1]; changed in place: padding and, unless `repeats`, each history's items become -inf.
+        histories: Q arrays of item rows.
+        targets: Q arrays of item rows.
+        cutoffs: the K of the metrics.
+        repeats: whether items of the history take part in the ranking.
+    """
+    scores[:, 0] = -np.inf
+    results = []
+    for row, history, target in zip(scores, histories, targets, strict=True):
+        if not repeats:
+            row[history] = -np.inf
+        results.append(accuracy(places_by_score(row, target), cutoffs))
+    return {key: float(np.mean([r[key] for r in results])) for key in results[0]} if results else {}

@@ -1,0 +1,20 @@
+"""Stage two as a Lightning script: `python -m training.ranking fit|validate|test --data.directory DIR`.
+
+With `--model.embeddings FILE` the ranker stands on the vectors of stage one; without it, it is the sequence
+model alone.
+"""
+
+from __future__ import annotations
+
+from training.data.modules import RankingData
+from training.ranking_module import RankingModule
+from training.stages import StageCLI, default_precision
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    StageCLI("ranking", RankingModule, RankingData, argv, trainer_defaults={"precision": default_precision()})
+
+
+if __name__ == "__main__":
+    main()

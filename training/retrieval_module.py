@@ -1,0 +1,112 @@
+"""Stage one of training: a graph encoder fitted to the event graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import lightning as L
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch_geometric.data import HeteroData
+
+from retrieval.encoders.lightgcn import LightGCN
+from retrieval.fold_in import fold_in
+from training.data.modules import QuestionBatch, RetrievalData
+from training.losses import embedding_l2, sampled_softmax_loss
+from training.metrics import mean_accuracy
+
+
+class RetrievalModule(L.LightningModule):
+    """Fits a GraphEncoder: each training edge against negatives drawn uniformly from the catalog.
+
+    Validation asks what serving asks: the nearest items to the vector folded in from a history.
+
+    Args:
+        encoder: makes the GraphEncoder from the graph; in YAML a class path and its keywords.
+        learning_rate: of Adam.
+        l2: weight of the regulariser on the initial embeddings of a batch's users and items.
+        num_negatives: drawn anew at each step and shared by the batch.
+    """
+
+    encoder: nn.Module
+
+    def __init__(
+        self,
+        encoder: Callable[[HeteroData], nn.Module] = LightGCN,
+        learning_rate: float = 5e-3,
+        l2: float = 3e-3,
+        num_negatives: int = 2048,
+    ) -> None:
+        super().__init__()
+        self.make_encoder = encoder
+        self.learning_rate, self.l2, self.num_negatives = learning_rate, l2, num_negatives
+
+    @property
+    def data(self) -> RetrievalData:
+        """The data module of the run."""
+        data: RetrievalData = self.trainer.datamodule  # type: ignore[attr-defined]
+        return data
+
+    def configure_model(self) -> None:
+        """Make the encoder, now that the graph is known."""
+        if not hasattr(self, "encoder"):
+            self.encoder = self.make_encoder(self.data.graph)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return Adam over the encoder's parameters."""
+        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+
+    def training_step(self, edges: Tensor, batch_index: int) -> Tensor:
+        """Return the loss of a batch of edges [B, 2] int64 (user row, item row)."""
+        users, items = edges.T
+        vectors = self.encoder(self.data.graph)
+        num_items = len(vectors["item"]) - 1
+        negatives = torch.randint(1, num_items + 1, (self.num_negatives,), device=edges.device)
+        ranking = sampled_softmax_loss(vectors["user"][users], vectors["item"], items, negatives)
+        initial = self.encoder.initial_vectors()  # type: ignore[operator]
+        loss = ranking + self.l2 * embedding_l2(initial["user"][users], initial["item"][items])
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(edges))
+        return loss
+
+    @torch.no_grad()
+    def item_vectors(self) -> NDArray[np.float32]:
+        """Return the item vectors [I+1, D]; zero for padding and for items without an edge."""
+        vectors: NDArray[np.float32] = self.encoder(self.data.graph)["item"].float().cpu().numpy().copy()
+        vectors[self.data.item_degrees.numpy() == 0] = 0.0
+        return vectors
+
+    @torch.no_grad()
+    def vectors(self) -> dict[str, NDArray[np.float32]]:
+        """Return what later stages need: item_vectors [I+1, D], user_vectors [U+1, D], item_degrees [I+1]."""
+        users: NDArray[np.float32] = self.encoder(self.data.graph)["user"].float().cpu().numpy().copy()
+        users[0] = 0.0
+        return {
+            "item_vectors": self.item_vectors(),
+            "user_vectors": users,
+            "item_degrees": self.data.item_degrees.numpy(),
+        }
+
+    def on_validation_epoch_start(self) -> None:
+        """Propagate once for the whole epoch."""
+        self._item_vectors = self.item_vectors()
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: QuestionBatch, batch_index: int) -> None:
+        """Log the metrics of a batch of questions, all items ranked."""
+        self._log_accuracy(batch, "val")
+
+    def test_step(self, batch: QuestionBatch, batch_index: int) -> None:
+        """Log the metrics of a batch of questions, all items ranked."""
+        self._log_accuracy(batch, "test")
+
+    def _log_accuracy(self, batch: QuestionBatch, part: str) -> None:
+        items, degrees = self._item_vectors, self.data.item_degrees.numpy()
+        queries = np.stack([fold_in(items, degrees, history) for history in batch.histories])
+        metrics = mean_accuracy(
+            queries @ items.T, batch.histories, batch.targets, (20,), repeats=self.data.split.repeats
+        )
+        for name in ("recall@20", "ndcg@20"):
+            self.log(f"{part}_{name}", metrics[name], prog_bar=True, batch_size=len(batch), sync_dist=True)

@@ -1,0 +1,183 @@
+"""Running one training stage: callbacks, loggers, resume and the best weights, the same for both."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from engine.arguments import SuggestKeys
+
+MONITOR = {"retrieval": "val_recall@20", "ranking": "val_ndcg@10"}  # what each stage keeps the best of
+
+
+class EpochReport(Callback):
+    """One line on stderr per epoch: loss, validation metrics, seconds, and which epoch is the best."""
+
+    def __init__(self, stage: str, monitor: str) -> None:
+        self.stage, self.monitor = stage, monitor
+        self.best = float("-inf")
+        self.started = 0.0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self.started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the line."""
+        metrics = trainer.callback_metrics
+        value = float(metrics.get(self.monitor, float("nan")))
+        mark = "  best" if value > self.best else ""
+        self.best = max(self.best, value)
+        figures = "  ".join(
+            f"{name} {float(metrics[name]):.4f}" for name in sorted(metrics) if "epoch" not in name
+        )
+        seconds = time.perf_counter() - self.started
+        print(
+            f"{self.stage} epoch {trainer.current_epoch}  {figures}  {seconds:.1f} s{mark}",
+            file=sys.stderr,
+        )
+
+
+class StageParser(SuggestKeys, LightningArgumentParser):
+    """Lightning's parser, with the nearest key in its errors."""
+
+
+class StageCLI(LightningCLI):
+    """LightningCLI with our defaults: devices, strategy, precision, callbacks and loggers are the user's."""
+
+    def __init__(
+        self,
+        stage: str,
+        module: type[L.LightningModule],
+        data: type[L.LightningDataModule],
+        argv: list[str] | None,
+        trainer_defaults: dict[str, Any],
+    ) -> None:
+        quiet_lightning()
+        super().__init__(
+            module,
+            data,
+            args=argv,
+            trainer_defaults={
+                "max_epochs": 60,
+                "enable_model_summary": False,
+                "enable_progress_bar": sys.stderr.isatty(),
+                "callbacks": default_callbacks(stage, MONITOR[stage], patience=4),
+                **trainer_defaults,
+            },
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Return the parser of one subcommand."""
+        kwargs.setdefault("dump_header", [f"lightning.pytorch=={L.__version__}"])
+        return StageParser(**kwargs, allow_abbrev=False)
+
+
+def default_callbacks(
+    stage: str, monitor: str, patience: int, directory: Path | None = None
+) -> list[Callback]:
+    """Return early stopping, checkpoints of the best and the last epoch, and progress on stderr."""
+    callbacks: list[Callback] = [
+        EarlyStopping(monitor=monitor, mode="max", patience=patience),
+        ModelCheckpoint(
+            dirpath=directory,
+            filename="best",
+            monitor=monitor,
+            mode="max",
+            save_last=True,
+            enable_version_counter=False,
+        ),
+        EpochReport(stage, monitor),
+    ]
+    if sys.stderr.isatty():
+        callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
+    return callbacks
+
+
+def default_precision() -> str:
+    """Return bf16-mixed where the hardware multiplies bfloat16 faster than float32, else 32-true."""
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    capabilities: Mapping[str, Any] = torch.cpu.get_capabilities()
+    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
+    return "bf16-mixed" if fast else "32-true"
+
+
+def fit_stage(
+    stage: str,
+    module: L.LightningModule,
+    data: L.LightningDataModule,
+    directory: Path,
+    trainer_options: Mapping[str, Any],
+    *,
+    patience: int,
+    resume: bool,
+) -> float:
+    """Fit a module, load its best weights into it and return the best validation metric.
+
+    Args:
+        stage: name on the progress lines.
+        module: the Lightning module; holds the best weights afterwards.
+        data: its data module.
+        directory: gets `last.ckpt`, `best.ckpt` and the logs (CSV and TensorBoard).
+        trainer_options: keywords of lightning.Trainer; callbacks are added to ours, a logger replaces ours.
+        patience: validations without a better one before training stops.
+        resume: go on from `last.ckpt` where there is one.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    options = dict(trainer_options)
+    callbacks = default_callbacks(stage, MONITOR[stage], patience, directory) + list(
+        options.pop("callbacks") or []
+    )
+    loggers = options.pop("logger")
+    if loggers is None or loggers is True:
+        loggers = [CSVLogger(directory, name="csv"), TensorBoardLogger(directory, name="tensorboard")]
+    if options.get("enable_progress_bar") is None:
+        options["enable_progress_bar"] = sys.stderr.isatty()
+    trainer = L.Trainer(**options, callbacks=callbacks, logger=loggers)
+    last = directory / "last.ckpt"
+    trainer.fit(
+        module, datamodule=data, ckpt_path=last if resume and last.is_file() else None, weights_only=True
+    )
+    if trainer.interrupted:
+        raise KeyboardInterrupt  # Lightning ends quietly; the caller must not go on
+    load_best(module, trainer)
+    best = trainer.checkpoint_callback.best_model_score  # type: ignore[union-attr]
+    return float(best)
+
+
+def load_best(module: L.LightningModule, trainer: L.Trainer) -> None:
+    """Put the weights of a run's best checkpoint into its module, on the CPU and in evaluation mode."""
+    checkpoint = trainer.checkpoint_callback
+    if not isinstance(checkpoint, ModelCheckpoint) or not checkpoint.best_model_path:
+        raise ValueError("the run never reached a validation; max_epochs must be at least 1")
+    state = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
+    module.load_state_dict(state)
+    module.cpu().eval()
+
+
+def quiet_lightning() -> None:
+    """Keep the trainer's notices off the screen: EpochReport tells what matters."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for text in (
+        ".*does not have many workers.*",
+        ".*IterableDataset. has `__len__`.*",
+        ".*smaller than the logging interval.*",
+        ".*exists and is not empty.*",
+        ".*LeafSpec.*",
+        ".*Sparse invariant checks.*",
+    ):
+        warnings.filterwarnings("ignore", text)

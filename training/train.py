@@ -1,0 +1,221 @@
+"""`trirank train`: data set directory -> graph encoder -> ranker -> bundle. Forward only, and resumable."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser
+from safetensors.numpy import load_file, save_file
+
+from ranking.ranker import HybridRanker
+from training.data.dataset import Dataset
+from training.data.modules import RankingData, RetrievalData
+from training.data.splits import SplitData, SplitOptions, load_split
+from training.export import DEFAULT_POLICY, export_bundle
+from training.ranking_module import RankingModule
+from training.retrieval_module import RetrievalModule
+from training.stages import StageParser, default_precision, fit_stage, quiet_lightning
+
+DESCRIPTION = """\
+Train both stages on a data set directory and publish a bundle.
+
+Stage one fits LightGCN to the graph of training events; stage two fits a Transformer ranker to the histories,
+on the vectors of stage one. Each stage keeps its best epoch on validation; test events are never read. The
+bundle is verified (ONNX against torch, FAISS against brute force) before it appears in OUT.
+
+  trirank train data/beauty --out bundles
+  trirank train data/beauty --out bundles --ranking.model.encoder.dim 64 --ranking.trainer.max_epochs 20
+  trirank train data/beauty --out bundles --print_config > recipe.yaml
+  trirank train data/beauty --out bundles --config recipe.yaml
+"""
+
+
+@dataclass(kw_only=True)
+class PipelineOptions:
+    """How the bundle is served.
+
+    Attributes:
+        num_candidates: items that retrieval hands to the ranker.
+        num_ranked: best of them that the rules see.
+        default_limit: length of a slate where the request does not say.
+        policy: the rules, in order.
+    """
+
+    num_candidates: int = 1000
+    num_ranked: int = 500
+    default_limit: int = 10
+    policy: list[dict[str, Any]] = field(default_factory=lambda: [dict(rule) for rule in DEFAULT_POLICY])
+
+
+def build_parser() -> LightningArgumentParser:
+    """Return the parser of `trirank train`."""
+    parser = StageParser(prog="trirank train", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument(
+        "dataset", type=Path, help="Data set directory (`trirank import`, `trirank simulate`)."
+    )
+    parser.add_argument("--config", action="config", help="Recipe (YAML); options after it take precedence.")
+    parser.add_argument("--out", type=Path, default=Path("bundles"), help="Directory of bundles.")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="Directory of checkpoints and logs.")
+    parser.add_argument(
+        "--resume",
+        type=bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="Go on with the newest run of the same data set and settings that was cut short.",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Of everything random.")
+    parser.add_class_arguments(SplitOptions, "split")
+    for stage, module, data in (
+        ("retrieval", RetrievalModule, RetrievalData),
+        ("ranking", RankingModule, RankingData),
+    ):
+        parser.add_argument(
+            f"--{stage}.patience", type=int, default=4, help="Validations without a better one until the end."
+        )
+        parser.add_class_arguments(module, f"{stage}.model", skip={"embeddings"})
+        parser.add_class_arguments(data, f"{stage}.data", skip={"directory", "split"}, instantiate=False)
+        parser.add_lightning_class_args(L.Trainer, f"{stage}.trainer")
+        parser.set_defaults(
+            {
+                f"{stage}.trainer.max_epochs": 60,
+                f"{stage}.trainer.enable_model_summary": False,
+                f"{stage}.trainer.num_sanity_val_steps": 0,
+                f"{stage}.trainer.log_every_n_steps": 1000,
+            }
+        )
+    parser.set_defaults({"ranking.trainer.precision": default_precision()})
+    parser.add_class_arguments(PipelineOptions, "pipeline")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `trirank train`: the bundle's directory on stdout, progress on stderr."""
+    parser = build_parser()
+    config = parser.parse_args(argv)
+    recipe = json.loads(parser.dump(config, format="json"))
+    # What to run, not where: a run is resumed, and a bundle reproduced, by these alone.
+    recipe = {
+        key: value
+        for key, value in recipe.items()
+        if key not in ("config", "dataset", "out", "runs", "resume")
+    }
+    quiet_lightning()
+    try:
+        bundle = train(
+            config.dataset, config.out, config.runs, config.resume, recipe, parser.instantiate(config)
+        )
+    except KeyboardInterrupt:
+        _say("interrupted; go on with the same command and --resume")
+        return 130
+    except ValueError as error:
+        _say(f"error: {error}")
+        return 2
+    print(bundle)
+    return 0
+
+
+def train(directory: Path, out: Path, runs: Path, resume: bool, recipe: dict[str, Any], options: Any) -> Path:
+    """Train both stages and return the published bundle's directory.
+
+    Args:
+        directory: data set directory.
+        out: directory of bundles.
+        runs: directory of runs.
+        resume: go on with the newest unfinished run of the same recipe and data.
+        recipe: the settings as plain data.
+        options: the settings as objects, as build_parser's parser instantiates them.
+    """
+    dataset = Dataset.open(directory)
+    data = load_split(directory, options.split)
+    run = _run_directory(runs, dataset, recipe, resume)
+    split = data.split
+    _say(
+        f"{data.info.name}{' (SIMULATED)' if data.info.simulated else ''}: "
+        f"{len(split.train):,} training events, {split.train.num_users:,} users, "
+        f"{split.train.num_items:,} items; split {split.name}, "
+        f"{len(split.validation):,} validation and {len(split.test):,} test users; run {run}"
+    )
+    metrics: dict[str, Any] = {}
+
+    embeddings = run / "embeddings.safetensors"
+    if resume and embeddings.is_file():
+        _say("retrieval: already trained in this run")
+    else:
+        L.seed_everything(recipe["seed"], verbose=False)
+        graph_data: RetrievalData = _with_split(
+            RetrievalData(directory, **options.retrieval.data.as_dict()), data
+        )
+        graph_module = options.retrieval.model
+        metrics["retrieval"] = fit_stage(
+            "retrieval", graph_module, graph_data, run / "retrieval", options.retrieval.trainer.as_dict(),
+            patience=options.retrieval.patience, resume=resume,
+        )  # fmt: skip
+        save_file(graph_module.vectors(), embeddings)
+    vectors = load_file(embeddings)
+
+    ranker: HybridRanker | None = None
+    if split.ordered:
+        L.seed_everything(recipe["seed"], verbose=False)
+        ranking_data: RankingData = _with_split(
+            RankingData(directory, **options.ranking.data.as_dict()), data
+        )
+        ranking_module = options.ranking.model
+        ranking_module.embeddings = embeddings
+        metrics["ranking"] = fit_stage(
+            "ranking", ranking_module, ranking_data, run / "ranking", options.ranking.trainer.as_dict(),
+            patience=options.ranking.patience, resume=resume,
+        )  # fmt: skip
+        ranker = ranking_module.ranker
+    else:
+        _say("ranking: left out, the events of this data set have no order")
+
+    _say("export: writing and verifying the bundle")
+    pipeline = recipe["pipeline"]
+    bundle = export_bundle(
+        out, dataset, data, vectors, ranker,
+        pipeline={key: pipeline[key] for key in ("num_candidates", "num_ranked", "default_limit")},
+        policy=pipeline["policy"], recipe=recipe, metrics={"validation": metrics},
+    )  # fmt: skip
+    (run / "bundle.txt").write_text(f"{bundle}\n", encoding="utf-8")
+    return bundle
+
+
+def _with_split(data: Any, loaded: SplitData) -> Any:
+    data.split = loaded.split  # read once for both stages
+    return data
+
+
+def _run_directory(runs: Path, dataset: Dataset, recipe: dict[str, Any], resume: bool) -> Path:
+    """Return a new run directory, or the newest unfinished one of the same recipe and data."""
+    record = {"fingerprint": dataset.info.fingerprint, "recipe": recipe}
+    prefix = dataset.directory.resolve().name
+    if resume:
+        for run in sorted(runs.glob(f"{prefix}-*"), reverse=True):
+            started = run / "run.json"
+            if not started.is_file() or (run / "bundle.txt").is_file():
+                continue
+            if json.loads(started.read_text(encoding="utf-8")) == record:
+                return run
+        raise ValueError(
+            f"--resume: {runs} has no unfinished run of {dataset.directory} with these settings; "
+            "start without --resume"
+        )
+    run = runs / f"{prefix}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return run
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
