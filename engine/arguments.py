@@ -32,10 +32,13 @@ class SuggestKeys:
 
 
 class ArgumentParser(SuggestKeys, jsonargparse.ArgumentParser):
-    """The parser of every trirank command; options are never abbreviated."""
+    """The parser of every trirank command: never abbreviated options, and `--config` with `--print_config`."""
 
     def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+        self.add_argument(
+            "--config", action="config", help="Options from a YAML file; those after it take precedence."
+        )
 
 
 def nearest(unknown: Iterable[str], known: Iterable[str]) -> str:

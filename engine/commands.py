@@ -37,9 +37,7 @@ stdout = Console(highlight=False)
 
 def serve(argv: list[str]) -> int:
     """Answer gRPC requests from a bundle until SIGTERM or SIGINT."""
-    parser = ArgumentParser(
-        allow_abbrev=False, prog="trirank serve", description=serve.__doc__, allow_abbrev=False
-    )
+    parser = ArgumentParser(prog="trirank serve", description=serve.__doc__)
     parser.add_argument("bundle", type=Path, help="a bundle, or a directory of bundles: the newest is served")
     parser.add_argument(
         "--address", type=str, default=DEFAULT_ADDRESS, help="host:port to listen on; port 0 takes a free one"
@@ -81,9 +79,7 @@ def serve(argv: list[str]) -> int:
 
 def inspect(argv: list[str]) -> int:
     """Show what a bundle is, after checking the checksum of each of its files."""
-    parser = ArgumentParser(
-        allow_abbrev=False, prog="trirank inspect", description=inspect.__doc__, allow_abbrev=False
-    )
+    parser = ArgumentParser(prog="trirank inspect", description=inspect.__doc__)
     parser.add_argument("bundle", type=Path, help="a bundle, or a directory of bundles: the newest is shown")
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
     args = parser.parse_args(argv)
@@ -107,9 +103,7 @@ def inspect(argv: list[str]) -> int:
 
 def recommend(argv: list[str]) -> int:
     """Ask a running server for the best items for a visitor."""
-    parser = ArgumentParser(
-        allow_abbrev=False, prog="trirank recommend", description=recommend.__doc__, allow_abbrev=False
-    )
+    parser = ArgumentParser(prog="trirank recommend", description=recommend.__doc__)
     _add_visitor_arguments(parser)
     _add_slate_arguments(parser)
     _add_client_arguments(parser)
@@ -127,9 +121,7 @@ def recommend(argv: list[str]) -> int:
 
 def similar(argv: list[str]) -> int:
     """Ask a running server for the items nearest to an item."""
-    parser = ArgumentParser(
-        allow_abbrev=False, prog="trirank similar", description=similar.__doc__, allow_abbrev=False
-    )
+    parser = ArgumentParser(prog="trirank similar", description=similar.__doc__)
     parser.add_argument("item", type=str, help="id of the item")
     _add_slate_arguments(parser)
     _add_client_arguments(parser)
@@ -144,9 +136,7 @@ def similar(argv: list[str]) -> int:
 
 def rank(argv: list[str]) -> int:
     """Ask a running server to put given items in order for a visitor."""
-    parser = ArgumentParser(
-        allow_abbrev=False, prog="trirank rank", description=rank.__doc__, allow_abbrev=False
-    )
+    parser = ArgumentParser(prog="trirank rank", description=rank.__doc__)
     parser.add_argument("candidates", type=str, nargs="+", help="ids of the items to put in order")
     _add_visitor_arguments(parser)
     _add_client_arguments(parser)

@@ -54,8 +54,8 @@ class GraphCrossAttention(nn.Module):
         query = self.query(states)
         key, value = self.key_value(self.dropout(graph_vectors)).chunk(2, dim=-1)
         user_key, user_value = self.user_key_value(self.dropout(user)).chunk(2, dim=-1)
-        # Padding sees the start token, as that does itself, and not itself too: both have one state. No row is
-        # left with nothing to look at, since the user is always there.
+        # Padding sees the start token, as that does itself, but not itself too: both have one state. No row
+        # is left with nothing to look at, since the user is always there.
         visible = causal_mask(items) & (items > 0)[:, None]
         to_items = (query @ key.transpose(1, 2)).masked_fill(~visible, -torch.inf)
         to_user = (query * user_key).sum(-1, keepdim=True)

@@ -10,59 +10,15 @@ from torch.nn import functional
 
 
 def full_softmax_loss(states: Tensor, item_vectors: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean of -log softmax(states @ item_vectors[1:].T)[target]: cross-entropy over the catalog.
-
-    The logits never exist at once: they are made, turned into the gradient and dropped by chunks of
-    examples, so memory grows with the catalog and not with batch times catalog. Products run in bfloat16
-    under autocast, sums and exponentials in float32.
+    """Return the mean cross-entropy over the whole catalog: -log softmax over items of state . item.
 
     Args:
         states: [B, D].
         item_vectors: [I+1, D]; row 0 is padding and takes no part.
         targets: [B] int64, item rows 1..I.
     """
-    result: Tensor = _LinearCrossEntropy.apply(states, item_vectors, targets)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of a linear layer, with the gradient worked out in the forward pass."""
-
-    CHUNK_ELEMENTS = 4_000_000  # logits at a time: 16 MB of float32, about what a CPU's caches hold
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, item_vectors: Tensor, targets: Tensor) -> Tensor:
-        device = states.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
-        with torch.autocast(device, enabled=False):
-            x, table = states.to(dtype), item_vectors.to(dtype)
-            loss = states.new_zeros((), dtype=torch.float32)
-            grad_states = torch.empty_like(x)
-            grad_table = torch.zeros_like(item_vectors, dtype=torch.float32)
-            step = max(1, _LinearCrossEntropy.CHUNK_ELEMENTS // len(table))
-            for start in range(0, len(x), step):
-                chunk, target = x[start : start + step], targets[start : start + step, None]
-                logits = (chunk @ table.T).float()
-                logits[:, 0] = -torch.inf
-                peak = logits.amax(1, keepdim=True)
-                wanted = logits.gather(1, target) - peak
-                probability = logits.sub_(peak).exp_()
-                total = probability.sum(1, keepdim=True)
-                loss += (total.log() - wanted).sum()
-                probability /= total
-                probability.scatter_add_(1, target, torch.full_like(total, -1.0))
-                gradient = probability.to(dtype)
-                grad_states[start : start + step] = gradient @ table
-                grad_table += (gradient.T @ chunk).float()
-        ctx.save_for_backward(grad_states, grad_table)
-        ctx.dtypes = states.dtype, item_vectors.dtype
-        return loss / len(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        grad_states, grad_table = ctx.saved_tensors
-        scale = gradients[0] / len(grad_states)
-        return (grad_states * scale).to(ctx.dtypes[0]), (grad_table * scale).to(ctx.dtypes[1]), None
+    everything = torch.arange(1, len(item_vectors), device=targets.device)
+    return sampled_softmax_loss(states, item_vectors, targets, everything)
 
 
 def sampled_softmax_loss(
@@ -70,25 +26,90 @@ def sampled_softmax_loss(
     item_vectors: Tensor,
     targets: Tensor,
     negatives: Tensor,
-    log_expected_count: Tensor | float = 0.0,
+    log_expected_count: Tensor | None = None,
 ) -> Tensor:
     """Return the mean cross-entropy of each target against negatives that the whole batch shares.
 
     Bengio and Senecal 2008; logits of negatives drawn from q are corrected by -log(M q), so that in
-    expectation the loss is the full softmax. Negatives that equal an example's target are left out of it.
+    expectation the loss is the full softmax. A negative that equals an example's target is left out of it, so
+    with every item as a negative this is the full softmax.
+
+    The logits never exist at once: they are made, turned into the gradient and dropped by chunks of examples,
+    so memory grows with M and not with B times M. Products run in bfloat16 under autocast, sums and
+    exponentials in float32.
 
     Args:
         states: [B, D].
         item_vectors: [I+1, D].
         targets: [B] int64, item rows 1..I.
         negatives: [M] int64, item rows 1..I.
-        log_expected_count: [M] or a number, log(M q) of each negative; 0 leaves the logits as they are.
+        log_expected_count: [M] log(M q) of each negative; None leaves the logits as they are.
     """
-    positive = (states * item_vectors[targets]).sum(-1, keepdim=True).float()
-    negative = (states @ item_vectors[negatives].T).float() - log_expected_count
-    negative = negative.masked_fill(targets[:, None] == negatives, -torch.inf)
-    logits = torch.cat([positive, negative], dim=1)
-    return functional.cross_entropy(logits, targets.new_zeros(len(targets)))
+    correction = torch.zeros((), device=states.device) if log_expected_count is None else log_expected_count
+    loss: Tensor = _SharedNegatives.apply(  # type: ignore[no-untyped-call]
+        states, item_vectors[targets], item_vectors[negatives], targets, negatives, correction
+    )
+    return loss
+
+
+class _SharedNegatives(torch.autograd.Function):
+    """The sum behind sampled_softmax_loss, with the gradient worked out in the forward pass."""
+
+    CHUNK_LOGITS = 4_000_000  # at a time: 16 MB of float32, which caches hold and malloc hands out again
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        positives: Tensor,
+        negatives: Tensor,
+        targets: Tensor,
+        negative_rows: Tensor,
+        correction: Tensor,
+    ) -> Tensor:
+        device = states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+        # Sums are in float32 at least; float64 stays what it is.
+        wide = torch.promote_types(states.dtype, torch.float32)
+        with torch.autocast(device, enabled=False):
+            x, table = states.to(dtype), negatives.to(dtype)
+            positive = (states.to(wide) * positives.to(wide)).sum(1, keepdim=True)
+            loss = torch.zeros((), dtype=wide, device=states.device)
+            pull = torch.empty_like(positive)  # the gradient's weight on the target: p(target) - 1
+            grad_states = torch.empty_like(states, dtype=wide)
+            grad_table = torch.zeros_like(negatives, dtype=wide)
+            size = max(1, _SharedNegatives.CHUNK_LOGITS // max(1, len(table)))
+            for start in range(0, len(x), size):
+                part = slice(start, start + size)
+                logits = (x[part] @ table.T).to(wide) - correction
+                logits.masked_fill_(targets[part, None] == negative_rows, -torch.inf)
+                peak = torch.maximum(logits.amax(1, keepdim=True), positive[part])
+                weights = logits.sub_(peak).exp_()
+                wanted = (positive[part] - peak).exp_()
+                total = weights.sum(1, keepdim=True).add_(wanted)
+                loss += (total.log() + peak - positive[part]).sum()
+                pull[part] = wanted / total - 1
+                gradient = weights.div_(total).to(dtype)
+                grad_states[part] = gradient @ table
+                grad_table += gradient.T @ x[part]
+            grad_states += pull * positives
+        ctx.save_for_backward(grad_states, pull, states, grad_table)
+        ctx.dtypes = states.dtype, positives.dtype, negatives.dtype
+        return loss / len(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        grad_states, pull, states, grad_table = ctx.saved_tensors
+        scale = gradients[0] / len(states)
+        of_states, of_positives, of_negatives = ctx.dtypes
+        return (
+            (grad_states * scale).to(of_states),
+            (states * (pull * scale)).to(of_positives),
+            (grad_table * scale).to(of_negatives),
+            None,
+            None,
+            None,
+        )
 
 
 def bpr_loss(positive: Tensor, negative: Tensor) -> Tensor:

@@ -142,6 +142,11 @@ def train(directory: Path, out: Path, runs: Path, resume: bool, recipe: dict[str
         f"{split.train.num_items:,} items; split {split.name}, "
         f"{len(split.validation):,} validation and {len(split.test):,} test users; run {run}"
     )
+    if not len(split.validation):
+        raise ValueError(
+            f"{directory} leaves nobody to validate on; split {split.name} needs users with events behind those "
+            "it trains on (leave-one-out: at least 3 different items)"
+        )
     metrics: dict[str, Any] = {}
 
     embeddings = run / "embeddings.safetensors"

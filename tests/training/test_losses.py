@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from training.losses import (
-    _LinearCrossEntropy,
+    _SharedNegatives,
     bpr_loss,
     embedding_l2,
     full_softmax_loss,
@@ -36,22 +36,24 @@ def gradients(loss, *inputs):
     return torch.autograd.grad(3.0 * loss, inputs)  # not 1, so that the outer gradient counts
 
 
+TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-6}, torch.float64: {"rtol": 1e-12, "atol": 1e-14}}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("chunk_examples", [1, 3, 7, 100])
 def test_full_softmax_is_cross_entropy(monkeypatch, dtype, chunk_examples):
-    monkeypatch.setattr(_LinearCrossEntropy, "CHUNK_ELEMENTS", chunk_examples * (NUM_ITEMS + 1))
+    monkeypatch.setattr(_SharedNegatives, "CHUNK_LOGITS", chunk_examples * NUM_ITEMS)
     states, vectors, targets = example(dtype)
     loss, expected = full_softmax_loss(states, vectors, targets), plain_softmax_loss(states, vectors, targets)
-    torch.testing.assert_close(loss.to(dtype), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss, expected, **TOLERANCE[dtype])
     for found, right in zip(
         gradients(loss, states, vectors), gradients(expected, states, vectors), strict=True
     ):
-        assert found.dtype == dtype
-        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found, right, **TOLERANCE[dtype])
 
 
 def test_a_chunk_holds_one_example_at_least(monkeypatch):
-    monkeypatch.setattr(_LinearCrossEntropy, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(_SharedNegatives, "CHUNK_LOGITS", 1)
     states, vectors, targets = example()
     expected = plain_softmax_loss(states, vectors, targets)
     torch.testing.assert_close(full_softmax_loss(states, vectors, targets), expected)
@@ -86,9 +88,39 @@ def test_close_under_bfloat16_autocast():
         assert (found - right).norm() < 0.02 * right.norm()
 
 
-def test_sampled_softmax_over_all_items_is_the_full_softmax():
+def plain_sampled_loss(states, vectors, targets, negatives, log_expected_count):
+    """Return the loss of Bengio and Senecal, one logit after the other."""
+    total = 0.0
+    for state, target in zip(states, targets.tolist(), strict=True):
+        logits = [state @ vectors[target]]
+        for row, correction in zip(negatives.tolist(), log_expected_count.tolist(), strict=True):
+            if row != target:
+                logits.append(state @ vectors[row] - correction)
+        total = total + torch.stack(logits).logsumexp(0) - logits[0]
+    return total / len(states)
+
+
+@pytest.mark.parametrize("chunk_examples", [1, 3, 100])
+def test_sampled_softmax_and_its_gradient_are_the_plain_ones(monkeypatch, chunk_examples):
+    monkeypatch.setattr(_SharedNegatives, "CHUNK_LOGITS", chunk_examples * 12)
+    states, vectors, targets = example(torch.float64)
+    negatives = torch.tensor([*targets[:3].tolist(), 4, 4, 4, 9, 11, 12, 13, 14, 15])  # hits and repeats
+    correction = torch.linspace(-2, 1, 12, dtype=torch.float64)
+    loss = sampled_softmax_loss(states, vectors, targets, negatives, correction)
+    expected = plain_sampled_loss(states, vectors, targets, negatives, correction)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for found, right in zip(
+        gradients(loss, states, vectors), gradients(expected, states, vectors), strict=True
+    ):
+        torch.testing.assert_close(found, right, **TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("order", ["as they are", "shuffled"])
+def test_sampled_softmax_over_all_items_is_the_full_softmax(order):
     states, vectors, targets = example()
     everything = torch.arange(1, NUM_ITEMS + 1)
+    if order == "shuffled":
+        everything = everything[torch.randperm(NUM_ITEMS)]
     loss = sampled_softmax_loss(states, vectors, targets, everything)
     expected = plain_softmax_loss(states, vectors, targets)
     torch.testing.assert_close(loss, expected)
@@ -110,9 +142,9 @@ def test_sampled_softmax_by_hand():
     negatives, log_expected_count = torch.tensor([2, 3]), torch.tensor([0.0, math.log(2)])
     loss = sampled_softmax_loss(torch.ones(1, 1), vectors, torch.tensor([1]), negatives, log_expected_count)
     assert loss.item() == pytest.approx(math.log(7 / 3))
-    # A number stands for all negatives alike: 3 / (3 + 1 + 2).
-    loss = sampled_softmax_loss(torch.ones(1, 1), vectors, torch.tensor([1]), negatives, math.log(2))
-    assert loss.item() == pytest.approx(math.log(6 / 3))
+    # Without a correction: 3 / (3 + 2 + 4).
+    loss = sampled_softmax_loss(torch.ones(1, 1), vectors, torch.tensor([1]), negatives)
+    assert loss.item() == pytest.approx(math.log(9 / 3))
 
 
 def test_corrected_negatives_are_right_in_expectation():

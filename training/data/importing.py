@@ -425,6 +425,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parser.instantiate(parser.parse_args(argv)).as_dict()
     format_name = parsed["format"]
     options = parsed[format_name]
+    options.pop("config")
     src = options.pop("src")
     common = {name: options.pop(name) for name in ("name", "repeats", "max_rejected", "overwrite")}
     out, as_json = Path(options.pop("out")), options.pop("json")

@@ -171,7 +171,7 @@ def held_out_above_the_rest(liked, seed=0):
 
 
 def test_a_checkerboard_is_learned_and_noise_is_not():
-    """Users of one parity like the items of that parity, so what is held out is known; noise tells nothing."""
+    """Users of one parity like the items of that parity, which says what is held out; noise says nothing."""
     users, items = np.indices((24, 20))
     assert held_out_above_the_rest((users + items) % 2 == 0) == 1.0
     noise = np.random.default_rng(3).random((24, 20)) < 0.5

@@ -8,10 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.history import EVENT_CODE
-from engine.pipeline import without_repeats
+from engine.history import EVENT_CODE, without_repeats
 from training.data.interactions import NEGATIVE_EVENT, Interactions
-from training.data.sequences import left_padded, make_sequences, sequence_batches
+from training.data.sequences import make_sequences, sequence_batches
 
 VIEW = EVENT_CODE["view"]
 LENGTH = 4  # T of the worked-out windows
@@ -169,7 +168,7 @@ def test_every_event_is_learned_from_once(histories, length, repeats, batch_size
 
 def test_the_first_window_sees_all_and_later_ones_a_full_history_at_their_end():
     (batch,) = batches(make_sequences(interactions([list(range(1, 12))]), LENGTH))
-    contexts = dict((target, before) for before, target in predictions([batch]))
+    contexts = {target: before for before, target in predictions([batch])}
     assert contexts[11] == [7, 8, 9, 10]
     assert contexts[8] == [7]
     assert contexts[7] == [3, 4, 5, 6]
@@ -202,27 +201,6 @@ def test_windows_of_like_length_meet():
 
 def test_no_events_no_batches():
     assert batches(make_sequences(interactions([[]]), LENGTH), seed=0) == []
-
-
-@pytest.mark.parametrize(
-    ("histories", "expected"),
-    [
-        ([], np.zeros((0, 1))),
-        ([[]], [[0]]),
-        ([[1]], [[1]]),
-        ([[1, 2, 3]], [[1, 2, 3]]),
-        ([[1, 2, 3, 4]], [[1, 2, 3, 4]]),
-        ([[1, 2, 3, 4, 5]], [[2, 3, 4, 5]]),
-        ([[1, 2, 3], [], [9]], [[1, 2, 3], [0, 0, 0], [0, 0, 9]]),
-        # A run counts once, and is dropped before the newest are taken.
-        ([[1, 2, 3, 3, 3, 4]], [[1, 2, 3, 4]]),
-        ([[1, 2, 1, 1]], [[1, 2, 1]]),
-    ],
-)
-def test_left_padded(histories, expected):
-    padded = left_padded([np.array(history, np.int32) for history in histories], LENGTH)
-    assert padded.tolist() == np.array(expected).tolist()
-    assert padded.dtype == np.int64
 
 
 @settings(deadline=None, max_examples=50)
