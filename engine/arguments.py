@@ -32,7 +32,7 @@ class SuggestKeys:
 
 
 class ArgumentParser(SuggestKeys, jsonargparse.ArgumentParser):
-    """The parser of every trirank command: never abbreviated options, and `--config` with `--print_config`."""
+    """The parser of every trirank command: no abbreviated options, but `--config` and `--print_config`."""
 
     def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)

@@ -45,9 +45,8 @@ def sampled_softmax_loss(
         negatives: [M] int64, item rows 1..I.
         log_expected_count: [M] log(M q) of each negative; None leaves the logits as they are.
     """
-    correction = torch.zeros((), device=states.device) if log_expected_count is None else log_expected_count
     loss: Tensor = _SharedNegatives.apply(  # type: ignore[no-untyped-call]
-        states, item_vectors[targets], item_vectors[negatives], targets, negatives, correction
+        states, item_vectors[targets], item_vectors[negatives], targets, negatives, log_expected_count
     )
     return loss
 
@@ -65,7 +64,7 @@ class _SharedNegatives(torch.autograd.Function):
         negatives: Tensor,
         targets: Tensor,
         negative_rows: Tensor,
-        correction: Tensor,
+        correction: Tensor | None,
     ) -> Tensor:
         device = states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
@@ -81,7 +80,9 @@ class _SharedNegatives(torch.autograd.Function):
             size = max(1, _SharedNegatives.CHUNK_LOGITS // max(1, len(table)))
             for start in range(0, len(x), size):
                 part = slice(start, start + size)
-                logits = (x[part] @ table.T).to(wide) - correction
+                logits = (x[part] @ table.T).to(wide)
+                if correction is not None:
+                    logits -= correction
                 logits.masked_fill_(targets[part, None] == negative_rows, -torch.inf)
                 peak = torch.maximum(logits.amax(1, keepdim=True), positive[part])
                 weights = logits.sub_(peak).exp_()

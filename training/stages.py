@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import platform
 import sys
 import time
 import warnings
@@ -65,6 +67,7 @@ class StageCLI(LightningCLI):
         trainer_defaults: dict[str, Any],
     ) -> None:
         quiet_lightning()
+        keep_freed_memory()
         super().__init__(
             module,
             data,
@@ -167,6 +170,19 @@ def load_best(module: L.LightningModule, trainer: L.Trainer) -> None:
     state = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
     module.load_state_dict(state)
     module.cpu().eval()
+
+
+def keep_freed_memory() -> None:
+    """Have glibc's malloc keep what is freed for the next step; elsewhere do nothing.
+
+    It would hand blocks of some megabytes back to the system and have each page cleared anew at every step:
+    on Amazon Beauty that was a fifth of a ranking step on two CPU cores.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def quiet_lightning() -> None:

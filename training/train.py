@@ -20,7 +20,7 @@ from training.data.splits import SplitData, SplitOptions, load_split
 from training.export import DEFAULT_POLICY, export_bundle
 from training.ranking_module import RankingModule
 from training.retrieval_module import RetrievalModule
-from training.stages import StageParser, default_precision, fit_stage, quiet_lightning
+from training.stages import StageParser, default_precision, fit_stage, keep_freed_memory, quiet_lightning
 
 DESCRIPTION = """\
 Train both stages on a data set directory and publish a bundle.
@@ -107,6 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         if key not in ("config", "dataset", "out", "runs", "resume")
     }
     quiet_lightning()
+    keep_freed_memory()
     try:
         bundle = train(
             config.dataset, config.out, config.runs, config.resume, recipe, parser.instantiate(config)
@@ -144,8 +145,8 @@ def train(directory: Path, out: Path, runs: Path, resume: bool, recipe: dict[str
     )
     if not len(split.validation):
         raise ValueError(
-            f"{directory} leaves nobody to validate on; split {split.name} needs users with events behind those "
-            "it trains on (leave-one-out: at least 3 different items)"
+            f"{directory} leaves nobody to validate on: split {split.name} needs users with events behind "
+            "those that it trains on (leave-one-out: at least 3 different items)"
         )
     metrics: dict[str, Any] = {}
 
