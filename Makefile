@@ -7,13 +7,14 @@ BIN := .venv/bin
 
 .PHONY: setup demo test lint format protos clean
 
-setup: .venv/installed
+setup: .venv/installed-$(EXTRA)
 
-.venv/installed: pyproject.toml constraints.txt
+# The CPU and GPU builds of FAISS and onnxruntime collide, so a change of EXTRA starts from nothing.
+.venv/installed-$(EXTRA): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRA),dev]"
-	touch .venv/installed
+	touch .venv/installed-$(EXTRA)
 
 demo: setup
 	$(BIN)/trirank demo

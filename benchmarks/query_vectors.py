@@ -35,7 +35,12 @@ def compare(bundle: Bundle, holdout: Holdout, repeats: bool) -> dict[str, dict[s
         targets = [holdout.target(q) for q in questions]
         queries: dict[str, NDArray[np.float32]] = {
             "trained user vector": bundle.user_vectors[holdout.users[start : start + BLOCK]],
-            "folded in": np.stack([fold_in(bundle.item_vectors, bundle.item_degrees, h) for h in histories]),
+            "folded in": np.stack(
+                [
+                    fold_in(bundle.item_vectors, bundle.item_degrees, holdout.history(q).wanted)
+                    for q in questions
+                ]
+            ),
         }
         for name, vectors in queries.items():
             means = mean_accuracy(bundle.index.scores(vectors), histories, targets, CUTOFFS, repeats=repeats)

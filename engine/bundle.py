@@ -41,7 +41,7 @@ BUNDLE_FORMAT = 1
 MANIFEST = "manifest.json"
 FILES = ("catalog.parquet", "users.parquet", "item_index.faiss", "embeddings.safetensors")
 RANKER = "ranker.onnx"
-RANKER_KINDS = ("ordered", "unordered", "none")
+RANKER_KINDS = ("ordered", "none")
 
 T = TypeVar("T")
 

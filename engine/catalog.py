@@ -25,6 +25,7 @@ CATALOG_SCHEMA: dict[str, pl.DataType] = {
     "popularity": pl.Int64(),
 }
 GROUP_FIELDS = ("category", "brand", "seller_id")
+PATH_SEPARATOR = "\x1f"  # stands in no category's name
 
 
 class Catalog:
@@ -81,13 +82,19 @@ class Catalog:
 
         Args:
             field: "category", "brand" or "seller_id".
-            level: which step of the category path: 0 the broadest, -1 the leaf; None means the leaf.
+            level: which step of the category path: 0 the broadest, -1 the leaf; None means the leaf. A
+                category is its path down to there: "Shoes" below "Men" is not "Shoes" below "Women".
         """
         if field not in GROUP_FIELDS:
             raise ValueError(f"field is {field!r}; expected one of {', '.join(GROUP_FIELDS)}")
         values = self._groups[field]
         if field == "category":
-            values = values.list.get(-1 if level is None else level, null_on_oob=True)
+            level = -1 if level is None else level
+            path = pl.col(field)
+            depth = pl.lit(level + 1) if level >= 0 else path.list.len().cast(pl.Int64) + level + 1
+            named = path.list.get(level, null_on_oob=True).replace("", None).is_not_null()
+            down_to = pl.when(named).then(path.list.head(depth).list.join(PATH_SEPARATOR))
+            values = values.to_frame(field).select(down_to).to_series()
         values = values.replace("", None)
         codes = values.rank("dense")  # null stays null
         return _column(codes.cast(pl.Int32), 0, np.int32)

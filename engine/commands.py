@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 Response = pb.RecommendResponse | pb.SimilarItemsResponse | pb.RankResponse
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
-stdout = Console(highlight=False)
+stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def serve(argv: list[str]) -> int:
@@ -239,7 +240,8 @@ def _print_answer(response: Response) -> None:
     kind = pb.VisitorKind.Name(trace.visitor_kind).removeprefix("VISITOR_KIND_").lower().replace("_", " ")
     notes = {
         "bundle": trace.bundle_version,
-        "visitor": "" if kind == "unspecified" else kind,
+        "visitor": ("" if kind == "unspecified" else kind)
+        + (" (the user id is unknown: treated as new)" if trace.unknown_user else ""),
         "degraded stages": ", ".join(trace.degraded_stages),
         "relaxed rules": ", ".join(trace.relaxed_rules),
         "unknown items in the history": str(trace.num_unknown_history_items or ""),

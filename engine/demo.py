@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import polars as pl
+
 from engine.arguments import ArgumentParser
 
 DESCRIPTION = """\
@@ -59,9 +61,10 @@ def _serve_and_ask(bundles: str, data: str) -> None:
             raise subprocess.CalledProcessError(server.wait(), command)
         ask = ["recommend", "--address", json.loads(ready)["address"], "--limit", "10"]
         _heading("A known user")
-        _run([*ask, "--user", "17"])
+        known, clicked = _known_user_and_clicks(data)
+        _run([*ask, "--user", known])
         _heading("A brand-new visitor with three clicks")
-        _run([*ask, "--history", *_three_items(data)])
+        _run([*ask, "--history", *clicked])
         _heading("A visitor with nothing")
         _run(ask)
     finally:
@@ -71,13 +74,12 @@ def _serve_and_ask(bundles: str, data: str) -> None:
         raise subprocess.CalledProcessError(code, command)
 
 
-def _three_items(data: str) -> list[str]:
-    """Return three items that one shopper looked at in a row: what a new visitor might click."""
-    import polars as pl
-
-    events = pl.scan_parquet(Path(data) / "events.parquet").filter(pl.col("user_id") == "3")
-    items = events.select("item_id").unique(maintain_order=True).tail(3).collect()
-    return items["item_id"].to_list()
+def _known_user_and_clicks(data: str) -> tuple[str, list[str]]:
+    """Return the newest shopper's id, and the last three items of another: what a new visitor might click."""
+    events = pl.read_parquet(Path(data) / "events.parquet", columns=["user_id", "item_id"])
+    known, other = events["user_id"].reverse().unique(maintain_order=True)[:2]
+    items = events.filter(pl.col("user_id") == other)["item_id"].unique(maintain_order=True).tail(3)
+    return known, items.to_list()
 
 
 def _heading(text: str) -> None:

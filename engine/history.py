@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 # The vocabulary of event types, in the order of their codes (uint8).
 EVENT_TYPES = ("interaction", "view", "click", "wishlist", "cart", "remove_from_cart", "purchase", "rating")
 EVENT_CODE = {name: code for code, name in enumerate(EVENT_TYPES)}
+# An event that says "not this": no target, no edge of the graph, and nothing to search with.
+NEGATIVE_EVENT = EVENT_CODE["remove_from_cart"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,12 @@ class History:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    @property
+    def wanted(self) -> NDArray[np.int32]:
+        """The items of all events but those that say "not this": [H'] item rows, oldest first."""
+        wanted: NDArray[np.int32] = self.items[self.event_types != NEGATIVE_EVENT]
+        return wanted
 
 
 EMPTY_HISTORY = History(np.zeros(0, np.int32), np.zeros(0, np.uint8), np.zeros(0, np.int64))

@@ -10,11 +10,10 @@ from collections.abc import Iterable, Sequence
 
 from engine.catalog import Catalog
 from engine.history import EVENT_CODE, EVENT_TYPES
-from engine.pipeline import Event, Filters, ItemList
+from engine.pipeline import MAX_LIMIT, Event, Filters, ItemList
 from engine.trace import Trace
 from protos.trirank.v1 import recommender_pb2 as pb
 
-MAX_LIMIT = 500
 MAX_CANDIDATES = 10_000
 MAX_EXCLUDED = 10_000
 MAX_FILTER_VALUES = 1_000
@@ -150,6 +149,7 @@ def write_trace(trace: Trace, context: Iterable[str] = ()) -> pb.Trace:
         num_unknown_history_items=trace.num_unknown_history_items,
         ignored_context_keys=sorted(context),
         relaxed_rules=trace.relaxed_rules,
+        unknown_user=trace.unknown_user,
     )
 
 

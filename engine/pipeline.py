@@ -9,9 +9,9 @@ Shape legend: I items, H events of a history, N items of a list, D dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,8 @@ from retrieval.sources import (
     merge,
 )
 
+MAX_LIMIT = 500  # items of a slate
+MAX_CANDIDATES = 10_000
 NO_ROWS = np.zeros(0, np.int32)
 JUST_NOW = np.iinfo(np.int64).max  # where an event without a time stands: after all others
 
@@ -50,6 +52,7 @@ class Visitor:
 
     history: History  # all that is known, oldest first
     user_row: int = 0  # 1..U; 0 for a user whom the bundle does not know
+    is_unknown_user: bool = False  # a user id was given, and the bundle does not know it
     num_unknown_items: int = 0  # events that were left out, as the catalog does not have their item
 
     @property
@@ -116,6 +119,7 @@ class RecommendationPipeline:
         self.embedding = EmbeddingSource(bundle.index)
         self.popular = PopularSource(catalog.popularity)
         self.fresh = FreshSource(catalog.available_from)
+        check_settings(bundle.manifest["pipeline"], bundle.manifest["policy"])
         self.rules = rules_from_config(bundle.manifest["policy"])
         self.groups = {field: catalog.codes(field) for field in ("category", "brand", "seller_id")}
         self.norms = np.linalg.norm(bundle.item_vectors, axis=1)  # [I+1]
@@ -159,7 +163,7 @@ class RecommendationPipeline:
         )
         num_ranked = max(self.num_ranked, limit)
         ranked = candidates.take(slice(num_ranked))
-        if self.bundle.scorer and len(visitor.history):
+        if self.bundle.scorer:
             ranked = trace.run(
                 "ranking",
                 lambda: candidates.ordered_by(self._scores(visitor, candidates.rows), num_ranked),
@@ -242,7 +246,8 @@ class RecommendationPipeline:
             timestamps=np.where(all_times == JUST_NOW, 0, all_times)[order],
         )
         num_unknown = len(rows) - int(np.count_nonzero(known))
-        return Visitor(history, self.bundle.users.row(user_id), num_unknown)
+        user_row = self.bundle.users.row(user_id)
+        return Visitor(history, user_row, bool(user_id) and not user_row, num_unknown)
 
     # The stages.
 
@@ -323,7 +328,30 @@ class RecommendationPipeline:
         return ranked.take(slate.order)
 
     def _trace(self, visitor: Visitor, deadline: float | None) -> Trace:
-        return Trace(self.bundle.version, visitor.kind, visitor.num_unknown_items, deadline)
+        return Trace(
+            self.bundle.version,
+            visitor_kind=visitor.kind,
+            unknown_user=visitor.is_unknown_user,
+            num_unknown_history_items=visitor.num_unknown_items,
+            deadline=deadline,
+        )
+
+
+def check_settings(pipeline: Mapping[str, int], policy: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError where nothing could be served with these parts of a manifest.
+
+    Args:
+        pipeline: num_candidates, num_ranked and default_limit.
+        policy: the rules, in order.
+    """
+    for name, highest in {
+        "num_candidates": MAX_CANDIDATES,
+        "num_ranked": MAX_CANDIDATES,
+        "default_limit": MAX_LIMIT,
+    }.items():
+        if not 1 <= pipeline[name] <= highest:
+            raise ValueError(f"pipeline.{name} is {pipeline[name]}; expected 1 to {highest}")
+    rules_from_config(policy)
 
 
 def query_vector(bundle: Bundle, visitor: Visitor) -> NDArray[np.float32] | None:
@@ -332,7 +360,7 @@ def query_vector(bundle: Bundle, visitor: Visitor) -> NDArray[np.float32] | None
     The trained user vector is not asked: it knows the user as of the last training run, the history as of
     now, and on Amazon Beauty the history finds more (benchmarks/results/README.md).
     """
-    folded = fold_in(bundle.item_vectors, bundle.item_degrees, visitor.history.items)
+    folded = fold_in(bundle.item_vectors, bundle.item_degrees, visitor.history.wanted)
     return folded if folded.any() else None
 
 

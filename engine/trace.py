@@ -39,6 +39,7 @@ class Trace:
 
     bundle_version: str
     visitor_kind: VisitorKind = VisitorKind.UNSPECIFIED
+    unknown_user: bool = False  # a user id was given, and the bundle does not know it
     num_unknown_history_items: int = 0
     deadline: float | None = None  # on the clock of time.perf_counter(); later stages are skipped
     timings: list[StageTiming] = field(default_factory=list)

@@ -7,6 +7,7 @@ its FAISS vectors, its ONNX ranker, its pipeline. Nothing of torch takes part.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,8 +24,10 @@ from engine.bundle import Bundle, resolve_bundle
 from engine.history import left_padded
 from engine.pipeline import RecommendationPipeline, Visitor, query_vector
 from training import metrics
+from training.data.dataset import fingerprint
 from training.data.splits import Holdout, SplitOptions, load_split
 
+SLATE_LENGTH = 50  # items that the pipeline is asked for
 LIST_LENGTH = 10  # of the lists that coverage, diversity and novelty look at
 SCORES_AT_ONCE = 20_000_000  # 80 MB of float32 scores
 
@@ -49,12 +52,16 @@ def evaluate(
         ValueError: the directory holds other data than the bundle was trained on.
     """
     manifest = bundle.manifest
+    if "split" not in manifest.get("recipe", {}):
+        raise ValueError(f"{bundle.path} does not say how its data was split; expected recipe.split")
     loaded = load_split(data, SplitOptions(**manifest["recipe"]["split"]))
-    if loaded.info.fingerprint != manifest["data"]["fingerprint"]:
-        raise ValueError(
-            f"{data} is not the data that {bundle.path} was trained on: fingerprint "
-            f"{loaded.info.fingerprint[:12]}, expected {manifest['data']['fingerprint'][:12]}"
-        )
+    found = {"fingerprint": fingerprint(data), "time": loaded.info.time, "repeats": loaded.info.repeats}
+    for key, value in found.items():
+        if value != manifest["data"][key]:
+            raise ValueError(
+                f"{data} is not the data that {bundle.path} was trained on: "
+                f"{key} is {value}, expected {manifest['data'][key]}"
+            )
     split = loaded.split
     holdout = split.test if part == "test" else split.validation
     if max_users is not None and max_users < len(holdout):
@@ -69,7 +76,7 @@ def evaluate(
     if bundle.scorer is None:
         del stages["ranking"]
     cutoffs = sorted(
-        {5, 10, 20, 100, manifest["pipeline"]["num_ranked"], manifest["pipeline"]["num_candidates"]}
+        {5, 10, 20, 100, 500, manifest["pipeline"]["num_ranked"], manifest["pipeline"]["num_candidates"]}
     )
     console = Console(stderr=True)
     columns = TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -91,6 +98,7 @@ def evaluate(
         "num_users": len(holdout),
         "num_items": bundle.catalog.num_items,
         "history_excluded": not split.repeats,
+        "slate_length": SLATE_LENGTH,
         "bundle": bundle.version,
         "data": manifest["data"],
         "stages": list(results),
@@ -131,11 +139,14 @@ def _popularity_scores(bundle: Bundle, questions: _Questions) -> NDArray[np.floa
 
 def _retrieval_scores(bundle: Bundle, questions: _Questions) -> NDArray[np.float32]:
     queries = np.zeros((len(questions.histories), bundle.index.dim), np.float32)
-    for query, user, history in zip(queries, questions.users, questions.visitor_histories, strict=True):
-        found = query_vector(bundle, Visitor(history, user_row=int(user)))
+    nothing = np.ones(len(queries), bool)
+    for place, history in enumerate(questions.visitor_histories):
+        found = query_vector(bundle, Visitor(history))
         if found is not None:
-            query[:] = found
-    return bundle.index.scores(queries)
+            queries[place], nothing[place] = found, False
+    scores = bundle.index.scores(queries)
+    scores[nothing] = bundle.catalog.popularity  # what such a visitor is served
+    return scores
 
 
 def _ranking_scores(bundle: Bundle, questions: _Questions) -> NDArray[np.float32]:
@@ -161,11 +172,9 @@ def _ranked(questions: _Questions, scores: NDArray[np.float32]) -> _Answers:
 
 
 def _slate_answers(pipeline: RecommendationPipeline) -> Callable[[_Questions], _Answers]:
-    limit = 50
-
     def answer(questions: _Questions) -> _Answers:
         slates = [
-            pipeline.recommend(Visitor(history, user_row=int(user)), limit).items.rows
+            pipeline.recommend(Visitor(history, user_row=int(user)), SLATE_LENGTH).items.rows
             for user, history in zip(questions.users, questions.visitor_histories, strict=True)
         ]
         places = [metrics.places_in_list(s, t) for s, t in zip(slates, questions.targets, strict=True)]
@@ -204,7 +213,10 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     for key in shown:
         table.add_column(key, justify="right")
     for stage in results["stages"]:
-        table.add_row(stage, *(f"{results[stage][key]:.4f}" for key in shown))
+        # A slate has no place beyond its end: its recall@500 would be read as something that it is not.
+        longest = results["slate_length"] if stage == "slate" else largest
+        cells = (f"{results[stage][k]:.4f}" if int(k.split("@")[1]) <= longest else "-" for k in shown)
+        table.add_row(stage, *cells)
     console.print(table)
 
 
@@ -224,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if options.max_users is not None and options.max_users < 1:
             raise ValueError(f"max_users is {options.max_users}; expected 1 or more")
-        bundle = Bundle.load(resolve_bundle(options.bundle), num_threads=2)
+        bundle = Bundle.load(resolve_bundle(options.bundle), num_threads=os.cpu_count() or 1)
         results = evaluate(bundle, options.data, options.part, options.max_users)
     except (ValueError, OSError) as error:
         print(f"trirank evaluate: {error}", file=sys.stderr)

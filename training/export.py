@@ -18,7 +18,8 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from engine.bundle import Bundle, write_bundle
-from engine.history import USERS_SCHEMA
+from engine.history import EMPTY_HISTORY, USERS_SCHEMA
+from engine.pipeline import RecommendationPipeline, Visitor
 from ranking.ranker import HybridRanker
 from retrieval.item_index import ItemIndex
 from training.data.dataset import Dataset
@@ -142,7 +143,7 @@ def export_bundle(
 
 
 def verify_bundle(bundle: Bundle, ranker: HybridRanker | None, data: SplitData) -> None:
-    """Raise ValueError unless FAISS agrees with brute force and ONNX with torch, on real histories."""
+    """Raise ValueError unless FAISS agrees with brute force, ONNX with torch, and the pipeline answers."""
     rng = np.random.default_rng(0)
     items = bundle.item_vectors
     noise = 0.01 * rng.standard_normal((32, items.shape[1]))
@@ -152,6 +153,15 @@ def verify_bundle(bundle: Bundle, ranker: HybridRanker | None, data: SplitData) 
     expected = -np.sort(-(queries @ items[1:].T), axis=1)[:, :k]
     if not np.allclose(found, expected, rtol=1e-4, atol=1e-4):
         raise ValueError(f"FAISS differs from brute force by {np.abs(found - expected).max():.2e}")
+
+    pipeline = RecommendationPipeline(bundle)
+    for visitor in (
+        Visitor(EMPTY_HISTORY),
+        Visitor(data.split.train.history(int(data.split.train.users[0]))),
+    ):
+        answer = pipeline.recommend(visitor, pipeline.default_limit)
+        if answer.trace.degraded_stages or not len(answer.items):
+            raise ValueError(f"the pipeline fails on this bundle, in {answer.trace.degraded_stages}")
 
     if ranker is None or bundle.scorer is None:
         return

@@ -104,7 +104,7 @@ class RetrievalModule(L.LightningModule):
 
     def _log_accuracy(self, batch: QuestionBatch, part: str) -> None:
         items, degrees = self._item_vectors, self.data.item_degrees.numpy()
-        queries = np.stack([fold_in(items, degrees, history) for history in batch.histories])
+        queries = np.stack([fold_in(items, degrees, history) for history in batch.wanted])
         metrics = mean_accuracy(
             queries @ items.T, batch.histories, batch.targets, (20,), repeats=self.data.split.repeats
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import platform
+import signal
 import sys
 import time
 import warnings
@@ -30,6 +31,14 @@ class EpochReport(Callback):
         self.stage, self.monitor = stage, monitor
         self.best = float("-inf")
         self.started = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run has to know: the best value so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the best value of the run that was cut short."""
+        self.best = state_dict["best"]
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -152,11 +161,12 @@ def fit_stage(
         options["enable_progress_bar"] = sys.stderr.isatty()
     trainer = L.Trainer(**options, callbacks=callbacks, logger=loggers)
     last = directory / "last.ckpt"
-    trainer.fit(
-        module, datamodule=data, ckpt_path=last if resume and last.is_file() else None, weights_only=True
-    )
-    if trainer.interrupted:
-        raise KeyboardInterrupt  # Lightning ends quietly; the caller must not go on
+    checkpoint = last if resume and last.is_file() else None
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as stop:  # how Lightning ends on Ctrl-C, to which it then turns a deaf ear
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise KeyboardInterrupt from stop
     load_best(module, trainer)
     best = trainer.checkpoint_callback.best_model_score  # type: ignore[union-attr]
     return float(best)

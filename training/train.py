@@ -11,8 +11,10 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from engine.pipeline import check_settings
 from ranking.ranker import HybridRanker
 from training.data.dataset import Dataset
 from training.data.modules import RankingData, RetrievalData
@@ -20,14 +22,21 @@ from training.data.splits import SplitData, SplitOptions, load_split
 from training.export import DEFAULT_POLICY, export_bundle
 from training.ranking_module import RankingModule
 from training.retrieval_module import RetrievalModule
-from training.stages import StageParser, default_precision, fit_stage, keep_freed_memory, quiet_lightning
+from training.stages import (
+    MONITOR,
+    StageParser,
+    default_precision,
+    fit_stage,
+    keep_freed_memory,
+    quiet_lightning,
+)
 
 DESCRIPTION = """\
 Train both stages on a data set directory and publish a bundle.
 
 Stage one fits LightGCN to the graph of training events; stage two fits a Transformer ranker to the histories,
-on the vectors of stage one. Each stage keeps its best epoch on validation; test events are never read. The
-bundle is verified (ONNX against torch, FAISS against brute force) before it appears in OUT.
+on the vectors of stage one. Each stage keeps its best epoch on validation; neither learns from test events.
+The bundle is verified (ONNX against torch, FAISS against brute force) before it appears in OUT.
 
   trirank train data/beauty --out bundles
   trirank train data/beauty --out bundles --ranking.model.encoder.dim 64 --ranking.trainer.max_epochs 20
@@ -133,6 +142,8 @@ def train(directory: Path, out: Path, runs: Path, resume: bool, recipe: dict[str
         recipe: the settings as plain data.
         options: the settings as objects, as build_parser's parser instantiates them.
     """
+    # What can be wrong is found before the training, not after it.
+    check_settings(recipe["pipeline"], recipe["pipeline"]["policy"])
     dataset = Dataset.open(directory)
     data = load_split(directory, options.split)
     run = _run_directory(runs, dataset, recipe, resume)
@@ -151,7 +162,7 @@ def train(directory: Path, out: Path, runs: Path, resume: bool, recipe: dict[str
     metrics: dict[str, Any] = {}
 
     embeddings = run / "embeddings.safetensors"
-    if resume and embeddings.is_file():
+    if embeddings.is_file():
         _say("retrieval: already trained in this run")
     else:
         L.seed_everything(recipe["seed"], verbose=False)
@@ -159,12 +170,17 @@ def train(directory: Path, out: Path, runs: Path, resume: bool, recipe: dict[str
             RetrievalData(directory, **options.retrieval.data.as_dict()), data
         )
         graph_module = options.retrieval.model
-        metrics["retrieval"] = fit_stage(
+        best = fit_stage(
             "retrieval", graph_module, graph_data, run / "retrieval", options.retrieval.trainer.as_dict(),
             patience=options.retrieval.patience, resume=resume,
         )  # fmt: skip
-        save_file(graph_module.vectors(), embeddings)
+        # A rename, so that the file is whole or not there: it is what tells a resumed run to go on behind it.
+        unfinished = run / ".embeddings.tmp"
+        save_file(graph_module.vectors(), unfinished, metadata={MONITOR["retrieval"]: str(best)})
+        unfinished.rename(embeddings)
     vectors = load_file(embeddings)
+    with safe_open(embeddings, "numpy") as file:
+        metrics["retrieval"] = {key: float(value) for key, value in file.metadata().items()}
 
     ranker: HybridRanker | None = None
     if split.ordered:
@@ -174,13 +190,14 @@ def train(directory: Path, out: Path, runs: Path, resume: bool, recipe: dict[str
         )
         ranking_module = options.ranking.model
         ranking_module.embeddings = embeddings
-        metrics["ranking"] = fit_stage(
+        best = fit_stage(
             "ranking", ranking_module, ranking_data, run / "ranking", options.ranking.trainer.as_dict(),
             patience=options.ranking.patience, resume=resume,
         )  # fmt: skip
+        metrics["ranking"] = {MONITOR["ranking"]: best}
         ranker = ranking_module.ranker
     else:
-        _say("ranking: left out, the events of this data set have no order")
+        _say(f"ranking: left out, split {split.name} leaves the events without an order to learn from")
 
     _say("export: writing and verifying the bundle")
     pipeline = recipe["pipeline"]

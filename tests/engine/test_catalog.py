@@ -45,7 +45,7 @@ def test_codes(items: pl.DataFrame) -> None:
     leaf = catalog.codes("category")
     assert leaf.dtype == np.int32
     assert leaf[[0, 3]].tolist() == [0, 0]
-    assert leaf[1] == leaf[4] != leaf[2]
+    assert len({0, leaf[1], leaf[2], leaf[4]}) == 4  # two leaves of one name stand on different branches
     broadest = catalog.codes("category", level=0)
     assert broadest[1] == broadest[2] != broadest[4]
     assert catalog.codes("category", level=5).tolist() == [0] * 5

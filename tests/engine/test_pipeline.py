@@ -18,6 +18,7 @@ from engine.pipeline import (
     Filters,
     RecommendationPipeline,
     Visitor,
+    check_settings,
     largest,
     query_vector,
 )
@@ -108,12 +109,42 @@ def test_anonymous_gets_popular_and_fresh_in_turns(plain: RecommendationPipeline
     catalog = plain.bundle.catalog
     popular = sorted(range(1, 41), key=lambda row: -catalog.popularity[row])
     fresh = sorted(range(1, 41), key=lambda row: -catalog.available_from[row])
-    items, trace = plain.recommend(plain.resolve_visitor(user_id, [Event("no such item")]), 4)
+    unranked = without(plain, scorer=None)
+    items, trace = unranked.recommend(plain.resolve_visitor(user_id, [Event("no such item")]), 4)
     assert items.rows.tolist() == [popular[0], fresh[0], popular[1], fresh[1]]
     assert items.sources.tolist() == ["popular", "fresh", "popular", "fresh"]
     assert trace.visitor_kind is VisitorKind.ANONYMOUS
     assert trace.degraded_stages == []
     assert "ranking" not in [timing.stage for timing in trace.timings]
+    assert trace.unknown_user == bool(user_id)
+
+
+def test_anonymous_candidates_are_ranked_from_the_start_token(plain: RecommendationPipeline) -> None:
+    scores = plain.bundle.item_vectors.sum(axis=1)  # the toy's start token looks along (1, 1, ...)
+    items, trace = plain.recommend(Visitor(EMPTY_HISTORY), 4)
+    found = plain._find(None, np.arange(41) > 0, plain.num_candidates).rows
+    assert items.rows.tolist() == sorted(found.tolist(), key=lambda row: -scores[row])[:4]
+    assert set(items.sources) <= {"popular", "fresh"}
+    assert trace.degraded_stages == []
+
+
+def test_what_was_taken_out_of_the_cart_is_not_searched_for(plain: RecommendationPipeline) -> None:
+    removed = plain.resolve_visitor("", [Event("item-9", "remove_from_cart")])
+    assert query_vector(plain.bundle, removed) is None
+    kept = plain.resolve_visitor("", [Event("item-9", "cart"), Event("item-8", "remove_from_cart")])
+    np.testing.assert_array_equal(
+        query_vector(plain.bundle, kept),
+        query_vector(plain.bundle, plain.resolve_visitor("", [Event("item-9")])),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_candidates", 10_001), ("num_ranked", 0), ("default_limit", 501)]
+)
+def test_settings_out_of_range(name: str, value: int) -> None:
+    settings = {"num_candidates": 1000, "num_ranked": 500, "default_limit": 10} | {name: value}
+    with pytest.raises(ValueError, match=rf"pipeline.{name} is {value}; expected 1 to"):
+        check_settings(settings, [])
 
 
 def test_a_known_user_without_anything_known(plain: RecommendationPipeline) -> None:

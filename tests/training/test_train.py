@@ -196,3 +196,20 @@ def test_a_directory_that_is_no_data_set_is_refused(
 def test_unknown_commands_name_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recomend"]) == 2
     assert "did you mean recommend?" in capsys.readouterr().err
+
+
+def test_a_wrong_policy_is_refused_before_training(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _train(shop, "--pipeline.policy", '[{"rule": "capp"}]') == 2
+    shown = capsys.readouterr().err
+    assert "cap" in shown
+    assert "epoch" not in shown
+
+
+def test_evaluate_refuses_data_that_changed_since(
+    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(shop / "data", tmp_path / "data")
+    info = json.loads((tmp_path / "data" / "dataset.json").read_text())
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(info | {"repeats": True}))
+    assert main(["evaluate", str(shop / "bundles"), "--data", str(tmp_path / "data")]) == 2
+    assert "repeats is True, expected False" in capsys.readouterr().err

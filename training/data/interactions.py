@@ -9,11 +9,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from engine.history import EVENT_CODE, EVENT_TYPES, History
+from engine.history import EVENT_TYPES, NEGATIVE_EVENT, History
 from training.data.dataset import Dataset, DatasetError
-
-# An event that says "not this": never a target and never an edge of the graph.
-NEGATIVE_EVENT = EVENT_CODE["remove_from_cart"]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from training.data.graph import USER_ITEM, build_graph
-from training.data.sequences import SequenceBatch, make_sequences, sequence_batches
+from training.data.sequences import SequenceBatch, equal_share, make_sequences, sequence_batches
 from training.data.splits import Holdout, Split, SplitOptions, load_split
 
 
@@ -83,15 +83,24 @@ class _ShuffledBatches(DataLoader[Any]):
         super().__init__(_Batched(rows, batch_size), batch_size=None)
 
 
+def _share() -> tuple[int, int]:
+    """This process's number and how many there are, in distributed training; (0, 1) otherwise."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
 class _Batched(IterableDataset[Tensor]):
     def __init__(self, rows: Tensor, batch_size: int) -> None:
         self.rows, self.batch_size = rows, batch_size
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
+        return max(1, -(-len(self.rows) // self.batch_size) // _share()[1])
 
     def __iter__(self) -> Iterator[Tensor]:
-        for batch in torch.split(torch.randperm(len(self.rows)), self.batch_size):
+        rank, world_size = _share()
+        batches = torch.split(torch.randperm(len(self.rows)), self.batch_size)
+        for batch in equal_share(batches, rank, world_size):
             yield self.rows[batch]
 
 
@@ -133,6 +142,10 @@ class RankingData(_StageData):
     def setup(self, stage: str) -> None:
         """Cut the training histories into windows."""
         split = self.split
+        if not split.ordered:
+            raise ValueError(
+                f"split {split.name} leaves the events without an order that a ranker could learn"
+            )
         self.sequences = make_sequences(split.train, self.history_length, repeats=split.repeats)
         self.num_items = split.train.num_items
 
@@ -147,7 +160,9 @@ class _SequenceDataset(IterableDataset[SequenceBatch]):
 
     def __iter__(self) -> Iterator[SequenceBatch]:
         rng = np.random.default_rng(int(torch.randint(2**31, ())))  # follows the seed and the epoch
-        yield from sequence_batches(self.data.sequences, self.data.batch_size, self.data.max_tokens, rng)
+        yield from sequence_batches(
+            self.data.sequences, self.data.batch_size, self.data.max_tokens, rng, *_share()
+        )
 
 
 @dataclass  # not frozen: Lightning moves a batch's tensors in place
@@ -156,6 +171,7 @@ class QuestionBatch:
 
     users: NDArray[np.int32]  # [B]
     histories: list[NDArray[np.int32]]  # item rows, oldest first, each whole
+    wanted: list[NDArray[np.int32]]  # the histories without events that say "not this"
     targets: list[NDArray[np.int32]]
 
     def __len__(self) -> int:
@@ -172,6 +188,7 @@ def question_loader(holdout: Holdout, batch_size: int = 256) -> DataLoader[Any]:
         return QuestionBatch(
             holdout.users[questions],
             [holdout.history(q).items for q in questions],
+            [holdout.history(q).wanted for q in questions],
             [holdout.target(q) for q in questions],
         )
 

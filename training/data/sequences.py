@@ -5,15 +5,19 @@ Shapes: B batch, T the longest history of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.data.interactions import NEGATIVE_EVENT, Interactions
+from engine.history import NEGATIVE_EVENT
+from training.data.interactions import Interactions
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,12 @@ class SequenceBatch:
 
 
 def sequence_batches(
-    sequences: Sequences, batch_size: int, max_tokens: int, rng: np.random.Generator | None
+    sequences: Sequences,
+    batch_size: int,
+    max_tokens: int,
+    rng: np.random.Generator | None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[SequenceBatch]:
     """Yield every window once, in batches of like length.
 
@@ -84,6 +93,8 @@ def sequence_batches(
         batch_size: most windows of a batch.
         max_tokens: most places of a batch, padding included.
         rng: shuffles which windows meet and the order of batches; None keeps one order.
+        rank: which process of a distributed run this is; each yields batches of its own.
+        world_size: how many processes there are.
     """
     length = sequences.ends - sequences.starts
     # Ties of length are broken at random: short histories abound and must not always meet the same ones.
@@ -98,7 +109,7 @@ def sequence_batches(
         position -= size
     if rng is not None:
         rng.shuffle(batches)
-    for batch in batches:
+    for batch in equal_share(batches, rank, world_size):
         yield _collate(sequences, batch)
 
 
@@ -120,3 +131,12 @@ def _collate(sequences: Sequences, batch: NDArray[np.int64]) -> SequenceBatch:
     return SequenceBatch(
         torch.from_numpy(items[:, :-1].astype(np.int64)), torch.from_numpy(targets.astype(np.int64))
     )
+
+
+def equal_share(batches: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
+    """Return every world_size-th batch from `rank` on, as many for each process: they step together.
+
+    Fewer batches than processes go to all of them.
+    """
+    even = len(batches) - len(batches) % world_size
+    return batches[rank:even:world_size] if even else batches

@@ -14,9 +14,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.history import History
+from engine.history import NEGATIVE_EVENT, History
 from training.data.dataset import Dataset, DatasetInfo
-from training.data.interactions import NEGATIVE_EVENT, EventLog, Interactions, load_event_log
+from training.data.interactions import EventLog, Interactions, load_event_log
 
 SplitName = Literal["auto", "leave-one-out", "global-time", "given"]
 

@@ -7,9 +7,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from engine.history import EVENT_CODE
+from engine.history import EVENT_CODE, NEGATIVE_EVENT
 from training.data.dataset import Dataset, DatasetError, DatasetInfo
-from training.data.interactions import NEGATIVE_EVENT, Interactions, load_event_log
+from training.data.interactions import Interactions, load_event_log
 
 VIEW = EVENT_CODE["view"]
 

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.history import EVENT_CODE, without_repeats
-from training.data.interactions import NEGATIVE_EVENT, Interactions
-from training.data.sequences import make_sequences, sequence_batches
+from engine.history import EVENT_CODE, NEGATIVE_EVENT, without_repeats
+from training.data.interactions import Interactions
+from training.data.sequences import equal_share, make_sequences, sequence_batches
 
 VIEW = EVENT_CODE["view"]
 LENGTH = 4  # T of the worked-out windows
@@ -208,3 +208,15 @@ def test_no_events_no_batches():
 def test_serving_drops_the_repeats_that_training_drops(history):
     trained_on = make_sequences(interactions([history]), 20, repeats=True).items.tolist()
     assert without_repeats(np.array(history, np.int32)).tolist() == trained_on
+
+
+@pytest.mark.parametrize(("num_batches", "world_size"), [(7, 2), (6, 3), (5, 1), (4, 4)])
+def test_processes_share_batches_equally_and_none_twice(num_batches: int, world_size: int) -> None:
+    shares = [equal_share(range(num_batches), rank, world_size) for rank in range(world_size)]
+    assert {len(share) for share in shares} == {num_batches // world_size}
+    seen = [batch for share in shares for batch in share]
+    assert len(set(seen)) == len(seen)
+
+
+def test_fewer_batches_than_processes_go_to_all() -> None:
+    assert [list(equal_share([0, 1], rank, 3)) for rank in range(3)] == [[0, 1]] * 3

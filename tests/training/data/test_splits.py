@@ -8,9 +8,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from engine.history import EVENT_CODE
+from engine.history import EVENT_CODE, NEGATIVE_EVENT
 from training.data.dataset import DatasetInfo, write_info
-from training.data.interactions import NEGATIVE_EVENT, EventLog, Interactions
+from training.data.interactions import EventLog, Interactions
 from training.data.splits import SplitOptions, load_split, make_split
 
 VIEW = EVENT_CODE["view"]
