@@ -6,6 +6,8 @@ model alone.
 
 from __future__ import annotations
 
+import sys
+
 from training.data.modules import RankingData
 from training.ranking_module import RankingModule
 from training.stages import StageCLI, default_precision
@@ -13,7 +15,12 @@ from training.stages import StageCLI, default_precision
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    StageCLI("ranking", RankingModule, RankingData, argv, trainer_defaults={"precision": default_precision()})
+    try:
+        StageCLI(
+            "ranking", RankingModule, RankingData, argv, trainer_defaults={"precision": default_precision()}
+        )
+    except ValueError as error:
+        sys.exit(f"training.ranking: {error}")
 
 
 if __name__ == "__main__":

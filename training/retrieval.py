@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from safetensors.numpy import save_file
@@ -25,7 +26,10 @@ class RetrievalCLI(StageCLI):
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    RetrievalCLI("retrieval", RetrievalModule, RetrievalData, argv, trainer_defaults={})
+    try:
+        RetrievalCLI("retrieval", RetrievalModule, RetrievalData, argv, trainer_defaults={})
+    except ValueError as error:
+        sys.exit(f"training.retrieval: {error}")
 
 
 if __name__ == "__main__":

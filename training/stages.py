@@ -98,12 +98,34 @@ class StageCLI(LightningCLI):
         return StageParser(**kwargs, allow_abbrev=False)
 
 
+class EarlyStoppingAfterWarmUp(EarlyStopping):
+    """Early stopping that looks away for the first steps.
+
+    Graph encoders start from small random vectors and stand still for about a hundred steps before they find
+    the structure; on small data that is many epochs, and patience would end the training before it has begun.
+    """
+
+    def __init__(self, num_warm_up_steps: int = 200, **options: Any) -> None:
+        super().__init__(**options)
+        self.num_warm_up_steps = num_warm_up_steps
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count this validation, if the warm-up is over."""
+        if trainer.global_step > self.num_warm_up_steps:
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count this epoch, if the warm-up is over."""
+        if trainer.global_step > self.num_warm_up_steps:
+            super().on_train_epoch_end(trainer, pl_module)
+
+
 def default_callbacks(
     stage: str, monitor: str, patience: int, directory: Path | None = None
 ) -> list[Callback]:
     """Return early stopping, checkpoints of the best and the last epoch, and progress on stderr."""
     callbacks: list[Callback] = [
-        EarlyStopping(monitor=monitor, mode="max", patience=patience),
+        EarlyStoppingAfterWarmUp(monitor=monitor, mode="max", patience=patience),
         ModelCheckpoint(
             dirpath=directory,
             filename="best",

@@ -51,7 +51,8 @@ class RetrievalData(_StageData):
     Args:
         directory: a data set directory (`trirank import`, `trirank simulate`).
         split: how to cut it.
-        batch_size: edges of a step.
+        batch_size: edges of a step. None: a sixteenth of them, at least 256 and at most 8192, so that an
+            epoch of small data has steps enough.
         max_validation_users: most users asked at each validation.
     """
 
@@ -59,7 +60,7 @@ class RetrievalData(_StageData):
         self,
         directory: Path,
         split: SplitOptions = SplitOptions(),  # noqa: B008 (frozen)
-        batch_size: int = 8192,
+        batch_size: int | None = None,
         max_validation_users: int = 5000,
     ) -> None:
         super().__init__(directory, split, max_validation_users)
@@ -73,7 +74,7 @@ class RetrievalData(_StageData):
     def train_dataloader(self) -> DataLoader[Any]:
         """Yield [B, 2] int64 edges (user row, item row)."""
         edges = self.graph[USER_ITEM].edge_index.T.contiguous()
-        return _ShuffledBatches(edges, self.batch_size)
+        return _ShuffledBatches(edges, self.batch_size or int(np.clip(len(edges) // 16, 256, 8192)))
 
 
 class _ShuffledBatches(DataLoader[Any]):
