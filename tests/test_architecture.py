@@ -54,6 +54,7 @@ def test_every_product_module_stands_in_a_known_folder() -> None:
         "engine.server",
         "engine.client",
         "engine.pipeline",
+        "training.evaluate",
         "training.data.importing",
         "training.data.simulator",
     ],

@@ -98,26 +98,33 @@ class StageCLI(LightningCLI):
         return StageParser(**kwargs, allow_abbrev=False)
 
 
-class EarlyStoppingAfterWarmUp(EarlyStopping):
-    """Early stopping that looks away for the first steps.
+class PatientEarlyStopping(EarlyStopping):
+    """Early stopping that counts a validation only when enough steps lie between it and the last one counted.
 
-    Graph encoders start from small random vectors and stand still for about a hundred steps before they find
-    the structure; on small data that is many epochs, and patience would end the training before it has begun.
+    An epoch of small data is a dozen steps: too few to tell anything. A graph encoder stands still for about
+    a hundred steps before it finds the structure, and a patience of some such epochs would end the training
+    before it has begun.
     """
 
-    def __init__(self, num_warm_up_steps: int = 200, **options: Any) -> None:
-        super().__init__(**options)
-        self.num_warm_up_steps = num_warm_up_steps
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count this validation, if the warm-up is over."""
-        if trainer.global_step > self.num_warm_up_steps:
-            super().on_validation_end(trainer, pl_module)
+    def __init__(self, min_steps: int = 50, **options: Any) -> None:
+        super().__init__(check_on_train_epoch_end=True, **options)
+        self.min_steps = min_steps
+        self.counted_at = 0
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count this epoch, if the warm-up is over."""
-        if trainer.global_step > self.num_warm_up_steps:
+        """Count this epoch's validation, if enough steps have passed."""
+        if trainer.global_step - self.counted_at >= self.min_steps:
+            self.counted_at = trainer.global_step
             super().on_train_epoch_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run has to know."""
+        return {**super().state_dict(), "counted_at": self.counted_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the run was cut short."""
+        self.counted_at = state_dict.pop("counted_at")
+        super().load_state_dict(state_dict)
 
 
 def default_callbacks(
@@ -125,7 +132,7 @@ def default_callbacks(
 ) -> list[Callback]:
     """Return early stopping, checkpoints of the best and the last epoch, and progress on stderr."""
     callbacks: list[Callback] = [
-        EarlyStoppingAfterWarmUp(monitor=monitor, mode="max", patience=patience),
+        PatientEarlyStopping(monitor=monitor, mode="max", patience=patience),
         ModelCheckpoint(
             dirpath=directory,
             filename="best",

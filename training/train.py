@@ -86,7 +86,10 @@ def build_parser() -> LightningArgumentParser:
         ("ranking", RankingModule, RankingData),
     ):
         parser.add_argument(
-            f"--{stage}.patience", type=int, default=4, help="Validations without a better one until the end."
+            f"--{stage}.patience",
+            type=int,
+            default=4,
+            help="Validations, 50 steps apart at least, without a better one until the end.",
         )
         parser.add_class_arguments(module, f"{stage}.model", skip={"embeddings"})
         parser.add_class_arguments(data, f"{stage}.data", skip={"directory", "split"}, instantiate=False)

@@ -3,21 +3,24 @@ from types import SimpleNamespace
 import pytest
 from lightning.pytorch.callbacks import EarlyStopping
 
-from training.stages import EarlyStoppingAfterWarmUp, default_precision
+from training.stages import PatientEarlyStopping, default_precision
 
 
-@pytest.mark.parametrize(("global_step", "expected"), [(0, 0), (200, 0), (201, 2)])
-def test_early_stopping_counts_only_after_the_warm_up(
-    monkeypatch: pytest.MonkeyPatch, global_step: int, expected: int
+def test_early_stopping_counts_validations_that_are_enough_steps_apart(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    calls = []
-    for hook in ("on_validation_end", "on_train_epoch_end"):
-        monkeypatch.setattr(EarlyStopping, hook, lambda self, trainer, module: calls.append(module))
-    stopping = EarlyStoppingAfterWarmUp(num_warm_up_steps=200, monitor="val", mode="max", patience=1)
-    trainer = SimpleNamespace(global_step=global_step)
-    stopping.on_validation_end(trainer, None)
-    stopping.on_train_epoch_end(trainer, None)
-    assert len(calls) == expected
+    counted = []
+    monkeypatch.setattr(
+        EarlyStopping, "on_train_epoch_end", lambda self, trainer, module: counted.append(trainer.global_step)
+    )
+    stopping = PatientEarlyStopping(min_steps=50, monitor="val", mode="max", patience=1)
+    for step in range(20, 201, 20):
+        stopping.on_train_epoch_end(SimpleNamespace(global_step=step), None)
+        if step == 100:  # as a resumed run would
+            state = stopping.state_dict()
+            stopping = PatientEarlyStopping(min_steps=50, monitor="val", mode="max", patience=1)
+            stopping.load_state_dict(state)
+    assert counted == [60, 120, 180]
 
 
 @pytest.mark.parametrize(
