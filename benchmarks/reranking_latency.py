@@ -79,7 +79,7 @@ def simulated_shop(num_items: int, seed: int = 0) -> ItemFacts:
     groups = {
         "category": category,
         "category/0": ((category + 9) // 10).astype(np.int32),
-        "brand": column(random.zipf(1.3, num_items) % 500 + 1, 0, np.int32),
+        "brand": column(random.integers(1, 61, num_items), 0, np.int32),
         "seller_id": column(random.integers(1, 51, num_items), 0, np.int32),
     }
     having = {

@@ -195,7 +195,7 @@ class Exposure(SoftRule):
 
     def start(self, page: Page, weight: float) -> Guard:
         """See SoftRule.start."""
-        ranked = page.worth.value > -np.inf
+        ranked = page.available.copy()
         ranked[page.num_ranked :] = False
         ranked[list(page.pins.values())] = True
         sellers, seller_of = np.unique(page.items.groups[self.field], return_inverse=True)
@@ -204,7 +204,7 @@ class Exposure(SoftRule):
                 raise ValueError(f"{self.name} names sellers and is not bound to a catalog")
             share = np.array([self.share_of.get(int(seller), 0.0) for seller in sellers])
         else:
-            merit = page.relevance.astype(np.float64) if self.merit == "relevance" else np.ones(len(ranked))
+            merit = page.unadjusted.astype(np.float64) if self.merit == "relevance" else np.ones(len(ranked))
             total = np.bincount(seller_of, merit * ranked, minlength=len(sellers))
             share = total / max(total.sum(), 1e-12)
         share[sellers == 0] = 0
@@ -232,7 +232,7 @@ class ExposureGuard(Guard):
         self.attention = attention(page.limit)
         self.total = np.cumsum(self.attention)
         self.given = np.zeros(len(sellers))
-        self.num_left = np.bincount(seller_of, page.worth.value > -np.inf, minlength=len(sellers))
+        self.num_left = np.bincount(seller_of, page.available, minlength=len(sellers))
         self.objected: Mask | None = None
 
     def enter(self, place: int) -> None:

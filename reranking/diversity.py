@@ -7,8 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from reranking.families import LAST_PLACE, Diversity, Floats, Mask, Worth, setting
-from reranking.items import RankedItems
+from reranking.families import LAST_PLACE, Diversity, Floats, Page, Worth, setting
 
 SMALLEST_VOLUME = 1e-6  # of one more item of a DPP; below it float32 knows nothing
 
@@ -27,8 +26,13 @@ class _Trade(Diversity):
         """See Rule.reads."""
         return ("vectors" if self.over == "graph" else "content_vectors",)
 
-    def _base(self, relevance: Floats, available: Mask) -> Floats:
-        return np.where(available, self.relevance_weight * relevance, -np.inf).astype(np.float32)
+    def _base(self, page: Page) -> Floats:
+        return np.where(
+            page.available, page.relevance * np.float32(self.relevance_weight), np.float32(-np.inf)
+        )
+
+    def _directions(self, page: Page) -> Floats:
+        return page.items.directions(self.reads[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +53,11 @@ class MMR(_Trade):
         """See Diversity.spread."""
         return 2 * (1 - self.relevance_weight)
 
-    def start(self, items: RankedItems, relevance: Floats, available: Mask, num_ranked: int) -> Worth:
+    def start(self, page: Page) -> Worth:
         """See Diversity.start."""
         # Directions of length sqrt(1 - w): their products are the cosines, weighed.
-        directions = items.directions(self.reads[0]) * np.float32(np.sqrt(1 - self.relevance_weight))
-        return _Marginal(self._base(relevance, available), directions)
+        directions = self._directions(page) * np.float32(np.sqrt(1 - self.relevance_weight))
+        return _Marginal(self._base(page), directions)
 
 
 class _Marginal(Worth):
@@ -95,11 +99,9 @@ class DPP(_Trade):
         """See Diversity.spread."""
         return -(1 - self.relevance_weight) * float(np.log(SMALLEST_VOLUME))
 
-    def start(self, items: RankedItems, relevance: Floats, available: Mask, num_ranked: int) -> Worth:
+    def start(self, page: Page) -> Worth:
         """See Diversity.start."""
-        return _Volume(
-            self._base(relevance, available), items.directions(self.reads[0]), 1 - self.relevance_weight
-        )
+        return _Volume(self._base(page), self._directions(page), 1 - self.relevance_weight)
 
 
 class _Volume(Worth):
@@ -141,8 +143,9 @@ class MaxSum(_Trade):
 
         w * (sum of their chances) + (1 - w) * (mean of 1 - cosine over their pairs)
 
-    which is the expected number of hits on the screen, traded against its intra-list diversity. A chance is
-    the softmax over the ranked items of adjusted relevance, in units of the scores, divided by `temperature`.
+    which is the expected number of hits on the screen, traded against its intra-list diversity. The last
+    screen of a slate may be shorter; pins on it count. A chance is the softmax over the ranked items of
+    adjusted relevance, in units of the scores, divided by `temperature`.
     So where the ranker is sure, its word counts; where it is not, variety costs little. On the screen the
     items stand by relevance: that changes no pair and brings the likeliest to the top. Where a soft rule
     objects to one of them, the item takes its place that would have been chosen next.
@@ -158,19 +161,17 @@ class MaxSum(_Trade):
         """See Diversity.spread."""
         return 5.0  # what _Screen.enter adds to the items of the screen, and how far the others lie apart
 
-    def start(self, items: RankedItems, relevance: Floats, available: Mask, num_ranked: int) -> Worth:
+    def start(self, page: Page) -> Worth:
         """See Diversity.start."""
-        scores = items.scores[:num_ranked]
+        scores = page.items.scores[: page.num_ranked]
         score_range = float(scores.max() - scores.min()) if len(scores) else 0.0
-        weight = 2 * (1 - self.relevance_weight) / (self.screen * (self.screen - 1))  # of one pair
-        directions = items.directions(self.reads[0]) * np.float32(np.sqrt(weight))
-        chances = _chances(relevance * (score_range / self.temperature), available, num_ranked)
-        return _Screen(self.relevance_weight * chances, relevance, available, directions, self.screen)
+        chances = _chances(page.relevance * (score_range / self.temperature), page)
+        return _Screen(page, self.relevance_weight * chances, self._directions(page), self)
 
 
-def _chances(logits: Floats, available: Mask, num_ranked: int) -> Floats:
+def _chances(logits: Floats, page: Page) -> Floats:
     """Return the softmax over the available ranked items; the others are measured by the same sum."""
-    among = logits[:num_ranked][available[:num_ranked]]
+    among = logits[: page.num_ranked][page.available[: page.num_ranked]]
     if not len(among):
         among = logits
     top = among.max(initial=-np.inf)
@@ -181,32 +182,39 @@ def _chances(logits: Floats, available: Mask, num_ranked: int) -> Floats:
 class _Screen(Worth):
     """Chooses the items of a screen when its first place comes, and puts them above all others."""
 
-    def __init__(
-        self, gain: Floats, relevance: Floats, available: Mask, directions: Floats, length: int
-    ) -> None:
-        super().__init__(np.where(available, gain, np.float32(-np.inf)))
-        self.gain, self.relevance, self.directions, self.length = gain, relevance, directions, length
-        self.lowest = float(relevance[available].min(initial=np.inf))
+    def __init__(self, page: Page, gain: Floats, directions: Floats, rule: MaxSum) -> None:
+        super().__init__(np.where(page.available, gain, np.float32(-np.inf)))
+        self.page, self.gain, self.directions, self.rule = page, gain, directions, rule
+        self.lowest = float(page.relevance[page.available].min(initial=np.inf))
         self.num_chosen = 0
         self.product = np.empty(len(gain), np.float32)
 
     def enter(self, penalty: Floats) -> None:
         """See Worth.enter."""
-        if self.num_chosen % self.length:
+        begin, page = self.num_chosen, self.page
+        if begin % self.rule.screen:
             return
+        end = min(begin + self.rule.screen, page.limit)
+        num_pairs = max((end - begin) * (end - begin - 1) / 2, 1)
+        weight = np.float32((1 - self.rule.relevance_weight) / num_pairs)
         worth = np.where(self.value > -np.inf, self.gain, np.float32(-np.inf))
+        pinned = [pick for place, pick in page.pins.items() if begin <= place < end]
+        for pick in pinned:
+            worth -= self._likeness(pick, weight)
         chosen = []
-        for _ in range(min(self.length, int(np.count_nonzero(worth > -np.inf)))):
+        for _ in range(min(end - begin - len(pinned), int(np.count_nonzero(worth > -np.inf)))):
             np.subtract(worth, penalty, out=self.product)
             pick = int(self.product.argmax())
             chosen.append(pick)
             worth[pick] = -np.inf
-            np.dot(self.directions, self.directions[pick], out=self.product)
-            worth -= self.product
-        worth[chosen] = self.relevance[chosen] - self.lowest + 3
+            worth -= self._likeness(pick, weight)
+        worth[chosen] = page.relevance[chosen] - self.lowest + 3
         self.value[:] = worth
 
     def chose(self, pick: int) -> None:
         """See Worth.chose."""
         self.num_chosen += 1
         self.value[pick] = -np.inf
+
+    def _likeness(self, pick: int, weight: np.float32) -> Floats:
+        return np.dot(self.directions, self.directions[pick] * weight, out=self.product)

@@ -123,15 +123,8 @@ class Diversity(Rule):
         """How far apart two items of equal relevance can be in worth."""
 
     @abstractmethod
-    def start(self, items: RankedItems, relevance: Floats, available: Mask, num_ranked: int) -> Worth:
-        """Return the worth of the items with none chosen.
-
-        Args:
-            items: N items.
-            relevance: [N] adjusted.
-            available: [N] whether the item may be chosen.
-            num_ranked: items before this one were ranked, those from it on are of the reserve.
-        """
+    def start(self, page: Page) -> Worth:
+        """Return the worth of the page's items with none chosen; page.worth is not there yet."""
 
 
 class Worth:
@@ -150,15 +143,17 @@ class Worth:
 
 @dataclass(kw_only=True)
 class Page:
-    """A slate in the making, as the soft rules see it: N items for `limit` places (0 is the first)."""
+    """A slate in the making, as the rules see it: N items for `limit` places (0 is the first)."""
 
     items: RankedItems
     limit: int
     num_ranked: int  # items before this one were ranked, those from it on are of the reserve
-    relevance: Floats  # [N] of the score alone, 0 to 1
-    worth: Worth
+    relevance: Floats  # [N] adjusted
+    unadjusted: Floats  # [N] relevance by the scores alone, 0 to 1
+    available: Mask  # [N] what may be chosen: all that the filters allow, but for what is pinned
     pins: Mapping[int, int]  # place -> the item that will stand there
     penalty: Floats  # [N] what the soft rules hold against each item at the next place
+    worth: Worth = field(init=False)
 
 
 class Guard:

@@ -312,9 +312,6 @@ def _check_together(policy: str, rules: Sequence[Rule]) -> None:
             refuse(f"{rule.name} stands there twice; expected once")
         names.add(rule.name)
     _check_selections(rules, refuse)
-    ranges = [rule for rule in rules if isinstance(rule, PriceRange)]
-    if ranges and max(r.low for r in ranges) > min(r.high for r in ranges):
-        refuse("price_range: no price is within all ranges; expected ranges that overlap")
 
 
 def _check_places(rules: Sequence[Rule], refuse: Any) -> None:

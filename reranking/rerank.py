@@ -204,17 +204,12 @@ def _build(pool: _Pool, rules: Sequence[Rule], limit: int) -> _Built:
     if len(soft) > MAX_SOFT_RULES:
         raise ValueError(f"{len(soft)} soft rules; expected at most {MAX_SOFT_RULES}")
 
-    pinned, homeless = _pinned(items, pins, allowed, limit)
+    pinned, homeless = _pinned(pool, pins, allowed, limit)
     available = allowed
     if pinned or pool.pin_only:
         available = allowed.copy()
         available[list(pinned.values())] = False
         available[pool.num_ranked : pool.num_ranked + pool.pin_only] = False
-    if diversity is None:
-        worth = Worth(np.where(available, relevance, -np.inf).astype(np.float32))
-    else:
-        worth = diversity.start(items, relevance, available, pool.num_ranked)
-
     # Penalties are sums of powers of two: every set of objecting rules has a level of its own, and levels lie
     # farther apart than any two worths, so the largest (worth - penalty) is the right item.
     unit = _unit(relevance[available], diversity.spread if diversity else 0.0)
@@ -224,11 +219,16 @@ def _build(pool: _Pool, rules: Sequence[Rule], limit: int) -> _Built:
         items=items,
         limit=limit,
         num_ranked=pool.num_ranked,
-        relevance=scaled,
-        worth=worth,
+        relevance=relevance,
+        unadjusted=scaled,
+        available=available,
         pins=pinned,
         penalty=penalty,
     )
+    if diversity is None:
+        page.worth = Worth(np.where(available, relevance, np.float32(-np.inf)))
+    else:
+        page.worth = diversity.start(page)
     started = [(rule, rule.start(page, unit * 2.0 ** (i + 1))) for i, rule in enumerate(soft)]
     # Explore looks at what the others object to.
     started.sort(key=lambda pair: isinstance(pair[0], Explore))
@@ -276,10 +276,12 @@ def _fill(page: Page, guards: Sequence[Guard]) -> tuple[list[int], list[float]]:
     return order, levels
 
 
-def _pinned(
-    items: RankedItems, pins: Sequence[Pin], allowed: Mask, limit: int
-) -> tuple[dict[int, int], list[Pin]]:
-    """Return place -> item for the pins of this slate, and the pins whose item is not to be had."""
+def _pinned(pool: _Pool, pins: Sequence[Pin], allowed: Mask, limit: int) -> tuple[dict[int, int], list[Pin]]:
+    """Return place -> item for the pins of this slate, and the pins whose item is not to be had.
+
+    A pin never looks into the reserve, which is not there in every request.
+    """
+    rows = pool.items.rows[: pool.num_ranked + pool.pin_only]
     pinned: dict[int, int] = {}
     homeless = []
     for pin in pins:
@@ -287,7 +289,7 @@ def _pinned(
             raise ValueError(f"{pin.name} names an item and is not bound to a catalog; call bound_to first")
         if pin.place > limit:
             continue
-        found = (items.rows == pin.row).nonzero()[0]
+        found = (rows == pin.row).nonzero()[0]
         if len(found) and allowed[found[0]]:
             pinned[pin.place - 1] = int(found[0])
         else:

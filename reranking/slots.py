@@ -100,7 +100,7 @@ class Sponsored(Selection, _Slots):
 
     def start(self, page: Page, weight: float) -> Guard:
         """See SoftRule.start."""
-        wanted = self.about(page.items) & (page.relevance >= self.min_relevance)
+        wanted = self.about(page.items) & (page.unadjusted >= self.min_relevance)
         wanted[page.num_ranked :] = False
         return _SlotGuard(page, weight, {place - 1 for place in self.places}, wanted)
 
