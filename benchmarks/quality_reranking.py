@@ -57,7 +57,7 @@ def settings(temperature: float) -> dict[str, list[list[dict[str, Any]]]]:
         "dpp": [[{"rule": "dpp", "relevance_weight": w}] for w in (0.99, 0.97, 0.95, 0.9, 0.85, 0.8)],
         "max_sum": [
             [{"rule": "max_sum", "relevance_weight": w, "temperature": temperature}]
-            for w in (0.97, 0.96, 0.95, 0.94, 0.93, 0.925, 0.92, 0.91, 0.9, 0.87, 0.8)
+            for w in (0.99, 0.985, 0.98, 0.976, 0.973, 0.97, 0.967, 0.96, 0.95, 0.93)
         ],
         "cap": [[{"rule": "cap", "field": "category", "max_items": m}] for m in (5, 4, 3, 2, 1)],
         "margin": [
@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("bundle", type=Path, help="A bundle, or a directory of bundles: the newest one.")
     parser.add_argument("--data", type=Path, required=True, help="The data set directory it was trained on.")
     parser.add_argument("--max_users", type=int, default=None, help="Ask a fixed random part of the users.")
-    parser.add_argument("--temperature", type=float, default=1.3, help="Of max_sum's softmax.")
+    parser.add_argument("--temperature", type=float, default=1.15, help="Of max_sum's softmax.")
     parser.add_argument(
         "--json", type=str, default=None, help="File for all figures; - for stdout, no table."
     )

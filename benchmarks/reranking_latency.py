@@ -53,7 +53,7 @@ policies:
 """
 VARIANTS: dict[str, dict[str, Any]] = {
     "dpp": {"rule": "dpp", "relevance_weight": 0.8},
-    "max_sum": {"rule": "max_sum", "relevance_weight": 0.92},
+    "max_sum": {"rule": "max_sum", "relevance_weight": 0.97},
 }
 ALONE: list[dict[str, Any]] = [
     {"rule": "allow", "seller_id": [f"seller-{number}" for number in range(1, 30)]},

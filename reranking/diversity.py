@@ -139,13 +139,13 @@ class _Volume(Worth):
 class MaxSum(_Trade):
     """Max-sum diversification (Gollapudi & Sharma 2009): choose n items at once, show them by relevance.
 
-    The n items are chosen greedily to make the most of
+    The n items of a screen are chosen greedily to make the most of
 
-        w * (sum of their chances) + (1 - w) * (mean of 1 - cosine over their pairs)
+        w * (sum of chance / log2(place + 1)) + (1 - w) * (mean of 1 - cosine over their pairs)
 
-    which is the expected number of hits on the screen, traded against its intra-list diversity. The last
-    screen of a slate may be shorter; pins on it count. A chance is the softmax over the ranked items of
-    adjusted relevance, in units of the scores, divided by `temperature`.
+    which is the discounted gain that is expected of the screen, traded against its intra-list diversity (place
+    1 is the screen's first). A chance is the softmax over the ranked items of adjusted relevance, in units of
+    the scores, divided by `temperature`. A slate's last screen may be shorter; pins count on their screens.
     So where the ranker is sure, its word counts; where it is not, variety costs little. On the screen the
     items stand by relevance: that changes no pair and brings the likeliest to the top. Where a soft rule
     objects to one of them, the item takes its place that would have been chosen next.
@@ -187,6 +187,7 @@ class _Screen(Worth):
         self.page, self.gain, self.directions, self.rule = page, gain, directions, rule
         self.lowest = float(page.relevance[page.available].min(initial=np.inf))
         self.num_chosen = 0
+        self.discount = (1 / np.log2(np.arange(2, rule.screen + 2))).astype(np.float32)
         self.product = np.empty(len(gain), np.float32)
 
     def enter(self, penalty: Floats) -> None:
@@ -197,24 +198,26 @@ class _Screen(Worth):
         end = min(begin + self.rule.screen, page.limit)
         num_pairs = max((end - begin) * (end - begin - 1) / 2, 1)
         weight = np.float32((1 - self.rule.relevance_weight) / num_pairs)
-        worth = np.where(self.value > -np.inf, self.gain, np.float32(-np.inf))
-        pinned = [pick for place, pick in page.pins.items() if begin <= place < end]
-        for pick in pinned:
-            worth -= self._likeness(pick, weight)
-        chosen = []
-        for _ in range(min(end - begin - len(pinned), int(np.count_nonzero(worth > -np.inf)))):
-            np.subtract(worth, penalty, out=self.product)
+        likeness = np.zeros_like(self.gain)  # to the items of the screen, weighed
+        chosen = [pick for place, pick in page.pins.items() if begin <= place < end]
+        num_pinned = len(chosen)
+        for pick in chosen:
+            likeness += np.dot(self.directions, self.directions[pick] * weight, out=self.product)
+        left = np.where(self.value > -np.inf, self.gain, np.float32(-np.inf))
+        for _ in range(min(end - begin - num_pinned, int(np.count_nonzero(left > -np.inf)))):
+            np.multiply(left, self.discount[len(chosen)], out=self.value)
+            self.value -= likeness
+            np.subtract(self.value, penalty, out=self.product)
             pick = int(self.product.argmax())
             chosen.append(pick)
-            worth[pick] = -np.inf
-            worth -= self._likeness(pick, weight)
-        worth[chosen] = page.relevance[chosen] - self.lowest + 3
-        self.value[:] = worth
+            left[pick] = -np.inf
+            likeness += np.dot(self.directions, self.directions[pick] * weight, out=self.product)
+        of_screen = chosen[num_pinned:]
+        np.multiply(left, self.discount[end - begin - 1], out=self.value)  # who would have been next
+        self.value -= likeness
+        self.value[of_screen] = page.relevance[of_screen] - self.lowest + 3
 
     def chose(self, pick: int) -> None:
         """See Worth.chose."""
         self.num_chosen += 1
         self.value[pick] = -np.inf
-
-    def _likeness(self, pick: int, weight: np.float32) -> Floats:
-        return np.dot(self.directions, self.directions[pick] * weight, out=self.product)

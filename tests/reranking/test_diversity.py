@@ -199,7 +199,8 @@ def test_max_sum_agrees_with_a_loop(case, weight, screen):
 
     def objective(group, pairs):
         alike = sum(cosines[i, j] for i, j in itertools.combinations(group, 2))
-        return weight * chance[group].sum() - (1 - weight) * alike / max(pairs, 1)
+        gain = sum(chance[i] / math.log2(place + 2) for place, i in enumerate(group))
+        return weight * gain - (1 - weight) * alike / max(pairs, 1)
 
     left = list(range(len(items)))
     for start in range(0, len(chosen), screen):
@@ -222,7 +223,7 @@ def test_max_sum_agrees_with_a_loop(case, weight, screen):
 def test_max_sum_keeps_the_sure_and_varies_the_unsure():
     # Items 0 to 2 are alike, item 3 is different and as good as item 2.
     alike = [[1, 0], [1, 0], [1, 0], [0, 1]]
-    rule = MaxSum(relevance_weight=0.8, screen=2)
+    rule = MaxSum(relevance_weight=0.9, screen=2)
     assert slate(rule, ranked([9, 8, 1, 1], alike), 2) == [0, 1]  # item 1 has a chance of 0.27
     assert slate(rule, ranked([9, 4, 4, 4], alike), 2) == [0, 3]  # the others have next to none
 
