@@ -108,7 +108,7 @@ class Boost(Selection, Adjustment):
 
 @dataclass(frozen=True, kw_only=True)
 class Bury(Selection, Adjustment):
-    """Take from the relevance of these items: 1 puts the best behind the worst."""
+    """Take from the relevance of these items: more than 1 puts the best behind the worst."""
 
     rule = "bury"
 

@@ -50,7 +50,7 @@ class Available(Filter):
 
 @dataclass(frozen=True, kw_only=True)
 class Allow(Selection, Filter):
-    """Show only these items; several such rules add up."""
+    """Show only these items; with several such rules, what meets them all."""
 
     rule = "allow"
 

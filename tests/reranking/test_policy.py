@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import yaml
 
 from reranking.constraints import Cap, DropSeen
 from reranking.diversity import MMR
-from reranking.families import settings_of
+from reranking.families import SELECTABLE, settings_of
 from reranking.filters import Deny, InStock
 from reranking.items import ItemFacts
 from reranking.policy import (
@@ -486,3 +487,21 @@ def test_an_override_keeps_what_was_looked_up():
 def test_rules_from_config_names_the_place():
     with pytest.raises(ValueError, match=r"^rules\[1\]: rule is 'x'"):
         rules_from_config([*ONE, {"rule": "x"}])
+
+
+# --- the document
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "policies.md").read_text(encoding="utf-8")
+
+
+def test_the_example_of_the_document_is_right():
+    (example,) = re.findall(r"```yaml\n(.*?)```", DOCUMENT, re.DOTALL)
+    assert set(parse_policies(example).by_name) == {"shop", "home", "basket"}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_the_document_has_every_rule_with_its_settings(rule):
+    (line,) = re.findall(rf"^\| `{rule.rule}` \|.*$", DOCUMENT, re.MULTILINE)
+    settings = line.split("|")[3]
+    for one in settings_of(rule):
+        assert f"`{one.name}`" in settings or ("SELECTION" in settings and one.name in SELECTABLE)
