@@ -11,6 +11,7 @@ independent of everything, and the results say so.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -257,6 +258,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--png", type=Path, default=None, help="File for the curves.")
     options = parser.parse_args(argv)
+    if options.png is not None and importlib.util.find_spec("matplotlib") is None:
+        print("benchmarks.quality_reranking: --png needs matplotlib, which is not installed", file=sys.stderr)
+        return 2
     try:
         bundle = Bundle.load(resolve_bundle(options.bundle), num_threads=os.cpu_count() or 1)
         results = compare(bundle, options.data, options.max_users, options.temperature)

@@ -31,6 +31,7 @@ NOW_MS = 1_700_000_000_000
 NUM_RANKED = 500
 NUM_RESERVE = 500
 DIM = 64
+PINNED = 77
 COLUMNS = ("p50_ms", "p99_ms", "cpu_p50_ms", "cpu_p99_ms")
 
 FULL_POLICY = """
@@ -76,10 +77,12 @@ def simulated_shop(num_items: int, seed: int = 0) -> ItemFacts:
         return np.concatenate([[missing], filled]).astype(dtype)
 
     category = column(random.integers(1, 201, num_items), 0, np.int32)
+    brand = column(random.integers(1, 61, num_items), 0, np.int32)
+    brand[PINNED] = 3
     groups = {
         "category": category,
         "category/0": ((category + 9) // 10).astype(np.int32),
-        "brand": column(random.integers(1, 61, num_items), 0, np.int32),
+        "brand": brand,
         "seller_id": column(random.integers(1, 51, num_items), 0, np.int32),
     }
     having = {
@@ -100,13 +103,15 @@ def simulated_shop(num_items: int, seed: int = 0) -> ItemFacts:
     vectors = centres[category] + 0.7 * random.normal(size=(num_items + 1, DIM))
     vectors[category == 0] = 0
     shown = column(random.integers(0, 200, num_items), 0, np.int64, 0)
+    prices = column(random.lognormal(3, 1, num_items), np.nan, np.float64)
+    prices[PINNED] = 20.0  # nothing forbids the item that FULL_POLICY pins
     return ItemFacts(
         num_items=num_items,
         groups=groups,
         having=having,
         row_of={f"item-{row}": row for row in range(1, num_items + 1)},
         vectors=vectors.astype(np.float32),
-        prices=column(random.lognormal(3, 1, num_items), np.nan, np.float64),
+        prices=prices,
         margins=column(random.beta(4, 8, num_items), np.nan, np.float64),
         available_from=column(NOW_MS - random.integers(-5, 365, num_items) * DAY_MS, 0, np.int64),
         available_until=column(NOW_MS + random.integers(-5, 365, num_items) * DAY_MS, 0, np.int64, 0.5),

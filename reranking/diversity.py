@@ -143,9 +143,9 @@ class MaxSum(_Trade):
 
         w * (sum of chance / log2(place + 1)) + (1 - w) * (mean of 1 - cosine over their pairs)
 
-    which is the discounted gain that is expected of the screen, traded against its intra-list diversity
-    (place 1 is the screen's first). A chance is the softmax over the ranked items of adjusted relevance, in units of
-    the scores, divided by `temperature`. A slate's last screen may be shorter; pins count on their screens.
+    which is the discounted gain expected of the screen, traded against its intra-list diversity (place 1 is
+    the screen's first). A chance is the softmax over the ranked items of adjusted relevance, in units of the
+    scores, divided by `temperature`. A slate's last screen may be shorter; pins count on their screens.
     So where the ranker is sure, its word counts; where it is not, variety costs little. On the screen the
     items stand by relevance: that changes no pair and brings the likeliest to the top. Where a soft rule
     objects to one of them, the item takes its place that would have been chosen next.

@@ -77,8 +77,9 @@ class Policy:
                     f"policy {self.name!r}: override {key} is {value!r}; "
                     f"expected {bounds.min:g} to {bounds.max:g}"
                 )
-            at, setting_name, kind = _target(rules, key)
+            at, setting_name, kind = _target(self.rules, key)  # names may change with their settings
             rules[at] = _changed(self.name, rules[at], key, setting_name, kind, value)
+        _check_together(self.name, rules)
         return replace(self, rules=tuple(rules))
 
     def bound_to(self, facts: ItemFacts) -> Policy:

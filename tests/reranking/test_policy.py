@@ -484,6 +484,22 @@ def test_an_override_keeps_what_was_looked_up():
     assert changed.rules[0].selected.tolist() == [False, True, True, False, False]
 
 
+def test_overrides_that_change_a_name_and_that_contradict_each_other():
+    rules = [cap(window=9), pin(1, "a"), pin(5, "b")]
+    overrides = {
+        "cap:brand@9.window": {"min": 5, "max": 20},
+        "cap:brand@9.max_items": {"min": 1, "max": 4},
+        "pin@1.place": {"min": 1, "max": 9},
+    }
+    home = policies_from_config({"policies": {"home": {"rules": rules, "overrides": overrides}}})[None]
+    changed = home.with_overrides({"cap:brand@9.window": 12, "cap:brand@9.max_items": 2})
+    assert changed.rules[0] == Cap(field="brand", max_items=2, window=12)
+    with pytest.raises(
+        PolicyError, match="policy 'home': pin: two items are pinned to place 5; expected one"
+    ):
+        home.with_overrides({"pin@1.place": 5})
+
+
 def test_rules_from_config_names_the_place():
     with pytest.raises(ValueError, match=r"^rules\[1\]: rule is 'x'"):
         rules_from_config([*ONE, {"rule": "x"}])
