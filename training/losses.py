@@ -45,8 +45,11 @@ def sampled_softmax_loss(
         negatives: [M] int64, item rows 1..I.
         log_expected_count: [M] log(M q) of each negative; None leaves the logits as they are.
     """
+    # embedding() and not [...]: the gradient of indexing sorts its rows, on one thread.
+    positive = functional.embedding(targets, item_vectors)
+    negative = functional.embedding(negatives, item_vectors)
     loss: Tensor = _SharedNegatives.apply(  # type: ignore[no-untyped-call]
-        states, item_vectors[targets], item_vectors[negatives], targets, negatives, log_expected_count
+        states, positive, negative, targets, negatives, log_expected_count
     )
     return loss
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.numpy import save_file
 
 from training.data.modules import RetrievalData
-from training.retrieval_module import RetrievalModule
+from training.retrieval_module import RETRIEVAL_EPOCHS, RetrievalModule
 from training.stages import StageCLI, load_best
 
 
@@ -27,7 +27,7 @@ class RetrievalCLI(StageCLI):
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     try:
-        RetrievalCLI("retrieval", RetrievalModule, RetrievalData, argv, trainer_defaults={})
+        RetrievalCLI("retrieval", RetrievalModule, RetrievalData, argv, {"max_epochs": RETRIEVAL_EPOCHS})
     except ValueError as error:
         sys.exit(f"training.retrieval: {error}")
 

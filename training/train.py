@@ -21,7 +21,7 @@ from training.data.modules import RankingData, RetrievalData
 from training.data.splits import SplitData, SplitOptions, load_split
 from training.export import DEFAULT_POLICY, export_bundle
 from training.ranking_module import RankingModule
-from training.retrieval_module import RetrievalModule
+from training.retrieval_module import RETRIEVAL_EPOCHS, RetrievalModule
 from training.stages import (
     MONITOR,
     StageParser,
@@ -102,7 +102,9 @@ def build_parser() -> LightningArgumentParser:
                 f"{stage}.trainer.log_every_n_steps": 1000,
             }
         )
-    parser.set_defaults({"ranking.trainer.precision": default_precision()})
+    parser.set_defaults(
+        {"retrieval.trainer.max_epochs": RETRIEVAL_EPOCHS, "ranking.trainer.precision": default_precision()}
+    )
     parser.add_class_arguments(PipelineOptions, "pipeline")
     return parser
 

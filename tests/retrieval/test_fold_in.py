@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval.encoders.lightgcn import normalized_adjacency
 from retrieval.fold_in import fold_in
+from retrieval.graph_matrix import normalized_adjacency
 
 VECTORS = np.array([[0, 0], [1, 0], [0, 1], [3, 3]], np.float32)
 DEGREES = np.array([0, 4, 1, 0], np.float32)
