@@ -21,10 +21,10 @@ class NGCF(nn.Module):
     E^(k) = LeakyReLU((A + I) E^(k-1) W1 + (A E^(k-1) * E^(k-1)) W2) with A = D^-1/2 (0 R; R^T 0) D^-1/2
     (eq. 7 and 8), and e = e^(0) || ... || e^(K) (eq. 9), so a vector has (K + 1) D numbers.
 
-    The paper leaves three things open, which we take from the authors' code: the layers' outputs enter eq. 9
-    with length 1, LeakyReLU's slope is 0.2, and message dropout falls on a layer's output. Otherwise we follow
-    the paper where that code leaves it (it averages over neighbours and the node itself in place of A, adds
-    biases, and applies LeakyReLU to the two terms apart).
+    Three things are as in the authors' code: the layers' outputs enter eq. 9 with length 1, LeakyReLU's slope
+    is 0.2, and message dropout falls on a layer's output. Where that code leaves the paper we follow the paper
+    (the code averages over neighbours and the node itself in place of A, adds biases, and applies LeakyReLU to
+    the two terms apart).
 
     Args:
         graph: gives the numbers of nodes; node 0 of each type is padding and has no edge.

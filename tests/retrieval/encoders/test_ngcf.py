@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
 from torch_geometric.data import HeteroData
 
 from retrieval.encoders.lightgcn import USER_ITEM
