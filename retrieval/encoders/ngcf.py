@@ -22,9 +22,9 @@ class NGCF(nn.Module):
     (eq. 7 and 8), and e = e^(0) || ... || e^(K) (eq. 9), so a vector has (K + 1) D numbers.
 
     Three things are as in the authors' code: the layers' outputs enter eq. 9 with length 1, LeakyReLU's slope
-    is 0.2, and message dropout falls on a layer's output. Where that code leaves the paper we follow the paper
-    (the code averages over neighbours and the node itself in place of A, adds biases, and applies LeakyReLU to
-    the two terms apart).
+    is 0.2, and message dropout falls on a layer's output. Where that code leaves the paper we follow the
+    paper: the code averages over neighbours and the node itself in place of A, adds biases, and applies
+    LeakyReLU to the two terms apart.
 
     Args:
         graph: gives the numbers of nodes; node 0 of each type is padding and has no edge.
