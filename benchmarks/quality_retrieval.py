@@ -39,15 +39,17 @@ from benchmarks.baselines.item_knn import ItemKNN
 from benchmarks.baselines.popularity import Popularity
 from benchmarks.final_fit import final_split
 from engine.arguments import ArgumentParser
+from retrieval.encoders.blend import SpectralLightGCN
 from retrieval.encoders.lightgcn import LightGCN
 from retrieval.encoders.mf import MF
 from retrieval.encoders.ngcf import NGCF
+from retrieval.encoders.spectral import SpectralFilter
 from training.data.interactions import Interactions
 from training.data.modules import RetrievalData
 from training.data.splits import Holdout, Split, SplitData, SplitOptions, load_split
 from training.metrics import mean_accuracy
 from training.retrieval_module import RetrievalModule
-from training.stages import keep_freed_memory, quiet_lightning
+from training.stages import default_precision, keep_freed_memory, quiet_lightning
 
 CUTOFF = 20
 SCORES_AT_ONCE = 10_000_000  # 40 MB of float32 scores: users times items never stand at once
@@ -111,6 +113,8 @@ ENCODERS = {
     "mf": Recipe(encoder=MF, epochs=20),
     "ngcf": Recipe(encoder=NGCF, epochs=20),
     "lightgcn": Recipe(encoder=LightGCN, epochs=20),
+    "spectral": Recipe(encoder=SpectralFilter, epochs=1),
+    "spectral-lightgcn": Recipe(encoder=SpectralLightGCN, epochs=20),
 }
 BASELINES: dict[str, Callable[[], Baseline]] = {
     "popularity": Popularity,
@@ -301,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
         "--epochs", type=int, default=None, help="Of the encoders, in place of their recipes'."
     )
     parser.add_argument(
-        "--precision", type=str, default="32-true", help="Of the encoders' lightning.Trainer."
+        "--precision", type=str, default=default_precision(), help="Of the encoders' lightning.Trainer."
     )
     parser.add_argument("--json", type=Path, default=None, help="File for all figures.")
     options = parser.parse_args(argv)

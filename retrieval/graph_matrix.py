@@ -53,21 +53,33 @@ def _normalized(row: Tensor, column: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 class _Propagate(torch.autograd.Function):
-    """A @ x for a constant symmetric A, whose gradient is the same product.
-
-    Outside of autocast: a CPU has no sparse product in bfloat16.
-    """
+    """A @ x for a constant symmetric A, whose gradient is the same product."""
 
     @staticmethod
     def forward(ctx: Any, adjacency: Tensor, x: Tensor) -> Tensor:
         ctx.adjacency = adjacency
-        with torch.autocast(x.device.type, enabled=False):
-            return adjacency @ x
+        return _product(adjacency, x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
-        with torch.autocast(gradients[0].device.type, enabled=False):
-            return None, ctx.adjacency @ gradients[0].contiguous()
+        return None, _product(ctx.adjacency, gradients[0].contiguous())
+
+
+def _product(adjacency: Tensor, x: Tensor) -> Tensor:
+    # Outside of autocast: a CPU has no sparse product in bfloat16.
+    with torch.autocast(x.device.type, enabled=False):
+        if x.device.type != "cpu" or x.dtype != torch.float32 or not len(adjacency.values()):
+            return adjacency @ x
+        # The kernel for bags of embeddings is a CSR product too, and faster than CSR itself: on Gowalla 12 ms
+        # against 29 on one thread.
+        return torch.nn.functional.embedding_bag(
+            adjacency.col_indices(),
+            x,
+            adjacency.crow_indices(),
+            mode="sum",
+            per_sample_weights=adjacency.values(),
+            include_last_offset=True,
+        )
 
 
 def propagate(adjacency: Tensor, x: Tensor) -> Tensor:

@@ -118,7 +118,11 @@ def build_parser() -> LightningArgumentParser:
             }
         )
     parser.set_defaults(
-        {"retrieval.trainer.max_epochs": RETRIEVAL_EPOCHS, "ranking.trainer.precision": default_precision()}
+        {
+            "retrieval.trainer.max_epochs": RETRIEVAL_EPOCHS,
+            "retrieval.trainer.precision": default_precision(),
+            "ranking.trainer.precision": default_precision(),
+        }
     )
     parser.add_class_arguments(PipelineOptions, "pipeline")
     return parser
