@@ -11,7 +11,8 @@ from rich.console import Console
 
 from benchmarks import training_speed
 from benchmarks.training_speed import CONTENDERS, Work, _OneNegative, dataset_directory, load_graph_data
-from retrieval.graph_matrix import USER_ITEM, LightGCN
+from retrieval.encoders.lightgcn import LightGCN
+from retrieval.graph_matrix import USER_ITEM
 
 WORK = Work(batch_size=16, dim=4, num_layers=2, num_negatives=8, steps=3, threads=1)
 
