@@ -93,6 +93,11 @@ class Rule:
         """The groups of RankedItems that the rule reads."""
         return ()
 
+    @property
+    def context_keys(self) -> tuple[str, ...]:
+        """The keys of the request's context that the rule reads."""
+        return ()
+
     def bound_to(self, facts: ItemFacts) -> Self:
         """Return the rule with what it names looked up in a catalog; ValueError where that has none such."""
         return self
@@ -100,6 +105,8 @@ class Rule:
 
 class Filter(Rule):
     """Hard: no item that it forbids is ever shown."""
+
+    asks_request: ClassVar[bool] = False  # whether the answer depends on who asks, and when
 
     @abstractmethod
     def allows(self, items: RankedItems) -> Mask:

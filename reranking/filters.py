@@ -34,6 +34,7 @@ class Available(Filter):
     """Show what is on sale now: available_from <= now < available_until."""
 
     rule = "available"
+    asks_request = True
     columns = ("available_from", "available_until")
     absent = "an item is on sale since ever, or for ever; without a clock every item is"
 
@@ -112,6 +113,7 @@ class BoughtWithin(Filter):
     """Do not show what the visitor bought in the last days."""
 
     rule = "bought_within"
+    asks_request = True
     columns = ("bought_at",)
     absent = "a purchase at an unknown time counts as one of today; without a clock every purchase does"
 
@@ -133,11 +135,17 @@ class Region(Filter):
     """Show what has the attribute "region:DE" to visitors from DE, and what has no region to everybody."""
 
     rule = "region"
+    asks_request = True
     absent = "an item without a region may be shown anywhere; a request without a region sees only such items"
 
     prefix: str = setting("region:")  # of the attributes
     context: str = setting("region")  # the key of the request's context
     tagged: dict[str, Mask] | None = looked_up()  # region -> [I+1]; "" -> items without any
+
+    @property
+    def context_keys(self) -> tuple[str, ...]:
+        """See Rule.context_keys."""
+        return (self.context,)
 
     def bound_to(self, facts: ItemFacts) -> Self:
         """See Rule.bound_to."""
@@ -165,11 +173,17 @@ class MinAge(Filter):
     """Show what the visitor is old enough for: an item with the attribute "age:18" from 18 years on."""
 
     rule = "min_age"
+    asks_request = True
     absent = "an item without an age is for everybody; a request without an age sees only such items"
 
     prefix: str = setting("age:")  # of the attributes
     context: str = setting("age")  # the key of the request's context; its value in whole years
     ages: NDArray[np.int16] | None = looked_up()  # [I+1], 0 = for everybody
+
+    @property
+    def context_keys(self) -> tuple[str, ...]:
+        """See Rule.context_keys."""
+        return (self.context,)
 
     def bound_to(self, facts: ItemFacts) -> Self:
         """See Rule.bound_to."""

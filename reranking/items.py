@@ -71,6 +71,9 @@ class RankedItems:
         for name, array in [*named, *self.groups.items()]:
             if isinstance(array, np.ndarray) and len(array) != len(self.rows):
                 raise ValueError(f"{name} has {len(array)} entries; expected {len(self.rows)}, one an item")
+
+    def check(self) -> None:
+        """Raise ValueError where an item comes twice or a score is no number."""
         if not np.isfinite(self.scores).all():
             raise ValueError("scores holds NaN or infinity; expected finite numbers")
         ordered = np.sort(self.rows)
@@ -176,6 +179,19 @@ class ItemFacts:
             seen=seen,
             bought_at=bought_at,
             request=request or Request(),
+            **given,
+        )
+
+    def whole(self, columns: Iterable[str]) -> RankedItems:
+        """Return the whole catalog by row, padding included, with some columns; nothing is copied."""
+        length = self.num_items + 1
+        given = {name: getattr(self, name) for name in columns if name in COLUMNS}
+        return RankedItems(
+            rows=np.arange(length, dtype=np.int32),
+            scores=np.zeros(length, np.float32),
+            vectors=given.pop("vectors", None),
+            groups={},
+            seen=np.zeros(length, np.bool_),
             **given,
         )
 

@@ -104,12 +104,22 @@ class Policy:
 
     def warnings(self, facts: ItemFacts) -> list[str]:
         """Return what a catalog lacks that the rules read, a sentence each, with what follows from it."""
-        return [
-            f"policy {self.name!r}: {rule.name} reads {column}, which the catalog lacks: {rule.absent}"
+        lacking = [
+            (rule, what)
             for rule in self.rules
-            for column in rule.reads
-            if column in COLUMNS and getattr(facts, column) is None
+            for what in (*rule.reads, *rule.groups)
+            if (what in COLUMNS and getattr(facts, what) is None)
+            or (what in facts.groups and not facts.groups[what].any())
         ]
+        return [
+            f"policy {self.name!r}: {rule.name} reads {what}, which the catalog lacks: {rule.absent}"
+            for rule, what in lacking
+        ]
+
+    @property
+    def context_keys(self) -> set[str]:
+        """The keys of a request's context that some rule reads."""
+        return {key for rule in self.rules for key in rule.context_keys}
 
 
 @dataclass(frozen=True)
@@ -135,22 +145,65 @@ class Policies:
         return list(dict.fromkeys(w for policy in self.by_name.values() for w in policy.warnings(facts)))
 
 
+def policy_files(path: str | Path) -> list[Path]:
+    """Return the file itself, or the .yaml and .yml files of a directory, by name, but for hidden ones."""
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    return sorted(
+        file
+        for file in path.iterdir()
+        if file.suffix in (".yaml", ".yml") and not file.name.startswith(".") and file.is_file()
+    )
+
+
 def load_policies(path: str | Path) -> Policies:
-    """Read a YAML file of policies; PolicyError names the file."""
+    """Read a YAML file of policies, or a directory of such files, which together are one set of policies.
+
+    Raises:
+        PolicyError: anything in them is wrong, or two files of a directory say the same; it names the file.
+        OSError: a file cannot be read.
+    """
+    files = policy_files(path)
+    if not files:
+        raise PolicyError(f"{path} holds no policies; expected at least one .yaml file")
+    merged: dict[str, Any] = {}
+    for file in files:
+        try:
+            data = _plain_data(file.read_text(encoding="utf-8"))
+            if len(files) == 1:
+                return policies_from_config(data)
+            for key, value in _mapping("the file", data, {"policies": False, "default": False}).items():
+                if key == "default" and key in merged:
+                    raise PolicyError(f"default is {value!r}, and another file says {merged[key]!r}")
+                if key == "default":
+                    merged[key] = value
+                    continue
+                if not isinstance(value, Mapping):
+                    raise PolicyError(f"policies is {value!r}; expected a mapping of names to policies")
+                for name in value:
+                    if name in merged.setdefault("policies", {}):
+                        raise PolicyError(f"policy {name!r} stands in another file too; expected once")
+                merged["policies"] |= value
+        except (PolicyError, UnicodeDecodeError) as error:
+            raise PolicyError(f"{file}: {error}") from None
     try:
-        return parse_policies(Path(path).read_text(encoding="utf-8"))
-    except (PolicyError, UnicodeDecodeError) as error:
+        return policies_from_config(merged)
+    except PolicyError as error:
         raise PolicyError(f"{path}: {error}") from None
 
 
 def parse_policies(text: str) -> Policies:
     """Return the policies of a YAML text; PolicyError where anything in it is wrong."""
+    return policies_from_config(_plain_data(text))
+
+
+def _plain_data(text: str) -> object:
     try:
         _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
-        data = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise PolicyError(f"not YAML: {' '.join(str(error).split())}") from None
-    return policies_from_config(data)
 
 
 def policies_from_config(data: object) -> Policies:

@@ -85,6 +85,7 @@ class Reasons:
     """
 
     moves: dict[int, list[Move]]  # item row -> its moves; items of the slate and of the first of the ranking
+    relevance: dict[int, tuple[float, float]]  # of the same items: by the scores alone, and adjusted
     effects: list[Effect]
 
 
@@ -127,6 +128,7 @@ def rerank(
     """
     if limit < 1:
         raise ValueError(f"limit is {limit}; expected at least 1")
+    items.check()
     num_ranked = len(items) - pin_only
     pool = _Pool(items, num_ranked, pin_only)
     built = _build(pool, rules, limit)
@@ -155,7 +157,9 @@ class _Pool:
 
     def with_reserve(self, reserve: RankedItems) -> _Pool:
         new = ~np.isin(reserve.rows, self.items.rows)
-        return _Pool(self.items.followed_by(reserve.take(new)), self.num_ranked, self.pin_only)
+        items = self.items.followed_by(reserve.take(new))
+        items.check()
+        return _Pool(items, self.num_ranked, self.pin_only)
 
     def relevance(self) -> Floats:
         """Scale the scores of the ranked items and, apart from them, of the reserve to run from 0 to 1."""
@@ -176,6 +180,7 @@ class _Built:
     exposure: dict[str, list[SellerExposure]]
     wants_reserve: bool  # some rule yielded that an item of the reserve might have satisfied
     allowed: Mask  # by the filters
+    scaled: Floats  # relevance by the scores alone
     relevance: Floats  # adjusted
 
 
@@ -239,7 +244,7 @@ def _build(pool: _Pool, rules: Sequence[Rule], limit: int) -> _Built:
     for pin in homeless:
         yields[pin.name] = 1
     exposure = {rule.name: _account(guard) for rule, guard in started if isinstance(guard, ExposureGuard)}
-    return _Built(order, yields, exposure, wants_reserve, allowed, relevance)
+    return _Built(order, yields, exposure, wants_reserve, allowed, scaled, relevance)
 
 
 def _fill(page: Page, guards: Sequence[Guard]) -> tuple[list[int], list[float]]:
@@ -359,7 +364,8 @@ def _reasons(pool: _Pool, rules: Sequence[Rule], limit: int, final: _Built) -> R
             )
         )
         before = after
-    return Reasons(moves, effects)
+    relevance = {rows[pick]: (final.scaled.item(pick), final.relevance.item(pick)) for pick in watched}
+    return Reasons(moves, relevance, effects)
 
 
 def _among(rules: Sequence[Rule], taken: Sequence[Rule]) -> list[Rule]:

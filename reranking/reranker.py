@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -39,10 +39,10 @@ class Funnel:
     scores: NDArray[np.float32]  # [N] finite, descending
     reserve_rows: NDArray[np.int32] = field(
         default_factory=lambda: NO_ROWS
-    )  # [M] what retrieval found besides, best first
+    )  # [M] what retrieval found besides, in any order
     reserve_scores: NDArray[np.float32] = field(
         default_factory=lambda: NO_SCORES
-    )  # [M] retrieval's scores, on their own scale
+    )  # [M] finite, on a scale of their own; equal ones count by their order
     seen: NDArray[np.bool_] | None = None  # [I+1] the visitor already had to do with the item
     # [I+1] what the request's own filters and exclusions let through. The items above have passed them; an
     # item that only a pin names is shown only where this says so, and never where it is None.
@@ -63,10 +63,42 @@ class Reranker:
         self.facts = facts
         self.policies = policies.bound_to(facts)
         self.warnings = policies.warnings(facts)
+        filters = [
+            r for policy in self.policies.by_name.values() for r in policy.rules if isinstance(r, Filter)
+        ]
+        self._catalog = facts.whole({column for rule in filters for column in rule.reads})
+        # What a filter says whoever asks, [I+1]: worked out once.
+        self._allowed = {rule: rule.allows(self._catalog) for rule in filters if not rule.asks_request}
 
     def policy(self, name: str | None = None, overrides: Mapping[str, float] | None = None) -> Policy:
         """Return what a request asks for; PolicyError where that is not allowed."""
         return self.policies[name].with_overrides(overrides or {})
+
+    def filters(
+        self, policy: Policy, request: Request, purchases: Purchases = NO_PURCHASES
+    ) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+        """Yield the name of every hard filter of a policy, and which items it allows, [I+1] bool.
+
+        Args:
+            policy: one that `policy` returned.
+            request: who asks.
+            purchases: what the visitor bought.
+        """
+        catalog = replace(self._catalog, request=request)
+        for rule in policy.rules:
+            if not isinstance(rule, Filter):
+                continue
+            if rule in self._allowed:
+                yield rule.name, self._allowed[rule]
+            elif "bought_at" in rule.reads:  # only what was bought can be forbidden
+                rows = np.unique(purchases.rows)
+                bought = catalog.take(rows)
+                last = last_purchase(rows, purchases.rows, purchases.times_ms)
+                allowed = np.ones(len(catalog), np.bool_)
+                allowed[rows] = rule.allows(replace(bought, bought_at=last))
+                yield rule.name, allowed
+            else:
+                yield rule.name, rule.allows(catalog)
 
     def slate(
         self, policy: Policy, funnel: Funnel, limit: int, request: Request, *, explain: bool = False
@@ -95,8 +127,9 @@ class Reranker:
         def reserve() -> RankedItems:
             nonlocal positions
             new = np.flatnonzero(~np.isin(funnel.reserve_rows, rows))
-            allowed = self.allows(policy, funnel, funnel.reserve_rows[new], request)
-            positions = new[allowed][: max(RESERVE_LENGTH, limit)]
+            new = new[self._allows(policy, funnel, funnel.reserve_rows[new], request)]
+            best_first = np.argsort(-funnel.reserve_scores[new], kind="stable")
+            positions = new[best_first][: max(RESERVE_LENGTH, limit)]
             found = funnel.reserve_rows[positions], funnel.reserve_scores[positions]
             return self._items(policy.rules, *found, funnel, request)
 
@@ -111,10 +144,10 @@ class Reranker:
         place_of = [np.arange(num_ranked), np.full(len(pinned), -1), num_ranked + positions]
         return replace(result, order=np.concatenate(place_of)[result.order])
 
-    def allows(
+    def _allows(
         self, policy: Policy, funnel: Funnel, rows: NDArray[np.int32], request: Request
     ) -> NDArray[np.bool_]:
-        """Return which items the policy's hard filters allow, [N] bool, by their rows [N]."""
+        """Return which items (rows [N]) the policy's hard filters allow, [N] bool."""
         filters = [rule for rule in policy.rules if isinstance(rule, Filter)]
         items = self._items(filters, rows, np.zeros(len(rows), np.float32), funnel, request)
         allowed = np.ones(len(rows), np.bool_)

@@ -1,16 +1,14 @@
-"""All rules by name, and a policy's list of them read from plain data."""
+"""All rules by name, and one rule read from plain data."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from reranking.adjustments import Boost, Bury, DampenPopularity, Freshness, Margin
 from reranking.constraints import Cap, DropSeen, Exposure
 from reranking.diversity import DPP, MMR, MaxSum
 from reranking.families import Rule, choice, settings_of
 from reranking.filters import Allow, Available, BoughtWithin, Deny, InStock, MinAge, PriceRange, Region
-from reranking.items import RankedItems
 from reranking.slots import Explore, Pin, Sponsored
 
 RULES: dict[str, type[Rule]] = {
@@ -24,25 +22,18 @@ RULES: dict[str, type[Rule]] = {
     )
 }
 
-__all__ = ["RULES", "RankedItems", "Rule", "rule_from_config", "rules_from_config"]
-
-
-def rules_from_config(config: Sequence[Mapping[str, Any]]) -> list[Rule]:
-    """Return the rules of a policy, in its order.
-
-    Args:
-        config: one mapping a rule: "rule" names it (a key of RULES), the other keys are its settings:
-            [{"rule": "mmr", "relevance_weight": 0.8},
-             {"rule": "cap", "field": "category", "max_items": 3}, {"rule": "drop_seen"}]
-
-    Raises:
-        ValueError: on an unknown rule or key, a missing key, or a value out of range.
-    """
-    return [rule_from_config(f"rules[{place}]", entry) for place, entry in enumerate(config)]
-
 
 def rule_from_config(place: str, entry: object) -> Rule:
-    """Return one rule; ValueError that begins with `place` where the entry is none."""
+    """Return one rule of a policy.
+
+    Args:
+        place: where the entry stands, for messages.
+        entry: a mapping; "rule" names the rule (a key of RULES), the other keys are its settings:
+            {"rule": "cap", "field": "category", "max_items": 3}.
+
+    Raises:
+        ValueError: on an unknown rule or key, a missing key, or a value out of range; begins with `place`.
+    """
     if not isinstance(entry, Mapping) or "rule" not in entry:
         raise ValueError(f"{place} is {entry!r}; expected a mapping with the key 'rule'")
     name = entry["rule"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from dataclasses import dataclass, field
@@ -14,12 +15,14 @@ from lightning.pytorch.cli import LightningArgumentParser
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from engine.catalog import Catalog
 from engine.pipeline import check_settings
+from engine.policies import check_policies
 from ranking.ranker import HybridRanker
 from training.data.dataset import Dataset
 from training.data.modules import RankingData, RetrievalData
 from training.data.splits import SplitData, SplitOptions, load_split
-from training.export import DEFAULT_POLICY, DEFAULT_SOURCES, export_bundle
+from training.export import DEFAULT_POLICIES, DEFAULT_SOURCES, export_bundle
 from training.ranking_module import RankingModule
 from training.retrieval_module import RETRIEVAL_EPOCHS, RetrievalModule
 from training.stages import (
@@ -62,7 +65,7 @@ class PipelineOptions:
         num_neighbours: how many neighbours the bundle holds of each item.
         popular_window_days: popular is what is popular in the last days of the training data; null, and data
             without times, count all of it.
-        policy: the rules, in order.
+        policies: what a file of policies holds (docs/policies.md): policies by name, and the default one.
     """
 
     num_candidates: int = 1000
@@ -74,7 +77,7 @@ class PipelineOptions:
     half_life_days: float | None = None
     num_neighbours: int = 200
     popular_window_days: float | None = 30.0
-    policy: list[dict[str, Any]] = field(default_factory=lambda: [dict(rule) for rule in DEFAULT_POLICY])
+    policies: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(DEFAULT_POLICIES))
 
 
 def build_parser() -> LightningArgumentParser:
@@ -167,8 +170,9 @@ def train(directory: Path, out: Path, runs: Path, resume: bool, recipe: dict[str
         options: the settings as objects, as build_parser's parser instantiates them.
     """
     # What can be wrong is found before the training, not after it.
-    check_settings(recipe["pipeline"], recipe["pipeline"]["policy"])
+    check_settings(recipe["pipeline"])
     dataset = Dataset.open(directory)
+    check_policies(recipe["pipeline"]["policies"], Catalog(dataset.items.collect()))
     data = load_split(directory, options.split)
     run = _run_directory(runs, dataset, recipe, resume)
     split = data.split
@@ -227,8 +231,8 @@ def train(directory: Path, out: Path, runs: Path, resume: bool, recipe: dict[str
     pipeline = recipe["pipeline"]
     bundle = export_bundle(
         out, dataset, data, vectors, ranker,
-        pipeline={key: value for key, value in pipeline.items() if key != "policy"},
-        policy=pipeline["policy"], recipe=recipe, metrics={"validation": metrics},
+        pipeline={key: value for key, value in pipeline.items() if key != "policies"},
+        policies=pipeline["policies"], recipe=recipe, metrics={"validation": metrics},
     )  # fmt: skip
     (run / "bundle.txt").write_text(f"{bundle}\n", encoding="utf-8")
     return bundle
