@@ -15,6 +15,10 @@ TABLES = {
         "benchmarks.quality_retrieval:main",
         "graph encoders and item-item models, all items ranked",
     ),
+    "reranking": (
+        "benchmarks.quality_reranking:main",
+        "NDCG against variety and against margin, by rule: the curve, and a picture of it",
+    ),
 }
 
 

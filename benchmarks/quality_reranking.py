@@ -1,12 +1,12 @@
-"""What variety and margin cost: `python -m benchmarks.quality_reranking bundles/beauty --data data/beauty`.
+"""What variety and margin cost: `python -m benchmarks.quality reranking --bundle bundles --data data/beauty`.
 
 Ranks all items for every user of the validation split with the bundle's ranker, once, and keeps the best 500.
 Then arranges them by one rule at a time, from mild to strong, and measures NDCG@10 against intra-list
 diversity@10 (mean of 1 - cosine of the bundle's graph vectors) and against expected margin.
 
 Of each rule, the setting with the most of what it is for at a loss of at most 3% of NDCG@10 is chosen there,
-and measured on the test split. Where the catalog has no margins, some are drawn with a fixed seed,
-independent of everything, and the results say so.
+and measured on the test split, beside the bundle's default policy. Where the catalog has no margins, some are
+drawn with a fixed seed, independent of everything, and the results say so.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import importlib.util
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
@@ -29,10 +28,10 @@ from rich.table import Table
 from engine.arguments import ArgumentParser
 from engine.bundle import Bundle, resolve_bundle
 from engine.history import left_padded
-from reranking.families import Rule
-from reranking.items import RankedItems
+from engine.policies import item_facts
+from reranking.items import ItemFacts
+from reranking.policy import Policy, policies_from_config, single_policy
 from reranking.rerank import rerank
-from reranking.rules import rules_from_config
 from training import metrics
 from training.data.splits import Holdout, SplitOptions, load_split
 
@@ -102,11 +101,14 @@ def rank_all(bundle: Bundle, holdout: Holdout, repeats: bool) -> Ranked:
     )
 
 
-def measure(
-    ranked: Ranked, rules: list[Rule], bundle: Bundle, margins: NDArray[np.float64], label: str
-) -> dict[str, float]:
+def measure(ranked: Ranked, policy: Policy, facts: ItemFacts, label: str) -> dict[str, float]:
     """Return the means over users of the metrics of a slate of LENGTH items."""
-    categories = bundle.catalog.codes("category")
+    rules = policy.bound_to(facts).rules
+    columns = {column for rule in rules for column in rule.reads}
+    groups = {group for rule in rules for group in rule.groups}
+    categories, margins, vectors = facts.groups["category"], facts.margins, facts.vectors
+    assert margins is not None
+    assert vectors is not None
     seen = np.zeros(ranked.rows.shape[1], np.bool_)
     slates, totals = [], []
     for rows, scores, targets in track(
@@ -115,20 +117,13 @@ def measure(
         total=len(ranked.rows),
         console=Console(stderr=True),
     ):
-        items = RankedItems(
-            rows=rows,
-            scores=scores,
-            vectors=bundle.item_vectors[rows],
-            groups={"category": categories[rows]},
-            seen=seen,
-            margins=margins[rows],
-        )
+        items = facts.ranked(rows, scores, seen, columns=columns, groups=groups)
         slate = rerank(items, rules, LENGTH).rows
         slates.append(slate)
         totals.append(
             (
                 metrics.ndcg(metrics.places_in_list(slate, targets), LENGTH),
-                metrics.diversity(slate, bundle.item_vectors),
+                metrics.diversity(slate, vectors),
                 metrics.expected_margin(slate, margins),
                 metrics.group_entropy(slate, categories),
             )
@@ -137,23 +132,24 @@ def measure(
     means = {
         f"{name}@{LENGTH}": float(mean) for name, mean in zip(names, np.mean(totals, axis=0), strict=True)
     }
-    return means | {f"coverage@{LENGTH}": metrics.coverage(slates, bundle.catalog.num_items)}
+    return means | {f"coverage@{LENGTH}": metrics.coverage(slates, facts.num_items)}
 
 
-def catalog_margins(bundle: Bundle) -> tuple[NDArray[np.float64], bool]:
-    """Return the margin of each item [I+1], as a share of its price, and whether it is simulated."""
-    items = pl.read_parquet(bundle.path / "catalog.parquet")
-    if "margin" not in items.columns or items["margin"].null_count() == items.height:
-        drawn = np.random.default_rng(0).beta(4, 8, items.height)
-        return np.concatenate([[np.nan], drawn]), True
-    column = items["margin"]
-    return np.concatenate([[np.nan], column.fill_null(np.nan).to_numpy()]), False
+def facts_with_margins(bundle: Bundle) -> tuple[ItemFacts, bool]:
+    """Return what rules may know of the items, with margins, and whether these are simulated."""
+    facts = item_facts(bundle.catalog, bundle.item_vectors, bundle.content_vectors)
+    if facts.margins is not None:
+        return facts, False
+    drawn = np.random.default_rng(0).beta(4, 8, facts.num_items)
+    return replace(facts, margins=np.concatenate([[np.nan], drawn])), True
 
 
 def compare(bundle: Bundle, data: Path, max_users: int | None, temperature: float) -> dict[str, Any]:
     """Return the curves on validation and, of each family, the chosen setting on test."""
     loaded = load_split(data, SplitOptions(**bundle.manifest["recipe"]["split"]))
-    margins, is_simulated = catalog_margins(bundle)
+    facts, is_simulated = facts_with_margins(bundle)
+    no_rules = single_policy([], "no rules")[None]
+    default = policies_from_config(bundle.manifest["policies"])[None]
     parts = {}
     for part, holdout in (("validation", loaded.split.validation), ("test", loaded.split.test)):
         if max_users is not None and max_users < len(holdout):
@@ -161,10 +157,10 @@ def compare(bundle: Bundle, data: Path, max_users: int | None, temperature: floa
             holdout = holdout.take(np.sort(drawn))
         parts[part] = holdout
     ranked = rank_all(bundle, parts["validation"], loaded.split.repeats)
-    plain = measure(ranked, [], bundle, margins, "no rules")
+    plain = measure(ranked, no_rules, facts, "no rules")
     curves: dict[str, list[dict[str, Any]]] = {
         family: [
-            {"policy": policy, **measure(ranked, rules_from_config(policy), bundle, margins, family)}
+            {"policy": policy, **measure(ranked, single_policy(policy)[None], facts, family)}
             for policy in policies
         ]
         for family, policies in settings(temperature).items()
@@ -176,10 +172,11 @@ def compare(bundle: Bundle, data: Path, max_users: int | None, temperature: floa
         if bearable:
             chosen[family] = max(bearable, key=lambda point: point[f"{GOALS[family]}@{LENGTH}"])["policy"]
     ranked = rank_all(bundle, parts["test"], loaded.split.repeats)
-    test: dict[str, Any] = {"no rules": measure(ranked, [], bundle, margins, "no rules")}
+    test: dict[str, Any] = {"no rules": measure(ranked, no_rules, facts, "no rules")}
+    test["default policy"] = measure(ranked, default, facts, default.name)
     for family, policy in chosen.items():
-        rules = rules_from_config(policy)
-        test[family] = {"policy": policy, **measure(ranked, rules, bundle, margins, family)}
+        rules = single_policy(policy)[None]
+        test[family] = {"policy": policy, **measure(ranked, rules, facts, family)}
     return {
         "data": loaded.info.name,
         "bundle": bundle.version,
@@ -248,8 +245,10 @@ def draw(results: dict[str, Any], file: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the comparison: a table on stdout, JSON and PNG where asked."""
-    parser = ArgumentParser(prog="python -m benchmarks.quality_reranking", description=__doc__)
-    parser.add_argument("bundle", type=Path, help="A bundle, or a directory of bundles: the newest one.")
+    parser = ArgumentParser(prog="python -m benchmarks.quality reranking", description=__doc__)
+    parser.add_argument(
+        "--bundle", type=Path, required=True, help="A bundle, or a directory of bundles: the newest one."
+    )
     parser.add_argument("--data", type=Path, required=True, help="The data set directory it was trained on.")
     parser.add_argument("--max_users", type=int, default=None, help="Ask a fixed random part of the users.")
     parser.add_argument("--temperature", type=float, default=1.15, help="Of max_sum's softmax.")

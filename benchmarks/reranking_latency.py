@@ -1,4 +1,4 @@
-"""How long re-ranking takes: `python -m benchmarks.reranking_latency`.
+"""How long re-ranking takes: `python -m benchmarks.latency reranking`.
 
 500 ranked items become a slate of 50 on one thread, from item rows to item rows: gathering what the rules
 read, applying them, everything but the ranking itself. The shop is simulated (random columns, vectors in
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from typing import Any
@@ -32,6 +33,7 @@ NUM_RANKED = 500
 NUM_RESERVE = 500
 DIM = 64
 PINNED = 77
+ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 COLUMNS = ("p50_ms", "p99_ms", "cpu_p50_ms", "cpu_p99_ms")
 
 FULL_POLICY = """
@@ -195,8 +197,13 @@ def measure(num_requests: int, rounds: int, num_items: int) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark: a table on stdout, or JSON with --json."""
-    parser = ArgumentParser(prog="python -m benchmarks.reranking_latency", description=__doc__)
+    """Run the benchmark: a table on stdout, or JSON with --json; in a process with one thread a library."""
+    argv = sys.argv[1:] if argv is None else argv
+    if any(os.environ.get(name) != "1" for name in ONE_THREAD):  # read when NumPy is loaded: too late here
+        environment = os.environ | dict.fromkeys(ONE_THREAD, "1")
+        command = [sys.executable, "-m", "benchmarks.latency", "reranking", *argv]
+        return subprocess.run(command, env=environment, check=False).returncode
+    parser = ArgumentParser(prog="python -m benchmarks.latency reranking", description=__doc__)
     parser.add_argument("--requests", type=int, default=500, help="Requests of a round.")
     parser.add_argument("--rounds", type=int, default=5, help="Rounds; the best counts.")
     parser.add_argument("--num_items", type=int, default=100_000, help="Items of the simulated catalog.")
@@ -216,11 +223,3 @@ def main(argv: list[str] | None = None) -> int:
         table.add_row(name, *(f"{figures[key]:.3f}" for key in COLUMNS))
     Console().print(table)
     return 0
-
-
-if __name__ == "__main__":
-    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        if os.environ.get(variable) != "1":  # read when NumPy is loaded, so it has to be there before
-            os.environ[variable] = "1"
-            os.execv(sys.executable, [sys.executable, "-m", "benchmarks.reranking_latency", *sys.argv[1:]])
-    sys.exit(main())

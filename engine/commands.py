@@ -33,7 +33,6 @@ from engine.server import log_policies
 from engine.server import serve as run_server
 from protos.trirank.v1 import recommender_pb2 as pb
 from reranking.families import settings_of
-from reranking.policy import load_policies
 from reranking.reranker import Reranker
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -113,7 +112,7 @@ def policy(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        policies = load_policies(args.policies)
+        policies = PolicyFiles(args.policies).load()
         warnings = []
         if args.bundle:
             path = resolve_bundle(args.bundle)

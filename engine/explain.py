@@ -28,9 +28,9 @@ from engine.commands import (
     timings_table,
 )
 from engine.pipeline import RecommendationPipeline
+from engine.policy_files import PolicyFiles
 from engine.server import recommend
 from protos.trirank.v1 import recommender_pb2 as pb
-from reranking.policy import load_policies
 
 NUM_ITEMS = 50
 
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
                 raise ValueError("policies is given without --bundle; a server has policies of its own")
             return ask(args, lambda client: client.recommend(**question), show)
         bundle = Bundle.load(resolve_bundle(args.bundle))
-        policies = load_policies(args.policies) if args.policies else None
+        policies = PolicyFiles(args.policies).load() if args.policies else None
         response = recommend(RecommendationPipeline(bundle, policies), pb.RecommendRequest(**question), None)
     except (ValueError, OSError) as error:
         stderr.print(f"error: {error}", markup=False)

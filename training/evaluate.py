@@ -10,9 +10,9 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +23,17 @@ from rich.table import Table
 from engine.arguments import ArgumentParser
 from engine.bundle import Bundle, resolve_bundle
 from engine.history import left_padded
+from engine.item_list import largest
 from engine.pipeline import RecommendationPipeline, Visitor, query_vector
+from engine.policies import item_facts
+from engine.policy_files import PolicyFiles
 from training import metrics
 from training.data.dataset import fingerprint
 from training.data.splits import Holdout, Split, SplitOptions, load_split
 
 SLATE_LENGTH = 50  # items that the pipeline is asked for
-LIST_LENGTH = 10  # of the lists that coverage, diversity and novelty look at
+LIST_LENGTH = 10  # of the lists that coverage, diversity and the like look at
+HALF_LIFE_DAYS = 30.0  # of freshness
 SCORES_AT_ONCE = 20_000_000  # 80 MB of float32 scores
 
 STAGES = ("popularity", "retrieval", "ranking", "slate")
@@ -41,6 +45,8 @@ def evaluate(
     part: Literal["test", "validation"] = "test",
     max_users: int | None = None,
     stages: Sequence[str] = STAGES,
+    policies: PolicyFiles | None = None,
+    policy: str = "",
 ) -> dict[str, Any]:
     """Return the metrics of every stage, as `trirank evaluate --json` writes them.
 
@@ -53,17 +59,21 @@ def evaluate(
         part: the questions to ask.
         max_users: ask this many, drawn with a fixed seed; all where None.
         stages: which to measure; ranking is left out where the bundle has no ranker.
+        policies: to arrange slates by; the bundle's own where None.
+        policy: which of them; "" for the default one.
 
     Raises:
-        ValueError: the directory holds other data than the bundle was trained on.
+        ValueError: the directory holds other data than the bundle was trained on, or there is no such policy.
     """
     split, holdout = load_questions(bundle, data, part, max_users)
     manifest = bundle.manifest
+    pipeline = RecommendationPipeline(bundle, policies.load() if policies else None)
+    chosen = pipeline.policy(policy)
     answers_of: dict[str, Callable[[_Questions], _Answers]] = {
         "popularity": lambda q: _ranked(q, _popularity_scores(bundle, q)),
         "retrieval": lambda q: _ranked(q, _retrieval_scores(bundle, q)),
         "ranking": lambda q: _ranked(q, _ranking_scores(bundle, q)),
-        "slate": _slate_answers(RecommendationPipeline(bundle)),
+        "slate": _slate_answers(pipeline, policy),
     }
     if bundle.scorer is None:
         del answers_of["ranking"]
@@ -79,13 +89,14 @@ def evaluate(
                 continue
             task = progress.add_task(name, total=len(holdout))
             totals: list[dict[str, float]] = []
-            lists: list[NDArray[np.int32]] = []
+            lists: list[_List] = []
             for questions in _blocks(holdout, bundle.catalog.num_items, split.repeats):
                 answers = answers_of[name](questions)
                 totals += [metrics.accuracy(places, cutoffs) for places in answers.places]
-                lists += answers.lists
+                lists += map(_List, answers.lists, questions.targets, questions.times)
                 progress.advance(task, len(questions.histories))
-            results[name] = _means(totals, lists, bundle, split.train.num_users)
+            means = {key: float(np.mean([t[key] for t in totals])) for key in totals[0]} if totals else {}
+            results[name] = means | _list_metrics(lists, bundle, split.train.num_users)
     return {
         "split": split.name,
         "part": part,
@@ -134,7 +145,7 @@ def served_with(bundle: Bundle, *, rules: bool = True, num_candidates: int | Non
     """
     manifest = dict(bundle.manifest)
     if not rules:
-        manifest["policy"] = [{"rule": "drop_seen"}]
+        manifest["policies"] = {"policies": {"no rules": {"rules": [{"rule": "drop_seen"}]}}}
     if num_candidates is not None:
         manifest["pipeline"] = manifest["pipeline"] | {"num_candidates": num_candidates}
     return dataclasses.replace(bundle, manifest=manifest)
@@ -204,16 +215,22 @@ def _ranked(questions: _Questions, scores: NDArray[np.float32]) -> _Answers:
     length = min(LIST_LENGTH, scores.shape[1] - 1)
     top = np.argpartition(-scores, length - 1, axis=1)[:, :length].astype(np.int32)
     best = np.take_along_axis(scores, top, axis=1)
+    order = np.argsort(-best, axis=1, kind="stable")
+    top, best = np.take_along_axis(top, order, axis=1), np.take_along_axis(best, order, axis=1)
     return _Answers(places, [rows[np.isfinite(s)] for rows, s in zip(top, best, strict=True)])
 
 
-def _slate_answers(pipeline: RecommendationPipeline) -> Callable[[_Questions], _Answers]:
-    has_times = pipeline.bundle.manifest["data"]["time"] == "unix"
+def _slate_answers(pipeline: RecommendationPipeline, policy: str) -> Callable[[_Questions], _Answers]:
+    chosen = pipeline.policy(policy)
 
     def answer(questions: _Questions) -> _Answers:
         slates = [
             pipeline.recommend(
-                Visitor(history, user_row=int(user)), SLATE_LENGTH, now=now if has_times else None
+                Visitor(history, user_row=int(user)),
+                SLATE_LENGTH,
+                now=now if pipeline.has_clock else None,
+                policy=chosen,
+                seed=int(user),
             ).items.rows
             for user, history, now in zip(
                 questions.users, questions.visitor_histories, questions.times, strict=True
@@ -225,17 +242,43 @@ def _slate_answers(pipeline: RecommendationPipeline) -> Callable[[_Questions], _
     return answer
 
 
-def _means(
-    totals: list[dict[str, float]], lists: list[NDArray[np.int32]], bundle: Bundle, num_users: int
-) -> dict[str, float]:
-    means = {key: float(np.mean([t[key] for t in totals])) for key in totals[0]} if totals else {}
-    diversity = [metrics.diversity(rows, bundle.item_vectors) for rows in lists]
-    novelty = [metrics.novelty(rows, bundle.catalog.popularity, num_users) for rows in lists]
-    return means | {
-        f"coverage@{LIST_LENGTH}": metrics.coverage(lists, bundle.catalog.num_items),
-        f"diversity@{LIST_LENGTH}": float(np.mean(diversity)) if diversity else 0.0,
-        f"novelty@{LIST_LENGTH}": float(np.mean(novelty)) if novelty else 0.0,
+class _List(NamedTuple):
+    """The first items that one question was answered with."""
+
+    rows: NDArray[np.int32]  # best first
+    targets: NDArray[np.int32]
+    now: int
+
+
+def _list_metrics(lists: Sequence[_List], bundle: Bundle, num_users: int) -> dict[str, float]:
+    """Return what the lists are like, whatever they hit; what the catalog does not know has no metric."""
+    facts = item_facts(bundle.catalog)
+    shown = [one.rows for one in lists]
+    expected = largest(bundle.catalog.popularity[1:], LIST_LENGTH) + 1  # what anyone would show
+    values = {
+        "coverage": metrics.coverage(shown, facts.num_items),
+        "gini": metrics.gini(metrics.exposure(shown, facts.num_items)[1:]),
+        "diversity": _mean(metrics.diversity(rows, bundle.item_vectors) for rows in shown),
+        "novelty": _mean(metrics.novelty(rows, bundle.catalog.popularity, num_users) for rows in shown),
+        "serendipity": _mean(metrics.serendipity(one.rows, one.targets, expected) for one in lists),
     }
+    for field in ("category", "brand", "seller_id"):
+        groups = facts.groups[field]
+        if groups.any():
+            values[f"{field}_coverage"] = metrics.group_coverage(shown, groups)
+            values[f"{field}_entropy"] = _mean(metrics.group_entropy(rows, groups) for rows in shown)
+    margins, since = facts.margins, facts.available_from
+    if margins is not None:
+        values["margin"] = _mean(metrics.expected_margin(rows, margins) for rows in shown)
+    if since is not None and bundle.manifest["data"]["time"] == "unix":
+        values["freshness"] = _mean(
+            metrics.freshness(one.rows, since, one.now, HALF_LIFE_DAYS) for one in lists
+        )
+    return {f"{name}@{LIST_LENGTH}": value for name, value in values.items()}
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(found)) if (found := list(values)) else 0.0
 
 
 def print_table(results: dict[str, Any], console: Console) -> None:
@@ -249,9 +292,6 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     largest = max(int(key.split("@")[1]) for key in results["popularity"])
     shown = ["recall@10", "ndcg@10", "mrr@10", "recall@20", "recall@500", f"recall@{largest}"]
     shown = [key for key in dict.fromkeys(shown) if key in results["popularity"]]
-    shown += [
-        key for key in results["popularity"] if key.split("@")[0] in ("coverage", "diversity", "novelty")
-    ]
     for key in shown:
         table.add_column(key, justify="right")
     for stage in results["stages"]:
@@ -260,6 +300,14 @@ def print_table(results: dict[str, Any], console: Console) -> None:
         cells = (f"{results[stage][k]:.4f}" if int(k.split("@")[1]) <= longest else "-" for k in shown)
         table.add_row(stage, *cells)
     console.print(table)
+    lists = Table(title=f"lists of {LIST_LENGTH}; slates by policy {results['policy']}")
+    lists.add_column("")
+    for stage in results["stages"]:
+        lists.add_column(stage, justify="right")
+    for key in results["popularity"]:
+        if key.split("@")[0] not in metrics.METRICS:
+            lists.add_row(key, *(f"{results[stage][key]:.4f}" for stage in results["stages"]))
+    console.print(lists)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -274,10 +322,22 @@ def main(argv: list[str] | None = None) -> int:
         "--part", type=Literal["test", "validation"], default="test", help="Tune on validation, report test."
     )
     parser.add_argument(
+        "--policy",
+        type=str,
+        default="",
+        help="The policy that arranges the slates (default: the default one).",
+    )
+    parser.add_argument(
+        "--policies",
+        type=Path | None,
+        default=None,
+        help="Policies instead of the bundle's own: a YAML file, or a directory of such files.",
+    )
+    parser.add_argument(
         "--rules",
         type=Literal["on", "off"],
         default="on",
-        help="off: slates without the bundle's rules; what a user has seen stays left out.",
+        help="off: slates without any rules; what a user has seen stays left out.",
     )
     parser.add_argument(
         "--num_candidates", type=int | None, default=None, help="Of retrieval (default: the bundle's own)."
@@ -289,7 +349,12 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"max_users is {options.max_users}; expected 1 or more")
         bundle = Bundle.load(resolve_bundle(options.bundle), num_threads=os.cpu_count() or 1)
         bundle = served_with(bundle, rules=options.rules == "on", num_candidates=options.num_candidates)
-        results = evaluate(bundle, options.data, options.part, options.max_users)
+        if options.rules == "off" and (options.policy or options.policies):
+            raise ValueError("rules is off; expected it without policy and policies")
+        policies = PolicyFiles(options.policies) if options.policies else None
+        results = evaluate(
+            bundle, options.data, options.part, options.max_users, policies=policies, policy=options.policy
+        )
     except (ValueError, OSError) as error:
         print(f"trirank evaluate: {error}", file=sys.stderr)
         return 2

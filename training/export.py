@@ -33,8 +33,8 @@ from training.data.splits import SplitData
 OPSET = 20
 MAX_SCORE_DIFFERENCE = 1e-4  # torch against ONNX, float32, relative to the largest score where that is over 1
 
-# What a bundle serves with unless the recipe says otherwise, in the form of a policies file. Variety where the
-# ranker is not sure costs no NDCG@10 on Amazon Beauty's validation split (benchmarks/results/README.md).
+# What a bundle serves with unless the recipe says otherwise, in the form of a policies file. Variety where
+# the ranker is not sure costs no NDCG@10 on Amazon Beauty's validation split (benchmarks/results/README.md).
 DEFAULT_POLICIES: dict[str, Any] = {
     "default": "standard",
     "policies": {

@@ -75,7 +75,9 @@ def catalog_frame(num_items: int) -> pl.DataFrame:
             "available_from": [number * 1000 if number % 3 else 0 for number in numbers],
             "available_until": [None for _ in numbers],
             "stock": [None if number % 9 else number % 2 for number in numbers],
-            "attributes": [["age:18"] if number == 8 else ["region:DE"] * (number % 10 == 4) for number in numbers],
+            "attributes": [
+                ["age:18"] if number == 8 else ["region:DE"] * (number % 10 == 4) for number in numbers
+            ],
             "popularity": rng.integers(0, 30, num_items),
         },
         schema=CATALOG_SCHEMA,

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from engine import messages
+from engine.item_list import ItemList
 from engine.messages import InvalidRequestError
-from engine.pipeline import Event, Filters, ItemList
+from engine.pipeline import Event, Filters
 from engine.trace import StageTiming, Trace, VisitorKind
 from protos.trirank.v1 import recommender_pb2 as pb
 

@@ -22,7 +22,7 @@ from reranking.policy import (
     policies_from_config,
     single_policy,
 )
-from reranking.rules import RULES, rules_from_config
+from reranking.rules import RULES, rule_from_config
 
 TEXT = """
 default: home
@@ -500,9 +500,9 @@ def test_overrides_that_change_a_name_and_that_contradict_each_other():
         home.with_overrides({"pin@1.place": 5})
 
 
-def test_rules_from_config_names_the_place():
+def test_a_message_names_the_place():
     with pytest.raises(ValueError, match=r"^rules\[1\]: rule is 'x'"):
-        rules_from_config([*ONE, {"rule": "x"}])
+        rule_from_config("rules[1]", {"rule": "x"})
 
 
 # --- the document

@@ -10,8 +10,8 @@ from reranking.constraints import Cap, DropSeen
 from reranking.diversity import MMR
 from reranking.filters import Deny, InStock, PriceRange
 from reranking.items import RankedItems, Request
+from reranking.policy import single_policy
 from reranking.rerank import Effect, Move, rerank
-from reranking.rules import rules_from_config
 from reranking.slots import Pin, Sponsored
 
 # Six items, best first: three of brand 1, two of brand 2, one of none; the first was seen.
@@ -364,21 +364,22 @@ def test_ranked_items_are_checked():
     with pytest.raises(ValueError, match="stock has 1 entries; expected 2"):
         more([1, 2], [2, 1], stock=np.array([1]))
     with pytest.raises(ValueError, match="scores holds NaN or infinity"):
-        more([1, 2], [1, np.nan])
+        rerank(more([1, 2], [1, np.nan]), [], limit=1)
     with pytest.raises(ValueError, match="rows holds an item twice"):
-        more([1, 1], [2, 1])
+        rerank(more([1, 1], [2, 1]), [], limit=1)
+    with pytest.raises(ValueError, match="rows holds an item twice"):
+        rerank(more([1], [2]), [], limit=2, reserve=lambda: more([2, 2], [2, 1]))
     with pytest.raises(ValueError, match="seed is -1; expected at least 0"):
         Request(seed=-1)
 
 
 def test_a_list_of_rules_as_bundles_carry_it():
-    rules = rules_from_config(
+    rules = single_policy(
         [
             {"rule": "mmr", "relevance_weight": 0.8},
             {"rule": "cap", "field": "category", "max_items": 3},
             {"rule": "drop_seen"},
         ]
-    )
-    assert rules == [MMR(relevance_weight=0.8), Cap(field="category", max_items=3), DropSeen()]
+    )[None].rules
+    assert rules == (MMR(relevance_weight=0.8), Cap(field="category", max_items=3), DropSeen())
     assert [rule.name for rule in rules] == ["mmr", "cap:category", "drop_seen"]
-    assert rules_from_config([]) == []

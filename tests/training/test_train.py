@@ -15,6 +15,7 @@ from engine.cli import main
 from engine.history import EMPTY_HISTORY
 from engine.pipeline import RecommendationPipeline, Visitor
 from training import train
+from training.evaluate import served_with
 from training.ranking_module import RankingModule
 
 FAST = [
@@ -84,7 +85,8 @@ def test_evaluate_without_rules_and_with_other_candidates(
         assert main([*ask, *options]) == 0
         results.append(json.loads(capsys.readouterr().out))
     with_rules, plain, narrow = results
-    assert with_rules["rules"] == ["mmr", "cap", "cap", "drop_seen"]
+    rules = ["in_stock", "available", "max_sum", "cap:seller_id@10", "cap:category@10", "drop_seen"]
+    assert (with_rules["policy"], with_rules["rules"]) == ("standard", rules)
     assert plain["rules"] == ["drop_seen"]
     # All 100 items are candidates and nothing moves them: the slate is the ranker's full ranking.
     assert plain["slate"]["ndcg@10"] == pytest.approx(plain["ranking"]["ndcg@10"])
@@ -116,8 +118,7 @@ def test_the_benchmark_of_the_sources(shop: Path, capsys: pytest.CaptureFixture[
 
 def test_full_ranking_of_evaluation_agrees_with_the_pipeline_without_rules(shop: Path) -> None:
     bundle = Bundle.load(resolve_bundle(shop / "bundles"))
-    bundle.manifest["policy"][:] = [{"rule": "drop_seen"}]
-    pipeline = RecommendationPipeline(bundle)
+    pipeline = RecommendationPipeline(served_with(bundle, rules=False))
     history = bundle.users.get("17")
     slate = pipeline.recommend(Visitor(history), 10).items
     assert bundle.scorer is not None
@@ -253,10 +254,15 @@ def test_unknown_commands_name_the_nearest(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_wrong_policy_is_refused_before_training(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _train(shop, "--pipeline.policy", '[{"rule": "capp"}]') == 2
-    shown = capsys.readouterr().err
-    assert "cap" in shown
-    assert "epoch" not in shown
+    for rule, message in (
+        ('{"rule": "capp"}', "policy 'home': rules[0]: rule is 'capp'"),
+        ('{"rule": "deny", "brand": "No Such"}', "deny: brand is 'No Such'; expected one of the catalog's"),
+    ):
+        policies = f'{{"policies": {{"home": {{"rules": [{rule}]}}}}}}'
+        assert _train(shop, "--pipeline.policies", policies) == 2
+        shown = capsys.readouterr().err
+        assert message in shown
+        assert "epoch" not in shown
 
 
 def test_a_wrong_source_is_refused_before_training(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
