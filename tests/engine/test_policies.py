@@ -286,7 +286,7 @@ def test_named_policies_and_bounded_overrides(pipeline: RecommendationPipeline) 
         PolicyError, match=r"policy is 'hom'; expected one of home, cheap \(did you mean 'home'"
     ):
         served.policy("hom")
-    with pytest.raises(PolicyError, match="override mmr.relevance_weight is 2; expected 0 to 1"):
+    with pytest.raises(PolicyError, match=r"override mmr\.relevance_weight is 2; expected 0 to 1"):
         served.policy("home", {"mmr.relevance_weight": 2})
     with pytest.raises(PolicyError, match="override 'x'; expected none"):
         served.policy("cheap", {"x": 2})
@@ -492,7 +492,7 @@ def test_changes_are_noticed(tmp_path: Path) -> None:
     (tmp_path / "more.yaml").unlink()
     assert files.changed()
     missing = PolicyFiles(tmp_path / "none.yaml")
-    with pytest.raises(OSError, match="none.yaml"):
+    with pytest.raises(OSError, match=r"none\.yaml"):
         missing.load()
     assert not missing.changed()
     (tmp_path / "none.yaml").write_text(SHOP)

@@ -10,7 +10,7 @@ from benchmarks.reranking_soundness import check
 from reranking.filters import InStock
 from reranking.items import Request
 from reranking.policy import parse_policies, single_policy
-from reranking.reranker import Funnel, Reranker
+from reranking.reranker import Funnel, Purchases, Reranker
 
 SHOP = simulated_shop(400)
 REQUEST = Request(now_ms=NOW_MS)
@@ -124,3 +124,38 @@ def test_the_check_of_random_requests_finds_faults(monkeypatch):
 
     monkeypatch.setattr(Reranker, "slate", shortened)
     assert any("are eligible" in fault for fault in check(20, seed=1)["faults"])
+
+
+@pytest.mark.parametrize("now", [None, NOW_MS])
+def test_filters_over_the_whole_catalog_are_those_over_a_list(now):
+    rules = [
+        {"rule": "in_stock", "min_stock": 3},
+        {"rule": "available"},
+        {"rule": "deny", "brand": ["brand-1", "brand-2"]},
+        {"rule": "price_range", "min_price": 5, "max_price": 40},
+        {"rule": "bought_within", "days": 20},
+        {"rule": "region"},
+        {"rule": "min_age"},
+        {"rule": "drop_seen"},
+    ]
+    policies = reranker(*rules)
+    random = np.random.default_rng(0)
+    every = np.arange(1, SHOP.num_items + 1, dtype=np.int32)
+    bought = Purchases(random.choice(every, 30), NOW_MS - random.integers(0, 60, 30) * 86_400_000)
+    for context in ({}, {"region": "DE"}, {"region": "FR", "age": "30"}):
+        request = Request(now_ms=now, context=context)
+        found = dict(policies.filters(policies.policy(), request, bought))
+        assert len(found) == 7
+        for rule, (name, mask) in zip(rules, found.items(), strict=False):
+            alone = reranker(rule)
+            shown = alone.slate(alone.policy(), funnel(every, purchases=bought), 500, request).rows
+            assert np.flatnonzero(mask[1:]).tolist() == sorted(shown - 1), name
+        assert any(not mask.all() for mask in found.values())
+
+
+def test_the_reserve_comes_in_the_order_of_its_scores():
+    found = funnel([5, 6], [7, 8, 9])
+    found = replace(found, reserve_scores=np.array([1, 3, 3], np.float32))
+    result = slate([], found, 5)
+    assert result.rows.tolist() == [5, 6, 8, 9, 7]
+    assert result.order.tolist() == [0, 1, 3, 4, 2]
