@@ -8,7 +8,6 @@ Asks a running server, or answers from a bundle by itself, with policies that ar
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from google.protobuf.json_format import MessageToDict
@@ -67,7 +66,7 @@ def main(argv: list[str]) -> int:
         stderr.print(f"error: {error}", markup=False)
         return 2
     if args.json:
-        print(json.dumps(MessageToDict(response, preserving_proto_field_name=True), ensure_ascii=False))
+        stdout.print_json(data=MessageToDict(response, preserving_proto_field_name=True))
     else:
         show(response)
     return 0
