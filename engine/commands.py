@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import grpc
-import numpy as np
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.table import Table
@@ -24,16 +23,13 @@ from rich.text import Text
 
 from engine.arguments import ArgumentParser
 from engine.bundle import Bundle, BundleError, resolve_bundle, verify_files
-from engine.catalog import Catalog
 from engine.client import RecommenderClient, visitor
 from engine.pipeline import RecommendationPipeline
-from engine.policies import item_facts
 from engine.policy_files import PolicyFiles
 from engine.server import log_policies
 from engine.server import serve as run_server
 from protos.trirank.v1 import recommender_pb2 as pb
 from reranking.families import settings_of
-from reranking.reranker import Reranker
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
@@ -115,12 +111,8 @@ def policy(argv: list[str]) -> int:
         policies = PolicyFiles(args.policies).load()
         warnings = []
         if args.bundle:
-            path = resolve_bundle(args.bundle)
-            verify_files(path)
-            catalog = Catalog.from_parquet(path / "catalog.parquet")
-            with_vectors = np.ones((catalog.num_items + 1, 1), np.float32)  # every bundle has vectors
-            reranker = Reranker(policies, item_facts(catalog, with_vectors, with_vectors))
-            policies, warnings = reranker.policies, reranker.warnings
+            bundle = Bundle.load(resolve_bundle(args.bundle))
+            warnings = RecommendationPipeline(bundle, policies).reranker.warnings
     except (ValueError, OSError) as error:
         return _fail(str(error), 2)
     table = Table("policy", "rule", "settings", "overrides")
@@ -139,7 +131,7 @@ def policy(argv: list[str]) -> int:
     stdout.print(table)
     for warning in warnings:
         stderr.print(f"note: {warning}", markup=False)
-    checked = f"against {path.name}" if args.bundle else "without a catalog (--bundle)"
+    checked = f"against {bundle.version}" if args.bundle else "without a catalog (--bundle)"
     stderr.print(f"{len(policies.by_name)} policies are right, checked {checked}", markup=False)
     return 0
 
