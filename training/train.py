@@ -96,14 +96,15 @@ def build_parser() -> LightningArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="Of everything random.")
     parser.add_class_arguments(SplitOptions, "split")
-    for stage, module, data in (
-        ("retrieval", RetrievalModule, RetrievalData),
-        ("ranking", RankingModule, RankingData),
+    for stage, module, data, patience in (
+        # What a falling learning rate settles in the last epochs is worth having, and stage one's are short.
+        ("retrieval", RetrievalModule, RetrievalData, RETRIEVAL_EPOCHS),
+        ("ranking", RankingModule, RankingData, 4),
     ):
         parser.add_argument(
             f"--{stage}.patience",
             type=int,
-            default=4,
+            default=patience,
             help="Validations, 50 steps apart at least, without a better one until the end.",
         )
         parser.add_class_arguments(module, f"{stage}.model", skip={"embeddings"})
