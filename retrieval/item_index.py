@@ -33,7 +33,18 @@ MORE_CANDIDATES = 50  # scored again on top of k * k_factor, for the small k
 GPU_LARGEST_K = 2048  # of FAISS on a GPU, without cuVS
 TUNING_QUERIES = 128
 TRAINING_ITEMS = 32_768  # that the 4-bit codes of ivf are fitted to
-DEPTHS = (1.1, 1.3, 1.6, 2.0, 3.0, 4.0, 6.0, 10.0, 16.0, 32.0)  # candidates that are scored again, as a multiple of k
+DEPTHS = (
+    1.1,
+    1.3,
+    1.6,
+    2.0,
+    3.0,
+    4.0,
+    6.0,
+    10.0,
+    16.0,
+    32.0,
+)  # candidates that are scored again, as a multiple of k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -406,7 +417,7 @@ class ItemIndex:
             return _recall(self._search_base(queries, k, None, 1.0)[1], expected)
 
         # A quarter of what may be missed is kept back for queries that are not among these. First the depth:
-        # with everything looked at, what is missing is the fault of the codes, and half may be. Then the width.
+        # with everything looked at, what is missing is the fault of the codes; half may be. Then the width.
         aim = recall_target + (1 - recall_target) / 4
         widths = widths or self._widths(k)
         self._set_width(widths[-1])
@@ -463,9 +474,9 @@ def choose_kind(num_items: int, k: int, recall_target: float, *, gpu: bool = Fal
 def _build_ivf(items: NDArray[np.float32], options: IndexOptions) -> Any:
     num_items, dim = items.shape
     num_lists = min(options.num_lists or min(1024, round(num_items**0.5)), num_items)
-    sample = _training_sample(items, 64 * num_lists)
+    rng = np.random.default_rng(0)
     means = faiss.Kmeans(dim, num_lists, niter=10, seed=1, min_points_per_centroid=1)
-    means.train(sample)
+    means.train(items[rng.permutation(num_items)[: max(64 * num_lists, TRAINING_ITEMS)]])
     by_distance, by_product = faiss.IndexFlatL2(dim), faiss.IndexFlatIP(dim)
     for quantizer in (by_distance, by_product):
         quantizer.add(means.centroids)
@@ -474,7 +485,13 @@ def _build_ivf(items: NDArray[np.float32], options: IndexOptions) -> Any:
     index.by_residual = True
     index.pq.cp.min_points_per_centroid = 1
     index.pq.cp.niter = 10
-    index.train(sample[:TRAINING_ITEMS])
+    # What is found is long, and errors grow with length: the codes are fitted to vectors drawn by length^4.
+    # On the benchmark's vectors that finds 0.994 of the best with 1.3 k candidates, a plain draw 0.971.
+    with np.errstate(over="ignore"):
+        weights = np.vecdot(items, items).astype(np.float64) ** 2
+    drawable = weights.any() and np.isfinite(weights.sum())
+    drawn = rng.choice(num_items, TRAINING_ITEMS, p=weights / weights.sum() if drawable else None)
+    index.train(items[drawn])
     index.add(items)
     # Items go into the list with the nearest mean, and a search looks into lists by inner product with it.
     # FAISS's own way, by inner product both times, gathers the items around the longest means.
@@ -498,12 +515,6 @@ def _build_sq8(items: NDArray[np.float32], options: IndexOptions) -> Any:
     index.train(items)
     index.add(items)
     return index
-
-
-def _training_sample(items: NDArray[np.float32], size: int) -> NDArray[np.float32]:
-    """Return at most `size` items in random order; a few items come several times, as FAISS asks for some."""
-    chosen = np.random.default_rng(0).permutation(len(items))[: max(size, TRAINING_ITEMS)]
-    return items[np.resize(chosen, max(len(chosen), 256))]
 
 
 def _kind_of(index: Any) -> Kind | None:
