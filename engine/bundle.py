@@ -6,7 +6,13 @@
       users.parquet             the users and what they did, by row (engine/history.py)
       item_index.faiss          nearest items to a query vector (retrieval/item_index.py)
       embeddings.safetensors    item_vectors [I+1,D], user_vectors [U+1,D], item_degrees [I+1]; float32
-      ranker.onnx               the scorer (ranking/onnx_scorer.py); absent where ranker.kind is "none"
+      sources.safetensors       what other candidate sources know: neighbours of each item as a sparse matrix
+                                (neighbour_offsets [I+2] int64, neighbour_rows [N] int32, neighbour_weights
+                                [N] float32), recent_popularity [I+1] int64
+    and, unless ranker.kind is "none",
+      ranker_state.onnx         a history -> the ranker's state (ranking/onnx_scorer.py)
+      ranker_scores.onnx        a state and candidates -> scores
+      ranker_index.faiss        nearest items to the ranker's state
 
 Writing is atomic: a bundle is a complete, verified directory or it is not there.
 """
@@ -35,12 +41,20 @@ from engine.catalog import Catalog
 from engine.history import BundleHistoryStore, HistoryStore
 from ranking.onnx_scorer import OnnxScorer
 from retrieval.item_index import ItemIndex
+from retrieval.sparse import SparseRows
 
-BUNDLE_FORMAT = 1
+BUNDLE_FORMAT = 2
 
 MANIFEST = "manifest.json"
-FILES = ("catalog.parquet", "users.parquet", "item_index.faiss", "embeddings.safetensors")
-RANKER = "ranker.onnx"
+FILES = (
+    "catalog.parquet",
+    "users.parquet",
+    "item_index.faiss",
+    "embeddings.safetensors",
+    "sources.safetensors",
+)
+RANKER_STATE, RANKER_SCORES, RANKER_INDEX = "ranker_state.onnx", "ranker_scores.onnx", "ranker_index.faiss"
+RANKER_FILES = (RANKER_STATE, RANKER_SCORES, RANKER_INDEX)
 RANKER_KINDS = ("ordered", "none")
 
 T = TypeVar("T")
@@ -63,8 +77,11 @@ class Bundle:
     item_vectors: NDArray[np.float32]  # [I+1, D], row 0 zeros
     user_vectors: NDArray[np.float32]  # [U+1, D], row 0 zeros
     item_degrees: NDArray[np.float32]  # [I+1] training users of each item
+    neighbours: SparseRows  # [I+1, I+1]
+    recent_popularity: NDArray[np.int64]  # [I+1] training users of each item in the recent window
     users: HistoryStore
     scorer: OnnxScorer | None
+    ranker_index: ItemIndex | None  # over the vectors that the scorer scores with; None where scorer is
 
     @property
     def version(self) -> str:
@@ -90,26 +107,49 @@ class Bundle:
             path / "users.parquet", lambda file: BundleHistoryStore(pl.read_parquet(file), catalog.num_items)
         )
         index = _open(path / "item_index.faiss", ItemIndex.load)
-        vectors = _open(path / "embeddings.safetensors", load_file)
         has_ranker = manifest["ranker"]["kind"] != "none"
-        scorer = _open(path / RANKER, lambda file: OnnxScorer(file, num_threads)) if has_ranker else None
+        scorer = ranker_index = None
+        if has_ranker:
+            scorer = _open(
+                path / RANKER_SCORES, lambda file: OnnxScorer(path / RANKER_STATE, file, num_threads)
+            )
+            ranker_index = _open(path / RANKER_INDEX, ItemIndex.load)
 
         num_items, dim = catalog.num_items, index.dim
         _expect(path / "item_index.faiss", "number of items", index.num_items, num_items)
-        for name, shape in {
-            "item_vectors": (num_items + 1, dim),
-            "user_vectors": (len(users) + 1, dim),
-            "item_degrees": (num_items + 1,),
-        }.items():
-            found = vectors.get(name, np.zeros(0))
-            _expect(path / "embeddings.safetensors", f"shape of {name}", found.shape, shape)
-            _expect(path / "embeddings.safetensors", f"type of {name}", str(found.dtype), "float32")
-            if not np.isfinite(found).all():
-                raise BundleError(f"{path / 'embeddings.safetensors'}: {name} holds NaN or infinite values")
-        if scorer:
-            _expect(path / RANKER, "number of items", scorer.num_items, num_items)
+        vectors = _arrays(
+            path / "embeddings.safetensors",
+            {
+                "item_vectors": ((num_items + 1, dim), "float32"),
+                "user_vectors": ((len(users) + 1, dim), "float32"),
+                "item_degrees": ((num_items + 1,), "float32"),
+            },
+        )
+        sources = _arrays(
+            path / "sources.safetensors",
+            {
+                "neighbour_offsets": ((num_items + 2,), "int64"),
+                "neighbour_rows": ((None,), "int32"),
+                "neighbour_weights": ((None,), "float32"),
+                "recent_popularity": ((num_items + 1,), "int64"),
+            },
+        )
+        neighbours = SparseRows(
+            sources["neighbour_offsets"],
+            sources["neighbour_rows"],
+            sources["neighbour_weights"],
+            num_items + 1,
+        )
+        try:
+            neighbours.check()
+        except ValueError as error:
+            raise BundleError(f"{path / 'sources.safetensors'}: neighbours: {error}") from error
+        if scorer and ranker_index:
+            _expect(path / RANKER_SCORES, "number of items", scorer.num_items, num_items)
+            _expect(path / RANKER_INDEX, "number of items", ranker_index.num_items, num_items)
+            _expect(path / RANKER_INDEX, "dimension", ranker_index.dim, scorer.dim)
             length = manifest["ranker"]["history_length"]
-            _expect(path / RANKER, "history_length", scorer.history_length, length)
+            _expect(path / RANKER_STATE, "history_length", scorer.history_length, length)
         return cls(
             path,
             manifest,
@@ -118,8 +158,11 @@ class Bundle:
             vectors["item_vectors"],
             vectors["user_vectors"],
             vectors["item_degrees"],
+            neighbours,
+            sources["recent_popularity"],
             users,
             scorer,
+            ranker_index,
         )
 
 
@@ -130,7 +173,7 @@ def verify_files(path: Path) -> dict[str, Any]:
     """
     manifest = _read_manifest(path)
     # Only known names pass, so that no name in a manifest can lead out of the directory.
-    expected = {*FILES, RANKER} if manifest["ranker"]["kind"] != "none" else {*FILES}
+    expected = {*FILES, *RANKER_FILES} if manifest["ranker"]["kind"] != "none" else {*FILES}
     named = set(manifest["files"])
     if named != expected:
         raise BundleError(f"{path / MANIFEST}: files names {sorted(named)}; expected {sorted(expected)}")
@@ -157,7 +200,7 @@ def write_bundle(
 
     Args:
         root: where the bundles stand; made where it is missing.
-        fill: writes the files of FILES (and ranker.onnx) into the directory it is given, and returns the
+        fill: writes the files of FILES (and RANKER_FILES) into the directory it is given, and returns the
             manifest's fields: data, ranker, pipeline, policy, and whatever else should be recorded.
         verify: raises where the opened bundle is not fit to be published.
     """
@@ -227,7 +270,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             "serve it with a newer trirank"
         )
     if found != BUNDLE_FORMAT:
-        raise BundleError(f"{file}: format_version is {found}; expected {BUNDLE_FORMAT}; export it again")
+        raise BundleError(
+            f"{file}: the bundle has format {found}; this trirank reads format {BUNDLE_FORMAT}, which holds "
+            "more (item neighbours, the ranker's item vectors): train it again with `trirank train`"
+        )
     for key, kind in {
         "version": str,
         "data": dict,
@@ -239,9 +285,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         if not isinstance(manifest.get(key), kind):
             raise BundleError(f"{file}: {key} is missing or is no {kind.__name__}")
     if manifest["ranker"].get("kind") not in RANKER_KINDS:
-        kinds = ", ".join(RANKER_KINDS)
+        allowed = ", ".join(RANKER_KINDS)
         raise BundleError(
-            f"{file}: ranker.kind is {manifest['ranker'].get('kind')!r}; expected one of {kinds}"
+            f"{file}: ranker.kind is {manifest['ranker'].get('kind')!r}; expected one of {allowed}"
         )
     for section, key in (
         ("pipeline", "num_candidates"),
@@ -252,6 +298,15 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         value = manifest[section].get(key)
         if not isinstance(value, int) or value < 1:
             raise BundleError(f"{file}: {section}.{key} is {value!r}; expected a whole number of at least 1")
+    types: dict[tuple[str, str], type] = {
+        ("pipeline", "sources"): list,
+        ("pipeline", "event_weights"): dict,
+        ("data", "time"): str,
+        ("data", "clock"): int,
+    }
+    for (section, key), kind_of in types.items():
+        if not isinstance(manifest[section].get(key), kind_of):
+            raise BundleError(f"{file}: {section}.{key} is missing or is no {kind_of.__name__}")
     return manifest
 
 
@@ -261,6 +316,22 @@ def _open(file: Path, opener: Callable[[Path], T]) -> T:
         return opener(file)
     except Exception as error:
         raise BundleError(f"{file} cannot be opened: {error}") from error
+
+
+def _arrays(file: Path, expected: dict[str, tuple[tuple[int | None, ...], str]]) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a safetensors file, each of its shape (None: any length), type, and finite."""
+    arrays: dict[str, NDArray[Any]] = _open(file, load_file)
+    for name, (shape, dtype) in expected.items():
+        found = arrays.get(name, np.zeros(()))
+        lengths = tuple(
+            length if wanted is None else wanted for length, wanted in zip(found.shape, shape, strict=False)
+        )
+        if len(found.shape) != len(shape) or found.shape != lengths:
+            raise BundleError(f"{file}: shape of {name} is {found.shape}; expected {shape}")
+        _expect(file, f"type of {name}", str(found.dtype), dtype)
+        if not np.isfinite(found).all():
+            raise BundleError(f"{file}: {name} holds NaN or infinite values")
+    return arrays
 
 
 def _expect(file: Path, what: str, found: object, expected: object) -> None:

@@ -130,7 +130,7 @@ def write_trace(trace: Trace, context: Iterable[str] = ()) -> pb.Trace:
 
     Args:
         trace: what the pipeline recorded.
-        context: the context keys of the request; no ranker of bundle format 1 uses any.
+        context: the context keys of the request; no ranker of bundle format 2 uses any.
     """
     return pb.Trace(
         bundle_version=trace.bundle_version,

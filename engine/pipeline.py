@@ -9,6 +9,8 @@ Shape legend: I items, H events of a history, N items of a list, D dimension.
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,25 +19,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.bundle import Bundle
-from engine.history import EVENT_CODE, History, left_padded
+from engine.history import (
+    EMPTY_HISTORY,
+    EVENT_CODE,
+    EVENT_TYPES,
+    NEGATIVE_EVENT,
+    History,
+    left_padded,
+)
+from engine.sources import check_sources, choice, is_number, sources_from_config
 from engine.trace import Trace, VisitorKind
 from reranking.rerank import rerank
 from reranking.rules import RankedItems, rules_from_config
-from retrieval.fold_in import fold_in
-from retrieval.sources import (
-    Candidates,
-    EmbeddingSource,
-    FreshSource,
-    Merged,
-    PopularSource,
-    interleave,
-    merge,
-)
+from retrieval.fold_in import event_weights, fold_in
+from retrieval.sources import Candidates, EmbeddingSource, Query, merge
 
 MAX_LIMIT = 500  # items of a slate
 MAX_CANDIDATES = 10_000
 NO_ROWS = np.zeros(0, np.int32)
 JUST_NOW = np.iinfo(np.int64).max  # where an event without a time stands: after all others
+DAY_MS = 86_400_000
 
 
 class Event(NamedTuple):
@@ -54,6 +57,7 @@ class Visitor:
     user_row: int = 0  # 1..U; 0 for a user whom the bundle does not know
     is_unknown_user: bool = False  # a user id was given, and the bundle does not know it
     num_unknown_items: int = 0  # events that were left out, as the catalog does not have their item
+    resolving_s: float = 0.0  # what it took to find all this out: part of the request's time
 
     @property
     def kind(self) -> VisitorKind:
@@ -75,6 +79,7 @@ class Filters:
 
 
 NO_FILTERS = Filters()
+NOBODY = Visitor(EMPTY_HISTORY)
 
 
 @dataclass(frozen=True)
@@ -116,16 +121,15 @@ class RecommendationPipeline:
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
         catalog = bundle.catalog
-        self.embedding = EmbeddingSource(bundle.index)
-        self.popular = PopularSource(catalog.popularity)
-        self.fresh = FreshSource(catalog.available_from)
-        check_settings(bundle.manifest["pipeline"], bundle.manifest["policy"])
+        settings = bundle.manifest["pipeline"]
+        check_settings(settings, bundle.manifest["policy"])
+        self.sources, self.quotas = sources_from_config(settings["sources"], bundle)
         self.rules = rules_from_config(bundle.manifest["policy"])
         self.groups = {field: catalog.codes(field) for field in ("category", "brand", "seller_id")}
         self.norms = np.linalg.norm(bundle.item_vectors, axis=1)  # [I+1]
-        self.num_candidates: int = bundle.manifest["pipeline"]["num_candidates"]
-        self.num_ranked: int = bundle.manifest["pipeline"]["num_ranked"]
-        self.default_limit: int = bundle.manifest["pipeline"]["default_limit"]
+        self.num_candidates: int = settings["num_candidates"]
+        self.num_ranked: int = settings["num_ranked"]
+        self.default_limit: int = settings["default_limit"]
         # Where people return to the same items (groceries, sessions), no item counts as seen.
         drops_seen = any(rule.name == "drop_seen" for rule in self.rules)
         self.drops_seen = drops_seen and not bundle.manifest["data"].get("repeats", False)
@@ -140,15 +144,26 @@ class RecommendationPipeline:
         filters: Filters = NO_FILTERS,
         excluded: NDArray[np.int32] = NO_ROWS,
         deadline: float | None = None,
+        now: int | None = None,
     ) -> Answer:
         """Return the slate: the `limit` best items, fewer only where fewer are eligible.
 
         Filters and exclusions are hard. What the visitor has seen is left out while `limit` other items are
         eligible. A stage that fails, or would start after the deadline (on the clock of time.perf_counter()),
-        is passed over, and the trace says so.
+        is passed over, and the trace says so; a candidate source that fails is passed over alone.
+
+        Args:
+            visitor: who asks.
+            limit: at least 1.
+            filters: what an item must be.
+            excluded: rows that must not be shown.
+            deadline: see above.
+            now: time of the request on the data set's clock, which decides what is fresh and what is not on
+                sale yet; the time of the newest training event where it is not given.
         """
         _check_limit(limit)
         trace = self._trace(visitor, deadline)
+        query = self.query(visitor, now)
         num_items = self.bundle.catalog.num_items
 
         eligible = trace.run(
@@ -157,19 +172,17 @@ class RecommendationPipeline:
         seen = self._seen(visitor)
         candidates = trace.run(
             "retrieval",
-            lambda: self._retrieve(query_vector(self.bundle, visitor), eligible, seen, limit),
-            otherwise=lambda: self._retrieve(None, eligible, seen, limit),
+            lambda: self._retrieve(query, eligible, seen, limit, trace),
+            otherwise=lambda: self._retrieve(self.query(NOBODY, now), eligible, seen, limit, trace),
             num_in=trace.timings[-1].num_out,
         )
         num_ranked = max(self.num_ranked, limit)
-        ranked = candidates.take(slice(num_ranked))
-        if self.bundle.scorer:
-            ranked = trace.run(
-                "ranking",
-                lambda: candidates.ordered_by(self._scores(visitor, candidates.rows), num_ranked),
-                otherwise=lambda: candidates.take(slice(num_ranked)),
-                num_in=len(candidates),
-            )
+        ranked = trace.run(
+            "ranking",
+            lambda: self._rank(query, candidates, num_ranked),
+            otherwise=lambda: candidates.take(slice(num_ranked)),
+            num_in=len(candidates),
+        )
         slate = trace.run(
             "reranking",
             lambda: self._rerank(ranked, seen, limit, trace),
@@ -189,7 +202,7 @@ class RecommendationPipeline:
     ) -> Answer:
         """Return the items whose vectors have the largest cosine with an item's; never the item itself.
 
-        An item that training never saw has no direction: popular items stand in for its neighbours.
+        An item without a vector, new and like no other, has no direction: popular items stand in.
         """
         _check_limit(limit)
         if not 1 <= item_row <= self.bundle.catalog.num_items:
@@ -203,8 +216,8 @@ class RecommendationPipeline:
         )
         items = trace.run(
             "retrieval",
-            lambda: self._nearest(item_row, eligible, limit),
-            otherwise=lambda: self._find(None, eligible, limit),
+            lambda: self._nearest(item_row, eligible, limit, trace),
+            otherwise=lambda: self._find(self.query(NOBODY), eligible, limit, trace),
             num_in=trace.timings[-1].num_out,
         )
         return Answer(items, trace)
@@ -216,11 +229,12 @@ class RecommendationPipeline:
         trace = self._trace(visitor, deadline)
         popularity = self.bundle.catalog.popularity[candidates].astype(np.float32)
         asked = ItemList(candidates, popularity, np.full(len(candidates), "caller"))
+        by_popularity = asked.ordered_by(popularity, len(asked))
         items = trace.run(
             "ranking",
-            lambda: asked.ordered_by(self._scores(visitor, candidates), len(candidates)),
-            otherwise=lambda: asked.ordered_by(popularity, len(candidates)),
-            num_in=len(candidates),
+            lambda: self._rank(self.query(visitor), by_popularity, len(asked)),
+            otherwise=lambda: by_popularity,
+            num_in=len(asked),
         )
         return Answer(items, trace)
 
@@ -232,6 +246,7 @@ class RecommendationPipeline:
         Events are ordered by time; those without one are the newest, in the order given. Events that share a
         time stay as they are, stored ones first.
         """
+        begin = time.perf_counter()
         stored = self.bundle.users.get(user_id)
         rows = self.bundle.catalog.rows(event.item_id for event in events)
         known = rows > 0
@@ -247,7 +262,22 @@ class RecommendationPipeline:
         )
         num_unknown = len(rows) - int(np.count_nonzero(known))
         user_row = self.bundle.users.row(user_id)
-        return Visitor(history, user_row, bool(user_id) and not user_row, num_unknown)
+        is_unknown = bool(user_id) and not user_row
+        return Visitor(history, user_row, is_unknown, num_unknown, time.perf_counter() - begin)
+
+    def query(self, visitor: Visitor, now: int | None = None) -> Query:
+        """Return what the stages may know; the ranker's state is worked out once, when first asked for."""
+
+        @functools.cache
+        def state() -> NDArray[np.float32]:
+            assert self.bundle.scorer is not None
+            history = left_padded([visitor.history.items], self.bundle.scorer.history_length)
+            found: NDArray[np.float32] = self.bundle.scorer.user_states(history)[0]
+            return found
+
+        weights = history_weights(self.bundle, visitor.history)
+        clock = self.bundle.manifest["data"]["clock"]
+        return Query(visitor.history.wanted, weights, state, clock if now is None else now)
 
     # The stages.
 
@@ -266,54 +296,58 @@ class RecommendationPipeline:
         return seen
 
     def _retrieve(
-        self,
-        query: NDArray[np.float32] | None,
-        eligible: NDArray[np.bool_],
-        seen: NDArray[np.bool_],
-        limit: int,
+        self, query: Query, eligible: NDArray[np.bool_], seen: NDArray[np.bool_], limit: int, trace: Trace
     ) -> ItemList:
         """Return unseen candidates; where they cannot fill a slate, seen ones fill up behind them."""
-        unseen = self._find(query, eligible & ~seen, max(self.num_candidates, limit))
+        unseen = self._find(query, eligible & ~seen, max(self.num_candidates, limit), trace)
         if len(unseen) >= limit or not seen.any():
             return unseen
-        return _joined(unseen, self._find(query, eligible & seen, limit - len(unseen)))
+        return _joined(unseen, self._find(query, eligible & seen, limit - len(unseen), trace))
 
-    def _find(self, query: NDArray[np.float32] | None, allowed: NDArray[np.bool_], limit: int) -> ItemList:
-        """Ask the sources. Popular knows every item, so the list is short only where few are allowed."""
-        if query is None:
-            parts = [self.popular.find(None, allowed, limit), self.fresh.find(None, allowed, limit)]
-            return _item_list(parts, interleave(parts[0], parts[1], limit))
-        parts = [self.embedding.find(query, allowed, limit)]
-        if len(parts[0].rows) < limit:
-            parts.append(self.popular.find(query, allowed, limit))
-        return _item_list(parts, merge(parts, limit))
+    def _find(self, query: Query, allowed: NDArray[np.bool_], limit: int, trace: Trace) -> ItemList:
+        """Ask every source, each of which may fail alone, and merge what they found."""
+        parts = [
+            trace.run(
+                f"retrieval.{source.name}",
+                functools.partial(source.find, query, allowed, limit),
+                otherwise=functools.partial(Candidates.none, source.name),
+                num_in=len(allowed) - 1,
+            )
+            for source in self.sources
+        ]
+        rows, scores, source_of = merge(parts, self.quotas, limit)
+        found = ItemList(rows, _descending(scores), np.array([part.source for part in parts])[source_of])
+        if len(found) == limit:
+            return found
+        # Too few items are allowed, or popular failed, which knows all of them.
+        rest = np.setdiff1d(np.flatnonzero(allowed), rows)[: limit - len(found)].astype(np.int32)
+        return _joined(found, ItemList(rest, np.zeros(len(rest), np.float32), np.full(len(rest), "catalog")))
 
-    def _nearest(self, item_row: int, eligible: NDArray[np.bool_], limit: int) -> ItemList:
+    def _nearest(self, item_row: int, eligible: NDArray[np.bool_], limit: int, trace: Trace) -> ItemList:
         """Return the items of the largest cosine, by one exact product with all vectors.
 
         Not by the index: it ranks by inner product, which favours the long vectors of popular items.
         """
         if not self.norms[item_row]:
-            return self._find(None, eligible, limit)
+            return self._find(self.query(NOBODY), eligible, limit, trace)
         rows = np.flatnonzero(eligible).astype(np.int32)
         vectors = self.bundle.item_vectors
         products = vectors @ vectors[item_row]
         norms = self.norms * self.norms[item_row]
         cosines = np.divide(products, norms, out=np.zeros_like(products), where=norms > 0)
-        found = ItemList(rows, cosines[rows], np.full(len(rows), self.embedding.name))
+        found = ItemList(rows, cosines[rows], np.full(len(rows), EmbeddingSource.name))
         return found.ordered_by(found.scores, limit)
 
-    def _scores(self, visitor: Visitor, rows: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Return one score per candidate [N]: the ranker's, else the query vector's, else popularity."""
-        scorer = self.bundle.scorer
-        if scorer:
-            history = left_padded([visitor.history.items], scorer.history_length)
-            scores: NDArray[np.float32] = scorer.score(history, rows[np.newaxis])[0]
-            return scores
-        query = query_vector(self.bundle, visitor)
-        if query is not None:
-            return np.asarray(self.bundle.item_vectors[rows] @ query)
-        return self.bundle.catalog.popularity[rows].astype(np.float32)
+    def _rank(self, query: Query, items: ItemList, num_kept: int) -> ItemList:
+        """Return the best items by the ranker; without one by the query vector; without that as they are."""
+        if self.bundle.scorer:
+            scores = self.bundle.scorer.score_states(query.state()[np.newaxis], items.rows[np.newaxis])[0]
+            return items.ordered_by(scores, num_kept)
+        vectors, degrees = self.bundle.item_vectors, self.bundle.item_degrees
+        vector = fold_in(vectors, degrees, query.items, query.weights)
+        if vector.any():
+            return items.ordered_by(vectors[items.rows] @ vector, num_kept)
+        return items.take(slice(num_kept))
 
     def _rerank(self, ranked: ItemList, seen: NDArray[np.bool_], limit: int, trace: Trace) -> ItemList:
         items = RankedItems(
@@ -334,24 +368,57 @@ class RecommendationPipeline:
             unknown_user=visitor.is_unknown_user,
             num_unknown_history_items=visitor.num_unknown_items,
             deadline=deadline,
+            started=time.perf_counter() - visitor.resolving_s,
         )
 
 
-def check_settings(pipeline: Mapping[str, int], policy: Sequence[Mapping[str, Any]]) -> None:
+def check_settings(pipeline: Mapping[str, Any], policy: Sequence[Mapping[str, Any]]) -> None:
     """Raise ValueError where nothing could be served with these parts of a manifest.
 
     Args:
-        pipeline: num_candidates, num_ranked and default_limit.
+        pipeline: the fields of training.train.PipelineOptions, but for the policy; one that may be null may
+            be missing.
         policy: the rules, in order.
     """
     for name, highest in {
         "num_candidates": MAX_CANDIDATES,
         "num_ranked": MAX_CANDIDATES,
         "default_limit": MAX_LIMIT,
+        "num_neighbours": MAX_CANDIDATES,
     }.items():
         if not 1 <= pipeline[name] <= highest:
             raise ValueError(f"pipeline.{name} is {pipeline[name]}; expected 1 to {highest}")
+    for name, weight in pipeline["event_weights"].items():
+        if name not in EVENT_TYPES:
+            raise ValueError(f"pipeline.event_weights names {name!r}; expected {choice(name, EVENT_TYPES)}")
+        if not (is_number(weight) and weight >= 0):
+            raise ValueError(f"pipeline.event_weights.{name} is {weight!r}; expected a number of at least 0")
+    for name in ("half_life_events", "half_life_days", "popular_window_days"):
+        length = pipeline.get(name)
+        if length is not None and not (is_number(length) and length > 0):
+            raise ValueError(f"pipeline.{name} is {length!r}; expected a number above 0, or null")
+    check_sources(pipeline["sources"])
     rules_from_config(policy)
+
+
+def history_weights(bundle: Bundle, history: History) -> NDArray[np.float32]:
+    """Return how much each event of `history.wanted` counts, [H'] float32: by its type and by its age.
+
+    The age is counted in events behind it, and in days where the data has times; in neither where the data
+    has no order at all.
+    """
+    settings, time_kind = bundle.manifest["pipeline"], bundle.manifest["data"]["time"]
+    wanted = history.event_types != NEGATIVE_EVENT
+    num_wanted = int(np.count_nonzero(wanted))
+    half_lives = np.zeros(num_wanted)  # how many have passed
+    if settings.get("half_life_events") is not None and time_kind != "none":
+        half_lives += np.arange(num_wanted)[::-1] / settings["half_life_events"]
+    if settings.get("half_life_days") is not None and time_kind == "unix":
+        times = history.timestamps[wanted]
+        ages = np.where(times > 0, times.max(initial=0) - times, 0)  # an event without a time is just now
+        half_lives += ages / (DAY_MS * settings["half_life_days"])
+    by_type = [float(settings["event_weights"].get(name, 1.0)) for name in EVENT_TYPES]
+    return event_weights(history.event_types[wanted], half_lives, np.array(by_type, np.float32), 1.0)
 
 
 def query_vector(bundle: Bundle, visitor: Visitor) -> NDArray[np.float32] | None:
@@ -360,7 +427,8 @@ def query_vector(bundle: Bundle, visitor: Visitor) -> NDArray[np.float32] | None
     The trained user vector is not asked: it knows the user as of the last training run, the history as of
     now, and on Amazon Beauty the history finds more (benchmarks/results/README.md).
     """
-    folded = fold_in(bundle.item_vectors, bundle.item_degrees, visitor.history.wanted)
+    weights = history_weights(bundle, visitor.history)
+    folded = fold_in(bundle.item_vectors, bundle.item_degrees, visitor.history.wanted, weights)
     return folded if folded.any() else None
 
 
@@ -375,11 +443,6 @@ def largest(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     above = np.flatnonzero(scores > bar)
     at_bar = np.flatnonzero(scores == bar)[: k - len(above)]
     return np.concatenate([above[np.argsort(-scores[above], kind="stable")], at_bar])
-
-
-def _item_list(parts: Sequence[Candidates], merged: Merged) -> ItemList:
-    names = np.array([part.source for part in parts])
-    return ItemList(merged.rows, _descending(merged.scores), names[merged.source_of])
 
 
 def _joined(first: ItemList, second: ItemList) -> ItemList:

@@ -1,4 +1,7 @@
-"""HybridRanker, served: the exported ONNX file in onnxruntime, with the checks that a graph cannot make.
+"""HybridRanker, served: the exported ONNX files in onnxruntime, with the checks that a graph cannot make.
+
+Two graphs, so that what a history comes to is worked out once in a request: retrieval searches with it, and
+scoring goes on from it. Neither holds a weight that the other has.
 
 Shape legend: B batch, T history, C candidates, D dimension, I items.
 """
@@ -11,8 +14,11 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-INPUTS = ["history", "candidates"]  # int64 [B, T] left-padded with 0; int64 [B or 1, C]
-OUTPUTS = ["scores", "state"]  # float32 [B, C]; float32 [B, D]
+# The two graphs' inputs and outputs.
+STATE_INPUTS = ["history"]  # int64 [B, T], left-padded with 0
+STATE_OUTPUTS = ["state"]  # float32 [B, D]
+SCORES_INPUTS = ["state", "candidates"]  # float32 [B, D]; int64 [B or 1, C]
+SCORES_OUTPUTS = ["scores"]  # float32 [B, C]
 
 
 class OnnxScorer:
@@ -21,43 +27,36 @@ class OnnxScorer:
     onnxruntime itself refuses a model whose weights lie outside the folder of its file.
     """
 
-    def __init__(self, path: str | Path, num_threads: int = 1) -> None:
-        """Open a model.
+    def __init__(self, state_path: str | Path, scores_path: str | Path, num_threads: int = 1) -> None:
+        """Open a ranker.
 
         Args:
-            path: an ONNX file with INPUTS, OUTPUTS and the metadata "history_length" and "num_items".
+            state_path: an ONNX file from STATE_INPUTS to STATE_OUTPUTS, with the metadata "history_length"
+                and "num_items".
+            scores_path: an ONNX file from SCORES_INPUTS to SCORES_OUTPUTS, with the metadata "num_items".
             num_threads: CPU threads of one call. Calls that run at once fight for them: under load 1 is best.
 
         Raises:
-            ValueError: on a model with other inputs, outputs or metadata, or num_threads below 1.
+            ValueError: on models with other inputs, outputs or metadata, or that do not belong together, and
+                on num_threads below 1.
         """
         if num_threads < 1:
             raise ValueError(f"num_threads is {num_threads}; expected at least 1")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = num_threads
-        options.inter_op_num_threads = 1
-        available = ort.get_available_providers()
-        providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
-        self._session = ort.InferenceSession(str(path), options, providers=providers)
-
-        for kind, found, expected in (
-            ("inputs", [node.name for node in self._session.get_inputs()], INPUTS),
-            ("outputs", [node.name for node in self._session.get_outputs()], OUTPUTS),
-        ):
-            if sorted(found) != sorted(expected):
-                raise ValueError(f"{path} has the {kind} {', '.join(found)}; expected {', '.join(expected)}")
-        metadata = self._session.get_modelmeta().custom_metadata_map
-        for key in ("history_length", "num_items"):
-            text = metadata.get(key, "")
-            if not text.isdecimal() or int(text) < 1:
-                raise ValueError(f"{path} has the metadata {key} {text!r}; expected a number of at least 1")
-        self.history_length = int(metadata["history_length"])  # events that the model looks at
-        self.num_items = int(metadata["num_items"])  # I: rows 1..I have scores
+        self._state = _open(state_path, num_threads, STATE_INPUTS, STATE_OUTPUTS)
+        self._scores = _open(scores_path, num_threads, SCORES_INPUTS, SCORES_OUTPUTS)
+        self.history_length = _number(self._state, state_path, "history_length")  # events it looks at
+        self.num_items = _number(self._scores, scores_path, "num_items")  # I: rows 1..I have scores
+        found = _number(self._state, state_path, "num_items")
+        if found != self.num_items:
+            raise ValueError(f"{state_path} has {found} items; expected {self.num_items}, as {scores_path}")
+        self.dim = self._state.get_outputs()[0].shape[1]  # D
+        if (found := self._scores_dim()) != self.dim:
+            raise ValueError(f"{scores_path} takes a state of {found} numbers; expected {self.dim}")
 
     @property
     def providers(self) -> tuple[str, ...]:
         """The onnxruntime execution providers in use, the preferred one first."""
-        return tuple(self._session.get_providers())
+        return tuple(self._state.get_providers())
 
     def score(self, history: NDArray[np.integer], candidates: NDArray[np.integer]) -> NDArray[np.float32]:
         """Return the score of each candidate: [B, C] float32, higher is better.
@@ -70,29 +69,46 @@ class OnnxScorer:
         Raises:
             ValueError: on other shapes, numbers that are no integers, or rows outside 0..I.
         """
-        history = self._check_history(history)
-        candidates = self._check_rows("candidates", candidates)
-        if len(candidates) not in (1, len(history)):
+        if candidates.ndim == 2 and len(candidates) not in (1, len(history)):
             raise ValueError(f"history is for {len(history)} users, candidates for {len(candidates)}")
-        if not history.size or not candidates.size:
-            return np.zeros((len(history), candidates.shape[1]), np.float32)
-        scores: NDArray[np.float32]
-        (scores,) = self._session.run(["scores"], {"history": history, "candidates": candidates})
-        return scores
+        return self.score_states(self.user_states(history), candidates)
 
     def user_states(self, history: NDArray[np.integer]) -> NDArray[np.float32]:
         """Return what the model makes of each history: [B, D] float32. Takes `history` as `score` does."""
-        history = self._check_history(history)
-        no_candidates = np.zeros((len(history), 1), np.int64)  # the graph wants some; the state ignores them
+        history = self._check_rows("history", history)
+        history = (
+            history[:, -self.history_length :] if history.shape[1] else np.zeros((len(history), 1), np.int64)
+        )
         states: NDArray[np.float32]
-        (states,) = self._session.run(["state"], {"history": history, "candidates": no_candidates})
+        (states,) = self._state.run(STATE_OUTPUTS, {"history": np.ascontiguousarray(history)})
         return states
 
-    def _check_history(self, history: NDArray[np.integer]) -> NDArray[np.int64]:
-        rows = self._check_rows("history", history)
-        if rows.shape[1] == 0:
-            return np.zeros((len(rows), 1), np.int64)
-        return np.ascontiguousarray(rows[:, -self.history_length :])
+    def score_states(
+        self, states: NDArray[np.float32], candidates: NDArray[np.integer]
+    ) -> NDArray[np.float32]:
+        """Return the score of each candidate: [B, C] float32, as `score` gives it for the states' histories.
+
+        Args:
+            states: [B, D] float32, from `user_states`.
+            candidates: [B, C] item rows in any order, or [1, C]: the same for every state.
+
+        Raises:
+            ValueError: on other shapes, numbers that are no integers, or rows outside 0..I.
+        """
+        candidates = self._check_rows("candidates", candidates)
+        if states.ndim != 2 or states.shape[1] != self.dim:
+            raise ValueError(f"states has shape {states.shape}; expected [B, {self.dim}]")
+        if len(candidates) not in (1, len(states)):
+            raise ValueError(f"states is for {len(states)} users, candidates for {len(candidates)}")
+        if not len(states) or not candidates.size:
+            return np.zeros((len(states), candidates.shape[1]), np.float32)
+        inputs = {"state": np.ascontiguousarray(states, np.float32), "candidates": candidates}
+        scores: NDArray[np.float32]
+        (scores,) = self._scores.run(SCORES_OUTPUTS, inputs)
+        return scores
+
+    def _scores_dim(self) -> int:
+        return int(next(node.shape[1] for node in self._scores.get_inputs() if node.name == "state"))
 
     def _check_rows(self, name: str, rows: NDArray[np.integer]) -> NDArray[np.int64]:
         if rows.ndim != 2:
@@ -105,3 +121,27 @@ class OnnxScorer:
                 row = lowest if lowest < 0 else highest
                 raise ValueError(f"{name} holds row {row}; expected 0 to {self.num_items}")
         return np.ascontiguousarray(rows, np.int64)
+
+
+def _open(path: str | Path, num_threads: int, inputs: list[str], outputs: list[str]) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.inter_op_num_threads = 1
+    available = ort.get_available_providers()
+    providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
+    session = ort.InferenceSession(str(path), options, providers=providers)
+    for kind, nodes, expected in (
+        ("inputs", session.get_inputs(), inputs),
+        ("outputs", session.get_outputs(), outputs),
+    ):
+        found = [node.name for node in nodes]
+        if sorted(found) != sorted(expected):
+            raise ValueError(f"{path} has the {kind} {', '.join(found)}; expected {', '.join(expected)}")
+    return session
+
+
+def _number(session: ort.InferenceSession, path: str | Path, key: str) -> int:
+    text = session.get_modelmeta().custom_metadata_map.get(key, "")
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{path} has the metadata {key} {text!r}; expected a number of at least 1")
+    return int(text)

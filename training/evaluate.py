@@ -6,10 +6,11 @@ its FAISS vectors, its ONNX ranker, its pipeline. Nothing of torch takes part.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from engine.history import left_padded
 from engine.pipeline import RecommendationPipeline, Visitor, query_vector
 from training import metrics
 from training.data.dataset import fingerprint
-from training.data.splits import Holdout, SplitOptions, load_split
+from training.data.splits import Holdout, Split, SplitOptions, load_split
 
 SLATE_LENGTH = 50  # items that the pipeline is asked for
 LIST_LENGTH = 10  # of the lists that coverage, diversity and novelty look at
@@ -35,7 +36,11 @@ STAGES = ("popularity", "retrieval", "ranking", "slate")
 
 
 def evaluate(
-    bundle: Bundle, data: Path, part: Literal["test", "validation"] = "test", max_users: int | None = None
+    bundle: Bundle,
+    data: Path,
+    part: Literal["test", "validation"] = "test",
+    max_users: int | None = None,
+    stages: Sequence[str] = STAGES,
 ) -> dict[str, Any]:
     """Return the metrics of every stage, as `trirank evaluate --json` writes them.
 
@@ -47,34 +52,21 @@ def evaluate(
         data: the data set directory that the bundle was trained on.
         part: the questions to ask.
         max_users: ask this many, drawn with a fixed seed; all where None.
+        stages: which to measure; ranking is left out where the bundle has no ranker.
 
     Raises:
         ValueError: the directory holds other data than the bundle was trained on.
     """
+    split, holdout = load_questions(bundle, data, part, max_users)
     manifest = bundle.manifest
-    if "split" not in manifest.get("recipe", {}):
-        raise ValueError(f"{bundle.path} does not say how its data was split; expected recipe.split")
-    loaded = load_split(data, SplitOptions(**manifest["recipe"]["split"]))
-    found = {"fingerprint": fingerprint(data), "time": loaded.info.time, "repeats": loaded.info.repeats}
-    for key, value in found.items():
-        if value != manifest["data"][key]:
-            raise ValueError(
-                f"{data} is not the data that {bundle.path} was trained on: "
-                f"{key} is {value}, expected {manifest['data'][key]}"
-            )
-    split = loaded.split
-    holdout = split.test if part == "test" else split.validation
-    if max_users is not None and max_users < len(holdout):
-        holdout = holdout.take(np.sort(np.random.default_rng(0).permutation(len(holdout))[:max_users]))
-
-    stages: dict[str, Callable[[_Questions], _Answers]] = {
+    answers_of: dict[str, Callable[[_Questions], _Answers]] = {
         "popularity": lambda q: _ranked(q, _popularity_scores(bundle, q)),
         "retrieval": lambda q: _ranked(q, _retrieval_scores(bundle, q)),
         "ranking": lambda q: _ranked(q, _ranking_scores(bundle, q)),
         "slate": _slate_answers(RecommendationPipeline(bundle)),
     }
     if bundle.scorer is None:
-        del stages["ranking"]
+        del answers_of["ranking"]
     cutoffs = sorted(
         {5, 10, 20, 100, 500, manifest["pipeline"]["num_ranked"], manifest["pipeline"]["num_candidates"]}
     )
@@ -82,12 +74,14 @@ def evaluate(
     columns = TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     results: dict[str, Any] = {}
     with Progress(*columns, console=console) as progress:
-        for name, answer in stages.items():
+        for name in stages:
+            if name not in answers_of:
+                continue
             task = progress.add_task(name, total=len(holdout))
             totals: list[dict[str, float]] = []
             lists: list[NDArray[np.int32]] = []
             for questions in _blocks(holdout, bundle.catalog.num_items, split.repeats):
-                answers = answer(questions)
+                answers = answers_of[name](questions)
                 totals += [metrics.accuracy(places, cutoffs) for places in answers.places]
                 lists += answers.lists
                 progress.advance(task, len(questions.histories))
@@ -99,6 +93,8 @@ def evaluate(
         "num_items": bundle.catalog.num_items,
         "history_excluded": not split.repeats,
         "slate_length": SLATE_LENGTH,
+        "rules": [rule["rule"] for rule in manifest["policy"]],
+        "num_candidates": manifest["pipeline"]["num_candidates"],
         "bundle": bundle.version,
         "data": manifest["data"],
         "stages": list(results),
@@ -106,10 +102,49 @@ def evaluate(
     }
 
 
+def load_questions(
+    bundle: Bundle, data: Path, part: Literal["test", "validation"], max_users: int | None
+) -> tuple[Split, Holdout]:
+    """Return the split that a bundle was trained on, and the questions of one part of it; see evaluate."""
+    manifest = bundle.manifest
+    if "split" not in manifest.get("recipe", {}):
+        raise ValueError(f"{bundle.path} does not say how its data was split; expected recipe.split")
+    loaded = load_split(data, SplitOptions(**manifest["recipe"]["split"]))
+    found = {"fingerprint": fingerprint(data), "time": loaded.info.time, "repeats": loaded.info.repeats}
+    for key, value in found.items():
+        if value != manifest["data"][key]:
+            raise ValueError(
+                f"{data} is not the data that {bundle.path} was trained on: "
+                f"{key} is {value}, expected {manifest['data'][key]}"
+            )
+    holdout = loaded.split.test if part == "test" else loaded.split.validation
+    if max_users is not None and max_users < len(holdout):
+        holdout = holdout.take(np.sort(np.random.default_rng(0).permutation(len(holdout))[:max_users]))
+    return loaded.split, holdout
+
+
+def served_with(bundle: Bundle, *, rules: bool = True, num_candidates: int | None = None) -> Bundle:
+    """Return a bundle with other settings of serving than its own.
+
+    Args:
+        bundle: whose parts to take.
+        rules: False takes them away, but for drop_seen: to leave out the history is part of the question.
+        num_candidates: of retrieval; None leaves the bundle's own.
+    """
+    manifest = dict(bundle.manifest)
+    if not rules:
+        manifest["policy"] = [{"rule": "drop_seen"}]
+    if num_candidates is not None:
+        manifest["pipeline"] = manifest["pipeline"] | {"num_candidates": num_candidates}
+    return dataclasses.replace(bundle, manifest=manifest)
+
+
 class _Questions:
     """Some questions of a holdout, as the stages take them."""
 
     def __init__(self, holdout: Holdout, rows: NDArray[np.int64], repeats: bool) -> None:
+        # A visitor asks when the first event to come is about to happen.
+        self.times = holdout.events.timestamps[holdout.ends[rows]].tolist()
         self.users = holdout.users[rows]
         self.visitor_histories = [holdout.history(int(q)) for q in rows]
         self.histories = [history.items for history in self.visitor_histories]
@@ -172,10 +207,16 @@ def _ranked(questions: _Questions, scores: NDArray[np.float32]) -> _Answers:
 
 
 def _slate_answers(pipeline: RecommendationPipeline) -> Callable[[_Questions], _Answers]:
+    has_times = pipeline.bundle.manifest["data"]["time"] == "unix"
+
     def answer(questions: _Questions) -> _Answers:
         slates = [
-            pipeline.recommend(Visitor(history, user_row=int(user)), SLATE_LENGTH).items.rows
-            for user, history in zip(questions.users, questions.visitor_histories, strict=True)
+            pipeline.recommend(
+                Visitor(history, user_row=int(user)), SLATE_LENGTH, now=now if has_times else None
+            ).items.rows
+            for user, history, now in zip(
+                questions.users, questions.visitor_histories, questions.times, strict=True
+            )
         ]
         places = [metrics.places_in_list(s, t) for s, t in zip(slates, questions.targets, strict=True)]
         return _Answers(places, [slate[:LIST_LENGTH] for slate in slates])
@@ -231,12 +272,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--part", type=Literal["test", "validation"], default="test", help="Tune on validation, report test."
     )
+    parser.add_argument(
+        "--rules",
+        type=Literal["on", "off"],
+        default="on",
+        help="off: slates without the bundle's rules; what a user has seen stays left out.",
+    )
+    parser.add_argument(
+        "--num_candidates", type=int | None, default=None, help="Of retrieval (default: the bundle's own)."
+    )
     parser.add_argument("--max_users", type=int, default=None, help="Ask a fixed random part of the users.")
     options = parser.parse_args(argv)
     try:
         if options.max_users is not None and options.max_users < 1:
             raise ValueError(f"max_users is {options.max_users}; expected 1 or more")
         bundle = Bundle.load(resolve_bundle(options.bundle), num_threads=os.cpu_count() or 1)
+        bundle = served_with(bundle, rules=options.rules == "on", num_candidates=options.num_candidates)
         results = evaluate(bundle, options.data, options.part, options.max_users)
     except (ValueError, OSError) as error:
         print(f"trirank evaluate: {error}", file=sys.stderr)

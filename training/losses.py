@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,8 +46,11 @@ def sampled_softmax_loss(
         negatives: [M] int64, item rows 1..I.
         log_expected_count: [M] log(M q) of each negative; None leaves the logits as they are.
     """
+    # embedding() and not [...]: the gradient of indexing sorts its rows, on one thread.
+    positive = functional.embedding(targets, item_vectors)
+    negative = functional.embedding(negatives, item_vectors)
     loss: Tensor = _SharedNegatives.apply(  # type: ignore[no-untyped-call]
-        states, item_vectors[targets], item_vectors[negatives], targets, negatives, log_expected_count
+        states, positive, negative, targets, negatives, log_expected_count
     )
     return loss
 
@@ -128,3 +132,184 @@ def embedding_l2(*embeddings: Tensor) -> Tensor:
     """
     total = sum((e.float().square().sum() for e in embeddings), torch.zeros((), device=embeddings[0].device))
     return 0.5 * total / len(embeddings[0])
+
+
+def alignment_loss(users: Tensor, items: Tensor) -> Tensor:
+    """Return the mean squared distance of the two vectors of each pair, scaled to length 1.
+
+    DirectAU's first half (Chenyang Wang et al., "Towards Representation Alignment and Uniformity in
+    Collaborative Filtering", KDD 2022). The whole is alignment_loss(users, items) + gamma / 2 *
+    (uniformity_loss(users) + uniformity_loss(items)).
+
+    Args:
+        users: [B, D].
+        items: [B, D], of the items that they touched.
+    """
+    difference = functional.normalize(users.float()) - functional.normalize(items.float())
+    return difference.square().sum(1).mean()
+
+
+def uniformity_loss(vectors: Tensor) -> Tensor:
+    """Return log of the mean of exp(-2 |x - y|^2) over all pairs x, y of rows, scaled to length 1.
+
+    DirectAU's second half (Chenyang Wang et al., KDD 2022). A pair is two different rows, even where they
+    hold the same node. B x B distances never exist at once; products run in bfloat16 under autocast.
+
+    Args:
+        vectors: [B, D], B >= 2.
+    """
+    if len(vectors) < 2:
+        raise ValueError(f"vectors has {len(vectors)} rows; expected 2 or more")
+    x = functional.normalize(vectors)
+
+    def similarity(part: Tensor, table: Tensor, rows: slice) -> Tensor:
+        # Of length 1: |x - y|^2 = 2 - 2 x.y. A row's pair with itself is no pair.
+        near = (4.0 * (part @ table.T).to(_wide(vectors)) - 4.0).exp()
+        itself = torch.arange(rows.start, rows.start + len(part), device=x.device)[:, None]
+        return near.scatter(1, itself, 0.0).sum()
+
+    return (_sum_over_chunks(similarity, x, x) / (len(x) * (len(x) - 1))).log()
+
+
+def info_nce_loss(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """Return the mean cross-entropy of finding a node's second view, by cosine, among those of the batch.
+
+    The contrastive objective of XSimGCL (Junliang Yu et al., TKDE 2023, arXiv:2209.02544), whose views are a
+    layer's noisy output and the final vectors; there users and items are contrasted apart, each node once.
+
+    Args:
+        first: [B, D].
+        second: [B, D]; row n is another view of the node of row n.
+        temperature: divides the cosines.
+    """
+    rows = torch.arange(len(first), device=first.device)
+    return sampled_softmax_loss(
+        functional.normalize(first) / temperature, functional.normalize(second), rows, rows
+    )
+
+
+def cosine_contrastive_loss(
+    states: Tensor,
+    item_vectors: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    *,
+    margin: float,
+    negative_weight: float,
+) -> Tensor:
+    """Return the mean of (1 - cos(target)) + negative_weight * mean over negatives of max(0, cos - margin).
+
+    Kelong Mao et al., "SimpleX: A Simple and Strong Baseline for Collaborative Filtering", CIKM 2021, eq. 1;
+    here the batch shares its negatives. One that equals an example's target counts as 0. Memory and precision
+    as in sampled_softmax_loss.
+
+    Args:
+        states: [B, D].
+        item_vectors: [I+1, D].
+        targets: [B] int64, item rows 1..I.
+        negatives: [M] int64, item rows 1..I.
+        margin: cosine up to which a negative costs nothing (the paper: 0.4 to 0.9).
+        negative_weight: of the negatives against the target (the paper: 150 to 1000).
+    """
+    x, positives = functional.normalize(states), functional.normalize(item_vectors[targets])
+
+    def excess(part: Tensor, table: Tensor, rows: slice) -> Tensor:
+        over = (part @ table.T).to(_wide(states)).sub(margin).relu()
+        return over.masked_fill(targets[rows, None] == negatives, 0.0).sum()
+
+    total = _sum_over_chunks(excess, x, functional.normalize(item_vectors[negatives]))
+    return (1.0 - (x * positives).sum(1)).mean() + negative_weight * total / (len(x) * len(negatives))
+
+
+def ultragcn_loss(
+    states: Tensor,
+    item_vectors: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    user_degrees: Tensor,
+    item_degrees: Tensor,
+    *,
+    constraint_weight: float = 1.0,
+    base_weight: float = 1e-6,
+    negative_weight: float = 300.0,
+) -> Tensor:
+    """Return UltraGCN's weighted binary cross-entropy: L_O and its user-item constraint L_C in one.
+
+    Kelong Mao et al., "UltraGCN: Ultra Simplification of Graph Convolutional Networks for Recommendation",
+    CIKM 2021. The mean over examples of w(u, i) softplus(-s(u, i)) + negative_weight * mean over negatives of
+    w(u, j) softplus(s(u, j)), where w = base_weight + constraint_weight * beta and
+    beta(u, i) = sqrt((d_u + 1) / (d_i + 1)) / d_u is what infinitely many layers would make of the edge.
+    The item-item constraint L_I is left out. The defaults are the authors' for Gowalla. Here the batch shares
+    its negatives, and one that equals an example's target counts as 0. Memory and precision as in
+    sampled_softmax_loss.
+
+    Args:
+        states: [B, D].
+        item_vectors: [I+1, D].
+        targets: [B] int64, item rows 1..I.
+        negatives: [M] int64, item rows 1..I.
+        user_degrees: [B] edges of each example's user, 1 or more.
+        item_degrees: [I+1] edges of each item.
+        constraint_weight: of beta.
+        base_weight: of the plain cross-entropy.
+        negative_weight: of the negatives against the target.
+    """
+    wide = _wide(states)
+    of_user = (user_degrees.to(wide) + 1).sqrt() / user_degrees.to(wide)
+    of_item = (item_degrees.to(wide) + 1).rsqrt()
+
+    def weight(users: Tensor, items: Tensor) -> Tensor:
+        return base_weight + constraint_weight * users * items
+
+    def cost(part: Tensor, table: Tensor, rows: slice) -> Tensor:
+        scores = (part @ table.T).to(wide)
+        costs = weight(of_user[rows, None], of_item[negatives]) * functional.softplus(scores)
+        return costs.masked_fill(targets[rows, None] == negatives, 0.0).sum()
+
+    positive = (states.to(wide) * item_vectors[targets].to(wide)).sum(1)
+    pull = (weight(of_user, of_item[targets]) * functional.softplus(-positive)).mean()
+    push = _sum_over_chunks(cost, states, item_vectors[negatives]) / (len(states) * len(negatives))
+    return pull + negative_weight * push
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """Sums are in float32 at least; float64 stays what it is."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _sum_over_chunks(term: Callable[[Tensor, Tensor, slice], Tensor], x: Tensor, table: Tensor) -> Tensor:
+    """Return the sum of term(x[part], table, part) over chunks of x, with its gradient; see _ChunkedSum."""
+    total: Tensor = _ChunkedSum.apply(term, x, table)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _ChunkedSum(torch.autograd.Function):
+    """A sum over chunks of examples, each chunk's gradient taken before the next chunk is made.
+
+    So B x M scores never exist at once, and nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, term: Callable[[Tensor, Tensor, slice], Tensor], x: Tensor, table: Tensor
+    ) -> Tensor:
+        total = torch.zeros((), dtype=_wide(x), device=x.device)
+        grad_x, grad_table = torch.empty_like(x), torch.zeros_like(table)
+        table = table.detach().requires_grad_()
+        size = max(1, _SharedNegatives.CHUNK_LOGITS // max(1, len(table)))
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
+            with torch.enable_grad():
+                part = x[rows].detach().requires_grad_()
+                value = term(part, table, rows)
+            of_part, of_table = torch.autograd.grad(value, (part, table))
+            grad_x[rows] = of_part
+            grad_table += of_table
+            total += value.detach()
+        ctx.save_for_backward(grad_x, grad_table)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_table = ctx.saved_tensors
+        return None, grad_x * gradients[0], grad_table * gradients[0]

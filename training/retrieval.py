@@ -8,8 +8,8 @@ from pathlib import Path
 from safetensors.numpy import save_file
 
 from training.data.modules import RetrievalData
-from training.retrieval_module import RetrievalModule
-from training.stages import StageCLI, load_best
+from training.retrieval_module import RETRIEVAL_EPOCHS, RetrievalModule
+from training.stages import StageCLI, default_precision, load_best
 
 
 class RetrievalCLI(StageCLI):
@@ -27,7 +27,8 @@ class RetrievalCLI(StageCLI):
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     try:
-        RetrievalCLI("retrieval", RetrievalModule, RetrievalData, argv, trainer_defaults={})
+        defaults = {"max_epochs": RETRIEVAL_EPOCHS, "precision": default_precision()}
+        RetrievalCLI("retrieval", RetrievalModule, RetrievalData, argv, defaults)
     except ValueError as error:
         sys.exit(f"training.retrieval: {error}")
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.functional import embedding
+from torch.optim.lr_scheduler import LambdaLR
 from torch_geometric.data import HeteroData
 
 from retrieval.encoders.lightgcn import LightGCN
@@ -16,6 +19,8 @@ from retrieval.fold_in import fold_in
 from training.data.modules import QuestionBatch, RetrievalData
 from training.losses import embedding_l2, sampled_softmax_loss
 from training.metrics import mean_accuracy
+
+RETRIEVAL_EPOCHS = 20  # by default: how long the learning rate takes to fall to zero
 
 
 class RetrievalModule(L.LightningModule):
@@ -28,6 +33,8 @@ class RetrievalModule(L.LightningModule):
         learning_rate: of Adam.
         l2: weight of the regulariser on the initial embeddings of a batch's users and items.
         num_negatives: drawn anew at each step and shared by the batch.
+        schedule: "linear" lets the learning rate fall to zero over the epochs; "constant" does not. The last
+            epochs at a small rate settle what the negatives' noise keeps in motion.
     """
 
     encoder: nn.Module
@@ -35,13 +42,15 @@ class RetrievalModule(L.LightningModule):
     def __init__(
         self,
         encoder: Callable[[HeteroData], nn.Module] = LightGCN,
-        learning_rate: float = 5e-3,
-        l2: float = 3e-3,
+        learning_rate: float = 2e-2,
+        l2: float = 3e-2,
         num_negatives: int = 2048,
+        schedule: Literal["constant", "linear"] = "linear",
     ) -> None:
         super().__init__()
         self.make_encoder = encoder
         self.learning_rate, self.l2, self.num_negatives = learning_rate, l2, num_negatives
+        self.schedule = schedule
 
     @property
     def data(self) -> RetrievalData:
@@ -54,19 +63,33 @@ class RetrievalModule(L.LightningModule):
         if not hasattr(self, "encoder"):
             self.encoder = self.make_encoder(self.data.graph)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return Adam over the encoder's parameters."""
-        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+    def configure_optimizers(self) -> Any:
+        """Return Adam and its schedule; None for an encoder without parameters."""
+        parameters = list(self.parameters())
+        if not parameters:
+            return None
+        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, fused=True)
+        if self.schedule == "constant":
+            return optimizer
+        num_steps = max(1, int(self.trainer.estimated_stepping_batches))
+        schedule = LambdaLR(optimizer, lambda step: max(0.0, 1.0 - step / num_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def training_step(self, edges: Tensor, batch_index: int) -> Tensor:
+    def training_step(self, edges: Tensor, batch_index: int) -> Tensor | None:
         """Return the loss of a batch of edges [B, 2] int64 (user row, item row)."""
+        if next(self.parameters(), None) is None:  # an encoder in closed form: validate it, and that is all
+            self.trainer.should_stop = True
+            return None
         users, items = edges.T
         vectors = self.encoder(self.data.graph)
         num_items = len(vectors["item"]) - 1
         negatives = torch.randint(1, num_items + 1, (self.num_negatives,), device=edges.device)
-        ranking = sampled_softmax_loss(vectors["user"][users], vectors["item"], items, negatives)
+        # embedding() and not [...]: the gradient of indexing sorts its rows, on one thread.
+        ranking = sampled_softmax_loss(embedding(users, vectors["user"]), vectors["item"], items, negatives)
         initial = self.encoder.initial_vectors()  # type: ignore[operator]
-        loss = ranking + self.l2 * embedding_l2(initial["user"][users], initial["item"][items])
+        loss = ranking + self.l2 * embedding_l2(
+            embedding(users, initial["user"]), embedding(items, initial["item"])
+        )
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(edges))
         return loss
 

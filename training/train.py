@@ -19,9 +19,9 @@ from ranking.ranker import HybridRanker
 from training.data.dataset import Dataset
 from training.data.modules import RankingData, RetrievalData
 from training.data.splits import SplitData, SplitOptions, load_split
-from training.export import DEFAULT_POLICY, export_bundle
+from training.export import DEFAULT_POLICY, DEFAULT_SOURCES, export_bundle
 from training.ranking_module import RankingModule
-from training.retrieval_module import RetrievalModule
+from training.retrieval_module import RETRIEVAL_EPOCHS, RetrievalModule
 from training.stages import (
     MONITOR,
     StageParser,
@@ -53,12 +53,27 @@ class PipelineOptions:
         num_candidates: items that retrieval hands to the ranker.
         num_ranked: best of them that the rules see.
         default_limit: length of a slate where the request does not say.
+        sources: where the candidates come from, in order, and the share of num_candidates that each gives:
+            sequence, embedding, neighbours, popular, fresh. What one cannot fill the others do, in order.
+        event_weights: how much an event of each type counts in a history, such as {purchase: 3, cart: 2}; 1
+            where a type is missing.
+        half_life_events: after how many further events one counts half; null lets the order play no part.
+        half_life_days: the same in days, where the data has times.
+        num_neighbours: how many neighbours the bundle holds of each item.
+        popular_window_days: popular is what is popular in the last days of the training data; null, and data
+            without times, count all of it.
         policy: the rules, in order.
     """
 
     num_candidates: int = 1000
     num_ranked: int = 500
     default_limit: int = 10
+    sources: list[dict[str, Any]] = field(default_factory=lambda: [dict(entry) for entry in DEFAULT_SOURCES])
+    event_weights: dict[str, float] = field(default_factory=dict)
+    half_life_events: float | None = 3.0
+    half_life_days: float | None = None
+    num_neighbours: int = 200
+    popular_window_days: float | None = 30.0
     policy: list[dict[str, Any]] = field(default_factory=lambda: [dict(rule) for rule in DEFAULT_POLICY])
 
 
@@ -102,7 +117,13 @@ def build_parser() -> LightningArgumentParser:
                 f"{stage}.trainer.log_every_n_steps": 1000,
             }
         )
-    parser.set_defaults({"ranking.trainer.precision": default_precision()})
+    parser.set_defaults(
+        {
+            "retrieval.trainer.max_epochs": RETRIEVAL_EPOCHS,
+            "retrieval.trainer.precision": default_precision(),
+            "ranking.trainer.precision": default_precision(),
+        }
+    )
     parser.add_class_arguments(PipelineOptions, "pipeline")
     return parser
 
@@ -206,7 +227,7 @@ def train(directory: Path, out: Path, runs: Path, resume: bool, recipe: dict[str
     pipeline = recipe["pipeline"]
     bundle = export_bundle(
         out, dataset, data, vectors, ranker,
-        pipeline={key: pipeline[key] for key in ("num_candidates", "num_ranked", "default_limit")},
+        pipeline={key: value for key, value in pipeline.items() if key != "policy"},
         policy=pipeline["policy"], recipe=recipe, metrics={"validation": metrics},
     )  # fmt: skip
     (run / "bundle.txt").write_text(f"{bundle}\n", encoding="utf-8")

@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
-from engine.bundle import write_bundle
+from engine.bundle import RANKER_INDEX, RANKER_SCORES, RANKER_STATE, write_bundle
 from engine.catalog import CATALOG_SCHEMA
 from engine.history import USERS_SCHEMA
 from retrieval.item_index import ItemIndex
+from retrieval.sparse import SparseRows
 
 ROOT = Path(__file__).parents[2]
 DIM = 8
@@ -30,6 +31,27 @@ POLICY = [
     {"rule": "cap", "field": "brand", "max_items": 3},
     {"rule": "drop_seen"},
 ]
+
+
+SOURCES = [
+    {"source": "sequence", "quota": 0.4},
+    {"source": "embedding", "quota": 0.3},
+    {"source": "neighbours", "quota": 0.1},
+    {"source": "popular", "quota": 0.1},
+    {"source": "fresh", "quota": 0.1},
+]
+CLOCK = 30_000  # items 31 and up (their number * 1000) are not on sale yet
+
+
+def toy_neighbours(num_items: int) -> SparseRows:
+    """The items behind and before each, by row, and the one three further on; weights .5, .25, .125."""
+    rows = []
+    for item in range(num_items + 1):
+        near = [(item + 1, 0.5), (item - 1, 0.25), (item + 3, 0.125)] if item else []
+        kept = [(row, weight) for row, weight in near if 1 <= row <= num_items]
+        columns, weights = zip(*kept, strict=True) if kept else ((), ())
+        rows.append((np.array(columns, np.int32), np.array(weights, np.float32)))
+    return SparseRows.from_rows(rows, num_items + 1)
 
 
 def item_ids(num_items: int) -> list[str]:
@@ -58,38 +80,40 @@ def catalog_frame(num_items: int) -> pl.DataFrame:
     )
 
 
-def scorer_model(vectors: np.ndarray, history_length: int = 6) -> onnx.ModelProto:
+def scorer_models(vectors: np.ndarray, history_length: int = 6) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     """state = mean of the history's vectors, padding (the start token) among them; score = state . item"""
     table = vectors.copy()
     table[0] = 0.05
-    nodes = [
-        helper.make_node("Gather", ["table", "history"], ["history_vectors"]),
-        helper.make_node("ReduceMean", ["history_vectors", "axis_1"], ["state"], keepdims=0),
-        helper.make_node("Gather", ["table", "candidates"], ["candidate_vectors"]),
-        helper.make_node("Unsqueeze", ["state", "axis_2"], ["state_column"]),
-        helper.make_node("MatMul", ["candidate_vectors", "state_column"], ["product"]),
-        helper.make_node("Squeeze", ["product", "axis_2"], ["scores"]),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "scorer",
+    dim = vectors.shape[1]
+
+    def model(nodes: list[Any], inputs: list[Any], outputs: list[Any], arrays: dict[str, Any]) -> Any:
+        initializers = [numpy_helper.from_array(np.asarray(value), name) for name, value in arrays.items()]
+        graph = helper.make_graph(nodes, "scorer", inputs, outputs, initializers)
+        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        metadata = {"history_length": str(history_length), "num_items": str(len(vectors) - 1)}
+        helper.set_model_props(made, metadata)
+        return made
+
+    state = helper.make_tensor_value_info("state", TensorProto.FLOAT, ["B", dim])
+    return model(
         [
-            helper.make_tensor_value_info("history", TensorProto.INT64, ["B", "T"]),
-            helper.make_tensor_value_info("candidates", TensorProto.INT64, ["B", "C"]),
+            helper.make_node("Gather", ["table", "history"], ["history_vectors"]),
+            helper.make_node("ReduceMean", ["history_vectors", "axis_1"], ["state"], keepdims=0),
         ],
+        [helper.make_tensor_value_info("history", TensorProto.INT64, ["B", "T"])],
+        [state],
+        {"table": table, "axis_1": [1]},
+    ), model(
         [
-            helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["B", "C"]),
-            helper.make_tensor_value_info("state", TensorProto.FLOAT, ["B", vectors.shape[1]]),
+            helper.make_node("Gather", ["table", "candidates"], ["candidate_vectors"]),
+            helper.make_node("Unsqueeze", ["state", "axis_2"], ["state_column"]),
+            helper.make_node("MatMul", ["candidate_vectors", "state_column"], ["product"]),
+            helper.make_node("Squeeze", ["product", "axis_2"], ["scores"]),
         ],
-        [
-            numpy_helper.from_array(table, "table"),
-            numpy_helper.from_array(np.array([1]), "axis_1"),
-            numpy_helper.from_array(np.array([2]), "axis_2"),
-        ],
+        [state, helper.make_tensor_value_info("candidates", TensorProto.INT64, ["B", "C"])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["B", "C"])],
+        {"table": table, "axis_2": [2]},
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    helper.set_model_props(model, {"history_length": str(history_length), "num_items": str(len(vectors) - 1)})
-    return model
 
 
 def users_frame(num_items: int) -> pl.DataFrame:
@@ -122,6 +146,8 @@ def fill_bundle(
     policy: list[dict[str, Any]] = POLICY,
     num_candidates: int = 20,
     num_ranked: int = 10,
+    sources: Sequence[dict[str, Any]] = SOURCES,
+    **settings: Any,
 ) -> dict[str, Any]:
     rng = np.random.default_rng(7)
     items = catalog_frame(num_items)
@@ -143,8 +169,20 @@ def fill_bundle(
         },
         directory / "embeddings.safetensors",
     )
+    neighbours = toy_neighbours(num_items)
+    save_file(
+        {
+            "neighbour_offsets": neighbours.offsets,
+            "neighbour_rows": neighbours.columns,
+            "neighbour_weights": neighbours.values,
+            "recent_popularity": np.concatenate([[0], items["popularity"] % 7]).astype(np.int64),
+        },
+        directory / "sources.safetensors",
+    )
     if ranker != "none":
-        onnx.save(scorer_model(vectors), directory / "ranker.onnx")
+        for name, model in zip((RANKER_STATE, RANKER_SCORES), scorer_models(vectors), strict=True):
+            onnx.save(model, directory / name)
+        ItemIndex.build(vectors).save(directory / RANKER_INDEX)
     return {
         "commit": None,
         "data": {
@@ -153,9 +191,21 @@ def fill_bundle(
             "time": "unix",
             "repeats": repeats,
             "num_items": num_items,
+            "clock": CLOCK,
         },
         "ranker": {"kind": ranker, "history_length": 6},
-        "pipeline": {"num_candidates": num_candidates, "num_ranked": num_ranked, "default_limit": 10},
+        "pipeline": {
+            "num_candidates": num_candidates,
+            "num_ranked": num_ranked,
+            "default_limit": 10,
+            "sources": list(sources),
+            "event_weights": {},
+            "half_life_events": None,
+            "half_life_days": None,
+            "num_neighbours": 4,
+            "popular_window_days": None,
+        }
+        | settings,
         "policy": policy,
         "recipe": {},
         "metrics": {},

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from engine.bundle import BUNDLE_NAME, FILES, MANIFEST, Bundle, BundleError, resolve_bundle, write_bundle
+from engine.bundle import (
+    BUNDLE_NAME,
+    FILES,
+    MANIFEST,
+    RANKER_FILES,
+    Bundle,
+    BundleError,
+    resolve_bundle,
+    write_bundle,
+)
 from retrieval.item_index import ItemIndex
 
 Fill = Callable[..., dict[str, Any]]
@@ -40,12 +49,18 @@ def test_round_trip(bundle_path: Path) -> None:
     assert bundle.users.row("loyal") == 1
     assert bundle.scorer is not None
     assert bundle.scorer.history_length == 6
+    assert bundle.ranker_index is not None
+    assert (bundle.ranker_index.num_items, bundle.ranker_index.dim) == (40, bundle.scorer.dim)
+    assert bundle.neighbours.row(5)[0].tolist() == [6, 4, 8]
+    assert bundle.recent_popularity.shape == (41,)
     products = bundle.item_vectors[1] @ bundle.item_vectors[1:].T
     np.testing.assert_allclose(bundle.index.scores(bundle.item_vectors[1:2])[0, 1:], products, rtol=1e-5)
 
 
 def test_without_ranker(make_bundle: Callable[..., Path]) -> None:
-    assert Bundle.load(make_bundle(ranker="none")).scorer is None
+    bundle = Bundle.load(make_bundle(ranker="none"))
+    assert bundle.scorer is None
+    assert bundle.ranker_index is None
 
 
 @pytest.mark.parametrize("num_items", [0, 1])
@@ -54,7 +69,7 @@ def test_tiny_catalogs(make_bundle: Callable[..., Path], num_items: int) -> None
     assert bundle.catalog.num_items == num_items
 
 
-@pytest.mark.parametrize("name", [*FILES, "ranker.onnx"])
+@pytest.mark.parametrize("name", [*FILES, *RANKER_FILES])
 def test_damage_is_refused_by_name(copy: Path, name: str) -> None:
     content = bytearray((copy / name).read_bytes())
     content[len(content) // 2] ^= 1  # one bit
@@ -75,8 +90,11 @@ def test_damage_is_refused_by_name(copy: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda manifest: manifest.update(format_version=2), "has format 2, newer than 1"),
-        (lambda manifest: manifest.update(format_version=0), "format_version is 0; expected 1"),
+        (lambda manifest: manifest.update(format_version=3), "has format 3, newer than 2"),
+        (
+            lambda manifest: manifest.update(format_version=1),
+            "has format 1; this trirank reads format 2.*train",
+        ),
         (lambda manifest: manifest.pop("format_version"), "format_version is missing"),
         (lambda manifest: manifest.pop("policy"), "policy is missing"),
         (lambda manifest: manifest.update(files=[]), "files is missing or is no dict"),
@@ -86,6 +104,8 @@ def test_damage_is_refused_by_name(copy: Path, name: str) -> None:
         (lambda manifest: manifest["ranker"].update(kind="none"), "files names"),
         (lambda manifest: manifest["ranker"].update(history_length=7), "history_length is 6; expected 7"),
         (lambda manifest: manifest["pipeline"].update(num_ranked=0), "pipeline.num_ranked is 0"),
+        (lambda manifest: manifest["pipeline"].pop("sources"), "pipeline.sources is missing"),
+        (lambda manifest: manifest["data"].pop("clock"), "data.clock is missing"),
     ],
 )
 def test_foreign_manifests(copy: Path, edit: Callable[[dict[str, Any]], object], message: str) -> None:
@@ -116,17 +136,24 @@ def test_parts_that_contradict_each_other(tmp_path: Path, fill: Fill) -> None:
         ItemIndex.build(np.ones((3, 8), np.float32)).save(directory / "item_index.faiss")
         return fields
 
-    def other_vectors(key: str, value: np.ndarray | None) -> Callable[[Path], dict[str, Any]]:
+    def other_ranker_index(directory: Path) -> dict[str, Any]:
+        fields = fill(directory)
+        ItemIndex.build(np.ones((41, 9), np.float32)).save(directory / "ranker_index.faiss")
+        return fields
+
+    def other_vectors(
+        key: str, value: np.ndarray | None, file: str = "embeddings.safetensors"
+    ) -> Callable[[Path], dict[str, Any]]:
         def change(directory: Path) -> dict[str, Any]:
             fields = fill(directory)
-            vectors = load_file(directory / "embeddings.safetensors") | {key: value}
-            save_file(
-                {name: array for name, array in vectors.items() if array is not None},
-                directory / "embeddings.safetensors",
-            )
+            vectors = load_file(directory / file) | {key: value}
+            save_file({name: array for name, array in vectors.items() if array is not None}, directory / file)
             return fields
 
         return change
+
+    def other_sources(key: str, value: np.ndarray | None) -> Callable[[Path], dict[str, Any]]:
+        return other_vectors(key, value, "sources.safetensors")
 
     def not_faiss(directory: Path) -> dict[str, Any]:
         fields = fill(directory)
@@ -140,6 +167,14 @@ def test_parts_that_contradict_each_other(tmp_path: Path, fill: Fill) -> None:
         (other_vectors("item_degrees", np.zeros(41, np.float64)), "type of item_degrees is float64"),
         (other_vectors("item_degrees", None), "shape of item_degrees"),
         (other_vectors("item_vectors", np.full((41, 8), np.nan, np.float32)), "NaN"),
+        (other_ranker_index, "ranker_index.faiss: dimension is 9; expected 8"),
+        (other_sources("recent_popularity", np.zeros(3, np.int64)), "shape of recent_popularity"),
+        (
+            other_sources("neighbour_rows", np.full(115, 41, np.int32)),
+            "neighbours: columns run from 41 to 41",
+        ),
+        (other_sources("neighbour_weights", np.ones(3, np.float32)), "neighbours: 3 values for 115 columns"),
+        (other_sources("neighbour_offsets", np.ones(42, np.int64)), "neighbours: offsets do not rise"),
     ]:
         with pytest.raises(BundleError, match=message):
             write_bundle(tmp_path, damaged)

@@ -19,6 +19,7 @@ from engine.pipeline import (
     RecommendationPipeline,
     Visitor,
     check_settings,
+    history_weights,
     largest,
     query_vector,
 )
@@ -26,6 +27,17 @@ from engine.trace import VisitorKind
 from retrieval.fold_in import fold_in
 
 MakeBundle = Callable[..., Path]
+ALL_SOURCES = ("sequence", "embedding", "neighbours", "popular", "fresh")
+SETTINGS: dict[str, Any] = {
+    "num_candidates": 1000,
+    "num_ranked": 500,
+    "default_limit": 10,
+    "sources": [{"source": "embedding", "quota": 0.7}, {"source": "popular", "quota": 0.3}],
+    "event_weights": {"purchase": 3, "view": 0.5},
+    "half_life_events": 3.0,
+    "num_neighbours": 200,
+    "popular_window_days": 30,
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,31 +66,82 @@ def ranker_scores(bundle: Bundle, history: list[int]) -> np.ndarray:
     return bundle.item_vectors @ state
 
 
+def expected_candidates(
+    pipeline: RecommendationPipeline,
+    history: list[int],
+    allowed: list[int],
+    limit: int,
+    without_sources: tuple[str, ...] = (),
+) -> dict[int, str]:
+    """What retrieval has to find, by plain loops: row -> source, best first."""
+    bundle = pipeline.bundle
+    catalog, clock = bundle.catalog, bundle.manifest["data"]["clock"]
+    lists: dict[str, list[int]] = {name: [] for name in ALL_SOURCES}
+    if history:
+        query = fold_in(bundle.item_vectors, bundle.item_degrees, np.array(history, np.int32))
+        scores = ranker_scores(bundle, history)
+        near = dict.fromkeys(range(1, 41), 0.0)
+        for item in set(history):
+            for row, weight in ((item + 1, 0.5), (item - 1, 0.25), (item + 3, 0.125)):
+                if row in near:
+                    near[row] += weight
+        lists["sequence"] = sorted(allowed, key=lambda row: -scores[row])
+        lists["embedding"] = sorted(allowed, key=lambda row: -float(bundle.item_vectors[row] @ query))
+        lists["neighbours"] = sorted([row for row in allowed if near[row]], key=lambda row: -near[row])
+    recent, popularity, available = bundle.recent_popularity, catalog.popularity, catalog.available_from
+    lists["popular"] = sorted(allowed, key=lambda row: (-recent[row], -popularity[row]))
+    dated = [row for row in allowed if 0 < available[row] <= clock]
+    lists["fresh"] = sorted(dated, key=lambda row: -available[row])
+
+    quotas = {entry["source"]: entry["quota"] for entry in bundle.manifest["pipeline"]["sources"]}
+    quotas = {name: quota for name, quota in quotas.items() if name not in without_sources}
+    given: dict[str, list[int]] = {name: [] for name in quotas}
+    taken: set[int] = set()
+    for share in (lambda name: round(quotas[name] * limit), lambda name: limit):
+        for name in quotas:
+            for row in lists[name]:
+                if row not in taken and len(given[name]) < share(name) and len(taken) < limit:
+                    given[name].append(row)
+                    taken.add(row)
+    places = [
+        ((place + 1) / quotas[name], number, row, name)
+        for number, name in enumerate(quotas)
+        for place, row in enumerate(given[name])
+    ]
+    return {row: name for _, _, row, name in sorted(places)}
+
+
 # Worked-out answers
 
 
 def test_known_user_from_end_to_end(plain: RecommendationPipeline) -> None:
     bundle = plain.bundle
     unseen = [row for row in range(1, 41) if row not in (2, 3, 5)]
-    query = fold_in(bundle.item_vectors, bundle.item_degrees, np.array([2, 3, 5], np.int32))
-    by_query = sorted(unseen, key=lambda row: -float(bundle.item_vectors[row] @ query))
+    candidates = expected_candidates(plain, [2, 3, 5], unseen, 20)
     scores = ranker_scores(bundle, [2, 3, 5])  # "loyal" did 2, 3, 3, 5
-    expected = sorted(by_query[:20], key=lambda row: -scores[row])[:10]
+    expected = sorted(candidates, key=lambda row: -scores[row])[:10]
 
     items, trace = plain.recommend(plain.resolve_visitor("loyal"), 10)
     assert items.rows.tolist() == expected
     np.testing.assert_allclose(items.scores, scores[expected], rtol=1e-5)
-    assert set(items.sources) == {"embedding"}
+    assert items.sources.tolist() == [candidates[row] for row in expected]
+    assert set(candidates.values()) == {"sequence", "embedding", "neighbours", "popular", "fresh"}
     assert trace.visitor_kind is VisitorKind.KNOWN_USER
     assert trace.bundle_version == bundle.version
     assert (trace.degraded_stages, trace.relaxed_rules, trace.num_unknown_history_items) == ([], [], 0)
     assert [(timing.stage, timing.num_in, timing.num_out) for timing in trace.timings] == [
         ("filtering", 40, 40),
+        ("retrieval.sequence", 40, 20),
+        ("retrieval.embedding", 40, 20),
+        ("retrieval.neighbours", 40, 4),  # 1, 4, 6 and 8 are near 2, 3 or 5
+        ("retrieval.popular", 40, 20),
+        ("retrieval.fresh", 40, 17),  # 20 of the first 30 have an age, and 2, 3 and 5 are seen
         ("retrieval", 40, 20),
         ("ranking", 20, 10),
         ("reranking", 10, 10),
     ]
-    assert trace.total_us >= sum(timing.duration_us for timing in trace.timings) - 4
+    whole_stages = [timing.duration_us for timing in trace.timings if "." not in timing.stage]
+    assert trace.total_us >= sum(whole_stages) - 4
 
 
 def test_evaluation_asks_with_rows(plain: RecommendationPipeline) -> None:
@@ -89,11 +152,10 @@ def test_evaluation_asks_with_rows(plain: RecommendationPipeline) -> None:
 
 def test_history_only(plain: RecommendationPipeline) -> None:
     bundle = plain.bundle
-    query = fold_in(bundle.item_vectors, bundle.item_degrees, np.array([7, 9], np.int32))
     unseen = [row for row in range(1, 41) if row not in (7, 9)]
-    by_query = sorted(unseen, key=lambda row: -float(bundle.item_vectors[row] @ query))
     scores = ranker_scores(bundle, [9, 7])
-    expected = sorted(by_query[:20], key=lambda row: -scores[row])[:5]
+    candidates = expected_candidates(plain, [9, 7], unseen, 20)
+    expected = sorted(candidates, key=lambda row: -scores[row])[:5]
 
     events = [Event("item-8"), Event("ü/ö?=&"), Event("no such item")]
     visitor = plain.resolve_visitor("stranger", events)
@@ -106,24 +168,27 @@ def test_history_only(plain: RecommendationPipeline) -> None:
 
 @pytest.mark.parametrize("user_id", ["", "stranger"])
 def test_anonymous_gets_popular_and_fresh_in_turns(plain: RecommendationPipeline, user_id: str) -> None:
-    catalog = plain.bundle.catalog
-    popular = sorted(range(1, 41), key=lambda row: -catalog.popularity[row])
-    fresh = sorted(range(1, 41), key=lambda row: -catalog.available_from[row])
+    catalog, recent = plain.bundle.catalog, plain.bundle.recent_popularity
+    popular = sorted(range(1, 41), key=lambda row: (-recent[row], -catalog.popularity[row]))
+    # Row 30 went on sale at 29,000, row 31 at 30,000 would be next but has no age (30 divides by 3).
+    fresh = [30, 29, 27]
     unranked = without(plain, scorer=None)
     items, trace = unranked.recommend(plain.resolve_visitor(user_id, [Event("no such item")]), 4)
-    assert items.rows.tolist() == [popular[0], fresh[0], popular[1], fresh[1]]
+    expected = [row for pair in zip(popular, fresh, strict=False) for row in pair]
+    assert len(set(expected)) == 6
+    assert items.rows.tolist() == expected[:4]
+    assert items.rows.tolist() == list(expected_candidates(plain, [], list(range(1, 41)), 20))[:4]
     assert items.sources.tolist() == ["popular", "fresh", "popular", "fresh"]
     assert trace.visitor_kind is VisitorKind.ANONYMOUS
     assert trace.degraded_stages == []
-    assert "ranking" not in [timing.stage for timing in trace.timings]
     assert trace.unknown_user == bool(user_id)
 
 
 def test_anonymous_candidates_are_ranked_from_the_start_token(plain: RecommendationPipeline) -> None:
     scores = plain.bundle.item_vectors.sum(axis=1)  # the toy's start token looks along (1, 1, ...)
     items, trace = plain.recommend(Visitor(EMPTY_HISTORY), 4)
-    found = plain._find(None, np.arange(41) > 0, plain.num_candidates).rows
-    assert items.rows.tolist() == sorted(found.tolist(), key=lambda row: -scores[row])[:4]
+    found = expected_candidates(plain, [], list(range(1, 41)), 20)
+    assert items.rows.tolist() == sorted(found, key=lambda row: -scores[row])[:4]
     assert set(items.sources) <= {"popular", "fresh"}
     assert trace.degraded_stages == []
 
@@ -142,16 +207,47 @@ def test_what_was_taken_out_of_the_cart_is_not_searched_for(plain: Recommendatio
     ("name", "value"), [("num_candidates", 10_001), ("num_ranked", 0), ("default_limit", 501)]
 )
 def test_settings_out_of_range(name: str, value: int) -> None:
-    settings = {"num_candidates": 1000, "num_ranked": 500, "default_limit": 10} | {name: value}
     with pytest.raises(ValueError, match=rf"pipeline.{name} is {value}; expected 1 to"):
-        check_settings(settings, [])
+        check_settings(SETTINGS | {name: value}, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"sources": [{"source": "embeding", "quota": 1}]},
+            r"sources\[0\].source is 'embeding'; .*'embedding'",
+        ),
+        ({"sources": [{"source": "fresh", "qouta": 1}]}, r"has the key 'qouta'; .*did you mean 'quota'"),
+        ({"sources": [{"source": "fresh"}]}, r"sources\[0\] has no quota"),
+        ({"sources": ["fresh"]}, r"sources\[0\] is 'fresh'; expected a mapping"),
+        ({"sources": [{"source": "fresh", "quota": 0.5}]}, "sum to 0.5; expected 1"),
+        ({"sources": []}, "sum to 0; expected 1"),
+        ({"sources": [{"source": "fresh", "quota": -1}]}, "quota is -1; expected a number from 0 to 1"),
+        ({"sources": [{"source": "fresh", "quota": True}]}, "quota is True; expected a number from 0 to 1"),
+        ({"sources": [{"source": "fresh", "quota": 0.5}] * 2}, r"sources\[1\].* for the second time"),
+        ({"event_weights": {"purchas": 3}}, "names 'purchas'; .*did you mean 'purchase'"),
+        (
+            {"event_weights": {"purchase": -1}},
+            "event_weights.purchase is -1; expected a number of at least 0",
+        ),
+        ({"half_life_events": 0}, "half_life_events is 0; expected a number above 0, or null"),
+        ({"half_life_days": float("nan")}, "half_life_days is nan"),
+        ({"popular_window_days": -3}, "popular_window_days is -3"),
+    ],
+)
+def test_wrong_settings_of_the_sources(changes: dict[str, Any], message: str) -> None:
+    check_settings(SETTINGS, [])
+    with pytest.raises(ValueError, match=message):
+        check_settings(SETTINGS | changes, [])
 
 
 def test_a_known_user_without_anything_known(plain: RecommendationPipeline) -> None:
     visitor = plain.resolve_visitor("new")
-    items, trace = plain.recommend(visitor, 4)
+    items, trace = plain.recommend(visitor, 10)
     assert trace.visitor_kind is VisitorKind.KNOWN_USER
-    assert set(items.sources) == {"popular", "fresh"}
+    assert set(items.sources) <= {"popular", "fresh"}
+    assert items.rows.tolist() == plain.recommend(Visitor(EMPTY_HISTORY), 10).items.rows.tolist()
 
 
 def test_without_ranker_retrieval_order_stays(make_bundle: MakeBundle) -> None:
@@ -217,7 +313,7 @@ def test_similar(pipeline: RecommendationPipeline) -> None:
     cold, _ = pipeline.similar(12, 40)
     assert len(cold) == 39
     assert 12 not in cold.rows
-    assert set(cold.sources) <= {"popular", "fresh"}
+    assert set(cold.sources) <= {"popular", "fresh", "catalog"}
 
     filtered, _ = pipeline.similar(
         3, 5, filters=Filters(brands=["brand 1"]), excluded=np.array([8], np.int32)
@@ -288,7 +384,7 @@ rows = st.lists(st.integers(1, 40), max_size=45)
     history=rows,
     user_row=st.integers(0, 5),
     limit=st.sampled_from([1, 3, 10, 40, 500]),
-    broken=st.sampled_from(["", "index", "scorer", "rules"]),
+    broken=st.sampled_from(["", "index", "scorer", "rules", "popular", "neighbours"]),
 )
 def test_whatever_is_asked_nothing_forbidden_and_nothing_missing(
     pipeline: RecommendationPipeline,
@@ -304,6 +400,9 @@ def test_whatever_is_asked_nothing_forbidden_and_nothing_missing(
         pipeline = without(pipeline, index=SimpleNamespace())
     elif broken == "scorer":
         pipeline = without(pipeline, scorer=SimpleNamespace(history_length=6))
+    elif broken in ("popular", "neighbours"):
+        pipeline = without(pipeline)
+        pipeline.sources = [FailingSource(s.name) if s.name == broken else s for s in pipeline.sources]
     elif broken == "rules":
         pipeline = without(pipeline)
         pipeline.groups = {"brand": np.zeros(0, np.int32)}
@@ -341,7 +440,10 @@ class FailingScorer:
     def __init__(self, answer: Callable[[int], np.ndarray] | None) -> None:
         self.answer = answer
 
-    def score(self, history: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    def user_states(self, history: np.ndarray) -> np.ndarray:
+        return np.ones((1, 8), np.float32)
+
+    def score_states(self, states: np.ndarray, candidates: np.ndarray) -> np.ndarray:
         if self.answer is None:
             raise RuntimeError("out of memory")
         return self.answer(candidates.shape[1])[np.newaxis]
@@ -363,11 +465,14 @@ def test_a_failing_ranker(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     broken = without(plain, scorer=FailingScorer(answer))
-    healthy = without(plain, scorer=None)
     visitor = plain.resolve_visitor("loyal")
     items, trace = broken.recommend(visitor, 10)
     assert trace.degraded_stages == ["ranking"]
-    assert items.rows.tolist() == healthy.recommend(visitor, 10).items.rows.tolist()
+    # What retrieval found, in its order; this scorer's state looks along (1, 1, ...).
+    query = broken.query(visitor)
+    unseen = np.isin(np.arange(41), [0, 2, 3, 5], invert=True)
+    found = broken._find(query, unseen, 20, trace)
+    assert items.rows.tolist() == found.rows[:10].tolist()
     assert "ranking failed" in caplog.text
 
     ranked, trace = broken.rank(visitor, np.array([4, 9], np.int32))
@@ -382,15 +487,134 @@ def test_a_failing_index(plain: RecommendationPipeline) -> None:
             raise RuntimeError("index is gone")
 
     items, trace = without(plain, index=FailingIndex()).recommend(plain.resolve_visitor("loyal"), 10)
-    assert trace.degraded_stages == ["retrieval"]
+    assert trace.degraded_stages == ["retrieval.embedding"]
     assert len(items) == 10
-    assert set(items.sources) <= {"popular", "fresh"}
+    candidates = expected_candidates(
+        plain, [2, 3, 5], [r for r in range(1, 41) if r not in (2, 3, 5)], 20, ("embedding",)
+    )
+    scores = ranker_scores(plain.bundle, [2, 3, 5])
+    assert items.rows.tolist() == sorted(candidates, key=lambda row: -scores[row])[:10]
+
+
+class FailingSource:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def find(self, *arguments: object) -> Any:
+        raise RuntimeError("gone")
+
+
+@pytest.mark.parametrize("history", [[2, 3, 5], []])
+@pytest.mark.parametrize("name", ALL_SOURCES)
+def test_each_source_fails_alone(
+    plain: RecommendationPipeline, name: str, history: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = without(plain)
+    broken.sources = [FailingSource(name) if source.name == name else source for source in broken.sources]
+    items, trace = broken.recommend(visitor_of(*history), 10)
+    assert trace.degraded_stages == [f"retrieval.{name}"]
+    assert f"retrieval.{name} failed" in caplog.text
+    assert len(items) == len(set(items.rows.tolist())) == 10
+    assert not set(items.rows.tolist()) & set(history)
+    assert name not in items.sources
+    if name != "popular":
+        allowed = [row for row in range(1, 41) if row not in history]
+        expected = expected_candidates(plain, history, allowed, 20, (name,))
+        scores = ranker_scores(plain.bundle, history or [0])
+        if history:
+            assert items.rows.tolist() == sorted(expected, key=lambda row: -scores[row])[:10]
+
+
+def test_when_all_sources_fail_there_is_still_the_catalog(plain: RecommendationPipeline) -> None:
+    broken = without(plain, scorer=None)
+    broken.sources = [FailingSource(name) for name in ALL_SOURCES]
+    items, trace = broken.recommend(Visitor(EMPTY_HISTORY), 10)
+    assert trace.degraded_stages == [f"retrieval.{name}" for name in ALL_SOURCES]
+    assert items.rows.tolist() == list(range(1, 11))
+    assert set(items.sources) == {"catalog"}
+
+
+def test_a_failing_state_costs_the_sequence_source_and_the_ranking(plain: RecommendationPipeline) -> None:
+    items, trace = without(plain, scorer=SimpleNamespace(history_length=6)).recommend(visitor_of(2, 3, 5), 10)
+    assert trace.degraded_stages == ["retrieval.sequence", "ranking"]
+    assert len(items) == 10
+
+
+def test_the_state_is_worked_out_once(plain: RecommendationPipeline) -> None:
+    scorer, calls = plain.bundle.scorer, []
+    assert scorer is not None
+
+    def user_states(history: np.ndarray) -> np.ndarray:
+        calls.append(history)
+        return scorer.user_states(history)
+
+    counting = SimpleNamespace(
+        history_length=6, user_states=user_states, score_states=scorer.score_states, num_items=40
+    )
+    pipeline = without(plain, scorer=counting)
+    answer = pipeline.recommend(visitor_of(2, 3, 5), 10)
+    assert len(calls) == 1
+    assert answer.items.rows.tolist() == plain.recommend(visitor_of(2, 3, 5), 10).items.rows.tolist()
+
+
+def test_nothing_of_the_future_is_fresh(plain: RecommendationPipeline) -> None:
+    times = plain.bundle.catalog.available_from
+
+    def fresh(now: int | None) -> set[int]:
+        items, _ = without(plain, scorer=None).recommend(Visitor(EMPTY_HISTORY), 40, now=now)
+        return {row for row, source in zip(items.rows, items.sources, strict=True) if source == "fresh"}
+
+    assert max(times[list(fresh(None))]) == 29_000  # the bundle's clock stands at 30,000
+    assert max(times[list(fresh(2_000))]) == 2_000  # at the very moment it is on sale
+    assert max(times[list(fresh(36_999))]) == 35_000
+    assert fresh(999) == set()
+
+
+def test_without_popular_in_the_recipe_it_still_fills_up(make_bundle: MakeBundle) -> None:
+    sources = [{"source": "embedding", "quota": 1.0}]
+    pipeline = RecommendationPipeline(Bundle.load(make_bundle(sources=sources)))
+    items, trace = pipeline.recommend(Visitor(EMPTY_HISTORY), 10)
+    assert set(items.sources) == {"popular"}
+    assert trace.degraded_stages == []
+
+
+def test_how_much_the_events_of_a_history_count(make_bundle: MakeBundle) -> None:
+    weights = {"purchase": 4.0, "view": 1.0, "click": 0.0}
+    bundle = Bundle.load(make_bundle(event_weights=weights, half_life_events=2.0, half_life_days=1.0))
+    events = [
+        Event("item-7", "purchase", 86_400_000),
+        Event("item-8", "click", 86_400_000),
+        Event("item-9", "remove_from_cart", 2 * 86_400_000),
+        Event("item-10", "view", 2 * 86_400_000),
+        Event("item-11", "cart"),
+    ]
+    visitor = RecommendationPipeline(bundle).resolve_visitor("", events)
+    # 3, 2, 1 and 0 wanted events behind them, and one day behind the newest for the first two; the last has
+    # no time: it is as new as the newest.
+    expected = [4 * 2**-1.5 * 2**-1, 0, 2**-0.5, 1]
+    np.testing.assert_allclose(history_weights(bundle, visitor.history), expected, rtol=1e-6)
+    vector = query_vector(bundle, visitor)
+    rows, shares = np.array([8, 11, 12]), np.array([4 * 2**-2.5, 2**-0.5, 1])
+    shares = shares / shares.mean() / np.sqrt(3 * np.maximum(bundle.item_degrees[rows], 1))
+    # Item 12 was never trained on and has no vector in the toy.
+    np.testing.assert_allclose(vector, shares @ bundle.item_vectors[rows], rtol=1e-5)
+
+    unordered = {"data": bundle.manifest["data"] | {"time": "none"}}
+    bundle = dataclasses.replace(bundle, manifest=bundle.manifest | unordered)
+    np.testing.assert_allclose(history_weights(bundle, visitor.history), [4, 0, 1, 1])
+
+
+def test_resolving_the_visitor_is_part_of_the_time(plain: RecommendationPipeline) -> None:
+    visitor = plain.resolve_visitor("loyal")
+    assert visitor.resolving_s > 0
+    _, trace = plain.recommend(dataclasses.replace(visitor, resolving_s=5.0), 10)
+    assert trace.total_us >= 5_000_000
 
 
 def test_a_query_vector_that_is_not_finite(plain: RecommendationPipeline) -> None:
     vectors = np.full_like(plain.bundle.item_vectors, np.nan)
     items, trace = without(plain, item_vectors=vectors).recommend(plain.resolve_visitor("loyal"), 10)
-    assert trace.degraded_stages == ["retrieval"]
+    assert trace.degraded_stages == ["retrieval.embedding"]
     assert len(items) == 10
 
 

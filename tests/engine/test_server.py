@@ -51,7 +51,7 @@ def test_recommend_answers_as_the_pipeline_does(
     assert [item.item_id for item in response.items] == [catalog.ids[row] for row in expected.rows]
     assert [item.title for item in response.items] == [catalog.titles[row] for row in expected.rows]
     assert [item.score for item in response.items] == expected.scores.tolist()
-    assert {item.source for item in response.items} == {"embedding"}
+    assert [item.source for item in response.items] == expected.sources.tolist()
     assert response.trace.bundle_version == pipeline.bundle.version
     assert response.trace.visitor_kind == pb.VISITOR_KIND_KNOWN_USER
     assert response.trace.num_unknown_history_items == 1

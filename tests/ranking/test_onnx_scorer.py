@@ -13,43 +13,63 @@ TABLE = np.array([[0, 0], [1, 0], [0, 1], [2, 2], [-1, 3]], np.float32)  # rows 
 METADATA = {"history_length": "3", "num_items": "4"}
 
 
-def tiny_model(metadata=METADATA, inputs=("history", "candidates"), outputs=("scores", "state")):
-    """Return a model with dynamic B, T and C; the mean runs over T, so it sees how many columns it gets."""
-    history, candidates = inputs
-    scores, state = outputs
-    graph = helper.make_graph(
+def tiny_models(metadata=METADATA, scores_metadata=METADATA, names=None, scores_dim=2):
+    """Return both graphs with dynamic B, T and C; the mean runs over T, so it sees how many columns it gets.
+
+    `names` renames inputs and outputs: {"history": "items"}.
+    """
+
+    def named(name):
+        return (names or {}).get(name, name)
+
+    def model(nodes, inputs, outputs, arrays, properties):
+        initializers = [numpy_helper.from_array(value, name) for name, value in arrays.items()]
+        graph = helper.make_graph(nodes, "tiny", inputs, outputs, initializers)
+        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        helper.set_model_props(made, properties)
+        return made
+
+    def value(name, kind, shape):
+        return helper.make_tensor_value_info(named(name), kind, shape)
+
+    state = model(
         [
-            helper.make_node("Gather", ["table", history], ["history_vectors"]),  # [B, T, D]
-            helper.make_node("ReduceMean", ["history_vectors", "axis_t"], [state], keepdims=0),  # [B, D]
-            helper.make_node("Unsqueeze", [state, "axis_last"], ["state_column"]),  # [B, D, 1]
-            helper.make_node("Gather", ["table", candidates], ["candidate_vectors"]),  # [B, C, D]
-            helper.make_node("MatMul", ["candidate_vectors", "state_column"], ["scores_column"]),
-            helper.make_node("Squeeze", ["scores_column", "axis_last"], [scores]),  # [B, C]
+            helper.make_node("Gather", ["table", named("history")], ["history_vectors"]),  # [B, T, D]
+            helper.make_node("ReduceMean", ["history_vectors", "axis_t"], [named("state")], keepdims=0),
         ],
-        "tiny",
-        [
-            helper.make_tensor_value_info(history, TensorProto.INT64, ["B", "T"]),
-            helper.make_tensor_value_info(candidates, TensorProto.INT64, ["B", "C"]),
-        ],
-        [
-            helper.make_tensor_value_info(scores, TensorProto.FLOAT, ["B", "C"]),
-            helper.make_tensor_value_info(state, TensorProto.FLOAT, ["B", 2]),
-        ],
-        [
-            numpy_helper.from_array(TABLE, "table"),
-            numpy_helper.from_array(np.array([1], np.int64), "axis_t"),
-            numpy_helper.from_array(np.array([2], np.int64), "axis_last"),
-        ],
+        [value("history", TensorProto.INT64, ["B", "T"])],
+        [value("state", TensorProto.FLOAT, ["B", 2])],
+        {"table": TABLE, "axis_t": np.array([1], np.int64)},
+        metadata,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    helper.set_model_props(model, metadata)
-    return model
+    scores = model(
+        [
+            helper.make_node("Unsqueeze", ["state", "axis_last"], ["state_column"]),  # [B, D, 1]
+            helper.make_node("Gather", ["table", named("candidates")], ["candidate_vectors"]),  # [B, C, D]
+            helper.make_node("MatMul", ["candidate_vectors", "state_column"], ["scores_column"]),
+            helper.make_node("Squeeze", ["scores_column", "axis_last"], [named("scores")]),  # [B, C]
+        ],
+        [
+            helper.make_tensor_value_info("state", TensorProto.FLOAT, ["B", scores_dim]),
+            value("candidates", TensorProto.INT64, ["B", "C"]),
+        ],
+        [value("scores", TensorProto.FLOAT, ["B", "C"])],
+        {"table": np.resize(TABLE, (5, scores_dim)), "axis_last": np.array([2], np.int64)},
+        scores_metadata,
+    )
+    return state, scores
+
+
+def opened(directory: Path, models=None, **options) -> OnnxScorer:
+    paths = directory / "state.onnx", directory / "scores.onnx"
+    for path, model in zip(paths, models or tiny_models(), strict=True):
+        onnx.save(model, path)
+    return OnnxScorer(*paths, **options)
 
 
 @pytest.fixture
 def scorer(tmp_path: Path) -> OnnxScorer:
-    onnx.save(tiny_model(), tmp_path / "ranker.onnx")
-    return OnnxScorer(tmp_path / "ranker.onnx")
+    return opened(tmp_path)
 
 
 def test_worked_out_answer(scorer):
@@ -125,31 +145,57 @@ def test_what_a_model_would_answer_with_nonsense_is_refused(scorer, history, can
         scorer.score(np.array(history), np.array(candidates))
 
 
+def test_states_can_be_scored_apart(scorer):
+    history, candidates = np.array([[0, 1, 3], [2, 2, 2]]), np.array([[3, 2], [4, 1]])
+    states = scorer.user_states(history)
+    assert scorer.score_states(states, candidates).tolist() == scorer.score(history, candidates).tolist()
+    shared = scorer.score_states(states, candidates[:1])
+    assert shared.tolist() == scorer.score(history, candidates[:1]).tolist()
+    assert scorer.score_states(np.array([[1, 0]], np.float64), candidates[:1]).tolist() == [[2, 0]]
+    assert scorer.score_states(states[:0], candidates[:1]).shape == (0, 2)
+
+
 @pytest.mark.parametrize(
-    ("model", "message"),
+    ("states", "candidates", "message"),
     [
-        (
-            tiny_model(inputs=("items", "candidates")),
-            "has the inputs items, candidates; expected history, cand",
-        ),
-        (tiny_model(outputs=("scores", "hidden")), "has the outputs scores, hidden; expected scores, state"),
-        (tiny_model({"num_items": "4"}), "has the metadata history_length ''; expected a number"),
-        (
-            tiny_model({**METADATA, "history_length": "0"}),
-            "history_length '0'; expected a number of at least 1",
-        ),
-        (tiny_model({**METADATA, "num_items": "-4"}), "num_items '-4'; expected a number of at least 1"),
+        (np.ones((1, 3), np.float32), [[1]], r"states has shape \(1, 3\); expected \[B, 2\]"),
+        (np.ones(2, np.float32), [[1]], r"states has shape \(2,\)"),
+        (np.ones((1, 2), np.float32), [[1], [2]], "states is for 1 users, candidates for 2"),
+        (np.ones((1, 2), np.float32), [[5]], "candidates holds row 5; expected 0 to 4"),
     ],
 )
-def test_another_model_is_refused(tmp_path, model, message):
-    onnx.save(model, tmp_path / "ranker.onnx")
+def test_wrong_states(scorer, states, candidates, message):
     with pytest.raises(ValueError, match=message):
-        OnnxScorer(tmp_path / "ranker.onnx")
+        scorer.score_states(states, np.array(candidates))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"names": {"history": "items"}}, "has the inputs items; expected history"),
+        ({"names": {"state": "hidden"}}, "has the outputs hidden; expected state"),
+        ({"names": {"candidates": "items"}}, "has the inputs state, items; expected state, candidates"),
+        (
+            {"metadata": {"num_items": "4"}},
+            "state.onnx has the metadata history_length ''; expected a number",
+        ),
+        (
+            {"metadata": METADATA | {"history_length": "0"}},
+            "history_length '0'; expected a number of at least",
+        ),
+        ({"scores_metadata": {"num_items": "-4"}}, "scores.onnx has the metadata num_items '-4'; expected a"),
+        ({"scores_metadata": {"num_items": "5"}}, "state.onnx has 4 items; expected 5, as .*scores.onnx"),
+        ({"scores_dim": 3}, "scores.onnx takes a state of 3 numbers; expected 2"),
+    ],
+)
+def test_other_models_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        opened(tmp_path, tiny_models(**options))
 
 
 def test_num_threads_is_checked(tmp_path):
     with pytest.raises(ValueError, match="num_threads is 0; expected at least 1"):
-        OnnxScorer(tmp_path / "ranker.onnx", num_threads=0)
+        opened(tmp_path, num_threads=0)
 
 
 @pytest.mark.parametrize("kind", ["parent", "absolute", "link"])
@@ -162,11 +208,12 @@ def test_weights_outside_the_folder_are_not_read(tmp_path, kind):
     location = {"parent": "../weights.bin", "absolute": str(outside), "link": "weights.bin"}[kind]
     if kind == "link":
         (bundle / "weights.bin").symlink_to(outside)
-    model = tiny_model()
-    table = model.graph.initializer[0]
+    models = tiny_models()
+    table = models[0].graph.initializer[0]
     table.ClearField("raw_data")
     table.data_location = TensorProto.EXTERNAL
     table.external_data.add(key="location", value=location)
-    (bundle / "ranker.onnx").write_bytes(model.SerializeToString())
+    for name, model in zip(("state.onnx", "scores.onnx"), models, strict=True):
+        (bundle / name).write_bytes(model.SerializeToString())
     with pytest.raises(Exception, match="External data path validation failed"):
-        OnnxScorer(bundle / "ranker.onnx")
+        OnnxScorer(bundle / "state.onnx", bundle / "scores.onnx")

@@ -9,12 +9,20 @@ from retrieval.sources import (
     CandidateSource,
     EmbeddingSource,
     FreshSource,
+    NeighbourSource,
     PopularSource,
-    interleave,
+    Query,
+    SequenceSource,
     merge,
 )
+from retrieval.sparse import SparseRows
 
-INDEX = ItemIndex.build(np.array([[0, 0], [1, 0], [0, 1], [1, 1]], np.float32))
+VECTORS = np.array([[0, 0], [1, 0], [0, 1], [1, 1]], np.float32)
+DEGREES = np.array([0, 4, 1, 1], np.float32)
+INDEX = ItemIndex.build(VECTORS)
+NEIGHBOURS = SparseRows.from_entries(
+    np.array([1, 1, 2, 2, 3]), np.array([2, 3, 1, 3, 1]), np.array([0.5, 0.25, 1, 0.5, 2]), 4, 4
+)
 POPULARITY = np.array([99, 5, 0, 7, 5], np.int64)
 AVAILABLE_FROM = np.array([99, 0, 300, 100, 300], np.int64)
 
@@ -24,56 +32,107 @@ def found(source: str, *rows: int) -> Candidates:
     return Candidates(np.array(rows, np.int32), np.array(rows, np.float32) + (source == "b") / 2, source)
 
 
+def asked(*items: int, weights: list[float] | None = None, state=(0, 1), now: int = 1000) -> Query:
+    """A query of a history of equal weights, whose state is given and counted."""
+    counts = np.ones(len(items), np.float32) if weights is None else np.array(weights, np.float32)
+    return Query(np.array(items, np.int32), counts, lambda: np.array(state, np.float32), now)
+
+
 def test_embedding():
-    candidates = EmbeddingSource(INDEX).find(np.array([2, 1], np.float32), None, 2)
+    source = EmbeddingSource(INDEX, VECTORS, DEGREES)
+    candidates = source.find(asked(1, 2), None, 2)
+    # fold-in: (1, 0) / sqrt(2 * 4) + (0, 1) / sqrt(2 * 1)
     assert candidates.source == "embedding"
-    assert candidates.rows.tolist() == [3, 1]
-    assert candidates.scores.tolist() == [3, 2]
+    assert candidates.rows.tolist() == [3, 2]
+    np.testing.assert_allclose(candidates.scores, [8**-0.5 + 2**-0.5, 2**-0.5], rtol=1e-6)
+    # An event that counts 9 times the other turns the vector around: 1.8 and .2 at a mean of 1.
+    weighted = source.find(asked(1, 2, weights=[9, 1]), None, 3)
+    assert weighted.rows.tolist() == [3, 1, 2]
+    np.testing.assert_allclose(weighted.scores[1:], [1.8 * 8**-0.5, 0.2 * 2**-0.5], rtol=1e-6)
 
 
 def test_embedding_asks_for_allowed_items_only():
     allowed = np.array([False, False, True, False])
-    assert EmbeddingSource(INDEX).find(np.array([2, 1], np.float32), allowed, 5).rows.tolist() == [2]
+    assert EmbeddingSource(INDEX, VECTORS, DEGREES).find(asked(1, 2), allowed, 5).rows.tolist() == [2]
 
 
-def test_embedding_without_a_query_finds_nothing():
-    candidates = EmbeddingSource(INDEX).find(None, None, 5)
+def test_sequence_searches_with_the_state():
+    candidates = SequenceSource(INDEX).find(asked(1, state=(2, 1)), None, 2)
+    assert candidates.source == "sequence"
+    assert candidates.rows.tolist() == [3, 1]
+    assert candidates.scores.tolist() == [3, 2]
+
+
+def test_neighbours():
+    source = NeighbourSource(NEIGHBOURS)
+    candidates = source.find(asked(1, 2), None, 5)
+    assert candidates.source == "neighbours"
+    assert candidates.rows.tolist() == [1, 3, 2]  # 1; .25 + .5; .5
+    assert candidates.scores.tolist() == [1, 0.75, 0.5]
+    assert source.find(asked(1, 2), np.array([True, False, True, True]), 1).rows.tolist() == [3]
+    # Weights 3 and 1 are 1.5 and .5 at a mean of 1; a repeat counts once, with the larger weight.
+    weighted = source.find(asked(1, 2, 1, weights=[2, 1, 3]), None, 5)
+    assert dict(zip(weighted.rows.tolist(), weighted.scores.tolist(), strict=True)) == {
+        1: 0.5,
+        2: 0.75,
+        3: 0.625,
+    }
+
+
+@pytest.mark.parametrize(
+    "source", [EmbeddingSource(INDEX, VECTORS, DEGREES), SequenceSource(INDEX), NeighbourSource(NEIGHBOURS)]
+)
+def test_without_a_history_nothing_is_found(source):
+    candidates = source.find(asked(), None, 5)
     assert candidates.rows.shape == candidates.scores.shape == (0,)
     assert (candidates.rows.dtype, candidates.scores.dtype) == (np.int32, np.float32)
 
 
 def test_popular():
-    source = PopularSource(POPULARITY)
-    candidates = source.find(None, None, 10)
-    assert candidates.rows.tolist() == [3, 1, 4, 2]  # 7, 5, 5, 0; equal counts by row
-    assert candidates.scores.tolist() == [7, 5, 5, 0]
+    recent = np.array([99, 1, 0, 2, 1], np.int64)
+    source = PopularSource(recent, POPULARITY)
+    candidates = source.find(asked(), None, 10)
+    assert candidates.rows.tolist() == [3, 1, 4, 2]  # recent 2, 1, 1, 0; equal counts by row
+    assert candidates.scores.tolist() == [2, 1, 1, 0]
     assert candidates.source == "popular"
-    assert source.find(None, np.array([True, True, True, False, True]), 2).rows.tolist() == [1, 4]
+    assert source.find(asked(), np.array([True, True, True, False, True]), 2).rows.tolist() == [1, 4]
+    # What is as popular of late goes by what it ever was: 7, 5, 5, 0.
+    long_ago = PopularSource(np.zeros(5, np.int64), POPULARITY)
+    assert long_ago.find(asked(), None, 10).rows.tolist() == [3, 1, 4, 2]
 
 
 def test_fresh():
     source = FreshSource(AVAILABLE_FROM)
-    candidates = source.find(None, None, 10)
+    candidates = source.find(asked(), None, 10)
     assert candidates.rows.tolist() == [2, 4, 3]  # item 1's age is unknown
     assert candidates.scores.tolist() == [300, 300, 100]
     assert candidates.source == "fresh"
-    assert source.find(None, np.array([True, True, False, True, True]), 1).rows.tolist() == [4]
+    assert source.find(asked(), np.array([True, True, False, True, True]), 1).rows.tolist() == [4]
+
+
+@pytest.mark.parametrize(
+    ("now", "expected"), [(0, []), (99, []), (100, [3]), (299, [3]), (300, [2, 4, 3]), (10**15, [2, 4, 3])]
+)
+def test_nothing_of_the_future_is_fresh(now, expected):
+    assert FreshSource(AVAILABLE_FROM).find(asked(now=now), None, 10).rows.tolist() == expected
 
 
 def test_no_item_has_an_age():
-    assert len(FreshSource(np.zeros(4, np.int64)).find(None, None, 5).rows) == 0
+    assert len(FreshSource(np.zeros(4, np.int64)).find(asked(), None, 5).rows) == 0
 
 
 SOURCES: list[CandidateSource] = [
-    EmbeddingSource(INDEX),
-    PopularSource(POPULARITY[:4]),
+    EmbeddingSource(INDEX, VECTORS, DEGREES),
+    SequenceSource(INDEX),
+    NeighbourSource(NEIGHBOURS),
+    PopularSource(POPULARITY[:4], POPULARITY[:4]),
     FreshSource(AVAILABLE_FROM[:4]),
 ]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
 def test_every_source_keeps_the_contract(source):
-    query = np.array([1, 1], np.float32)
+    query = asked(1, 2)
     for allowed in (None, np.array([True, False, True, True]), np.zeros(4, bool)):
         for limit in (1, 2, 50):
             candidates = source.find(query, allowed, limit)
@@ -89,64 +148,76 @@ def test_every_source_keeps_the_contract(source):
 
 def test_empty_catalog():
     nothing = np.zeros(1, np.int64)
-    for source in (PopularSource(nothing), FreshSource(nothing)):
-        assert len(source.find(None, None, 5).rows) == 0
+    for source in (PopularSource(nothing, nothing), FreshSource(nothing)):
+        assert len(source.find(asked(), None, 5).rows) == 0
 
 
 def test_merge_worked_out():
-    merged = merge([found("a", 4, 2), found("b", 2, 7, 4, 1), found("c", 9)], limit=4)
-    assert merged.rows.tolist() == [4, 2, 7, 1]
-    assert merged.scores.tolist() == [4, 2, 7.5, 1.5]  # items 4 and 2 keep what the first part gave them
-    assert merged.source_of.tolist() == [0, 0, 1, 1]
+    # Of 8: a 4, b 2, c 2. Item 2 counts for a; b goes on to 7 and 4's place is taken too, so 5.
+    parts = [found("a", 4, 2, 1, 6, 8), found("b", 2, 7, 4, 5, 3), found("c", 9, 7, 10)]
+    merged = merge(parts, [0.5, 0.25, 0.25], limit=8)
+    # Places: a at 2, 4, 6, 8; b and c at 4 and 8.
+    assert merged.rows.tolist() == [4, 2, 7, 9, 1, 6, 5, 10]
+    assert merged.scores.tolist() == [4, 2, 7.5, 9, 1, 6, 5.5, 10]
+    assert merged.source_of.tolist() == [0, 0, 1, 2, 0, 0, 1, 2]
     assert [array.dtype for array in merged] == [np.int32, np.float32, np.int16]
+
+
+def test_what_a_source_cannot_fill_goes_to_the_others_in_order():
+    parts = [found("a", 1), found("b", 2, 3, 4, 5), found("c", 6, 7, 8, 9)]
+    merged = merge(parts, [0.5, 0.25, 0.25], limit=8)
+    assert set(merged.rows.tolist()) == {1, 2, 3, 4, 5, 6, 7, 8}  # a 1 of 4, b 2 + 2, c 2 + 1
+    assert merge(parts, [0.5, 0.25, 0.25], limit=20).rows.tolist() == [1, 2, 6, 3, 7, 4, 8, 5, 9]
+    # A quota of 0 only fills up, behind what the others gave.
+    assert merge(parts, [1, 0, 0], limit=3).rows.tolist() == [1, 2, 3]
+
+
+def test_equal_quotas_take_turns():
+    merged = merge([found("a", 1, 2, 3), found("b", 8, 9)], [0.5, 0.5], limit=10)
+    assert merged.rows.tolist() == [1, 8, 2, 9, 3]
+    merged = merge([found("a", 1, 2, 3), found("b", 1, 4)], [0.05, 0.05], limit=4)
+    assert merged.rows.tolist() == [1, 4, 2, 3]
+    assert merged.scores.tolist() == [1, 4.5, 2, 3]
 
 
 def test_merge_of_nothing():
     for parts in ([], [found("a")], [found("a"), found("b")]):
-        rows, scores, source_of = merge(parts, 5)
+        rows, scores, source_of = merge(parts, [1 / len(parts) for _ in parts], 5)
         assert (len(rows), len(scores), len(source_of)) == (0, 0, 0)
         assert [rows.dtype, scores.dtype, source_of.dtype] == [np.int32, np.float32, np.int16]
 
 
-def test_interleave_worked_out():
-    merged = interleave(found("a", 1, 2, 3), found("b", 8, 9), limit=10)
-    assert merged.rows.tolist() == [1, 8, 2, 9, 3]
-    assert merged.source_of.tolist() == [0, 1, 0, 1, 0]
-    merged = interleave(found("a", 1, 2, 3), found("b", 1, 4), limit=10)
-    assert merged.rows.tolist() == [1, 2, 4, 3]  # b's first turn would have been item 1 again
-    assert merged.scores.tolist() == [1, 2, 4.5, 3]
-    assert interleave(found("a", 1), found("b", 2, 3, 4), limit=3).rows.tolist() == [1, 2, 3]
-    assert interleave(found("a"), found("b", 2, 3), limit=3).rows.tolist() == [2, 3]
-    assert interleave(found("a"), found("b"), limit=3).rows.tolist() == []
-
-
 def test_limit_of_0_is_refused():
-    for combine in (lambda: merge([found("a", 1)], 0), lambda: interleave(found("a", 1), found("b"), 0)):
-        with pytest.raises(ValueError, match="limit is 0; expected at least 1"):
-            combine()
+    with pytest.raises(ValueError, match="limit is 0; expected at least 1"):
+        merge([found("a", 1)], [1.0], 0)
 
 
-rows_lists = st.lists(st.integers(1, 12), max_size=8)
+rows_lists = st.lists(st.integers(1, 12), max_size=8, unique=True)
 
 
-@given(parts=st.lists(rows_lists, max_size=4), limit=st.integers(1, 20))
-def test_merge_agrees_with_a_loop(parts, limit):
-    taken: dict[int, int] = {}
-    for place, part in enumerate(parts):
-        for row in part:
-            taken.setdefault(row, place)
-    merged = merge([found("a", *part) for part in parts], limit)
-    assert merged.rows.tolist() == list(taken)[:limit]
-    assert merged.source_of.tolist() == list(taken.values())[:limit]
-
-
-@given(a=rows_lists, b=rows_lists, limit=st.integers(1, 20))
-def test_interleave_agrees_with_a_loop(a, b, limit):
-    taken: dict[int, int] = {}
-    for turn in range(8):
-        for place, part in enumerate((a, b)):
-            if turn < len(part):
-                taken.setdefault(part[turn], place)
-    merged = interleave(found("a", *a), found("b", *b), limit)
-    assert merged.rows.tolist() == list(taken)[:limit]
-    assert merged.source_of.tolist() == list(taken.values())[:limit]
+@given(
+    parts=st.lists(rows_lists, max_size=4),
+    weights=st.lists(st.integers(0, 4), min_size=4, max_size=4),
+    limit=st.integers(1, 20),
+)
+def test_merge_agrees_with_a_loop(parts, weights, limit):
+    quotas = [weight / max(sum(weights[: len(parts)]), 1) for weight in weights[: len(parts)]]
+    bounds = [round(sum(quotas[:n]) * limit) for n in range(len(parts) + 1)]
+    given_by: list[list[int]] = [[] for _ in parts]
+    taken: set[int] = set()
+    for turn in range(2):
+        for place, part in enumerate(parts):
+            share = limit if turn else bounds[place + 1] - bounds[place]
+            for row in part:
+                if row not in taken and len(given_by[place]) < share and len(taken) < limit:
+                    given_by[place].append(row)
+                    taken.add(row)
+    expected = sorted(
+        ((n + 1) / max(quotas[place], 1e-9), place, n, row)
+        for place, rows in enumerate(given_by)
+        for n, row in enumerate(rows)
+    )
+    merged = merge([found("a", *part) for part in parts], quotas, limit)
+    assert merged.rows.tolist() == [row for *_, row in expected]
+    assert merged.source_of.tolist() == [place for _, place, _, _ in expected]
+    assert len(merged.rows) == min(limit, len({row for part in parts for row in part}))

@@ -2,13 +2,18 @@
 
 import numpy as np
 import onnx
+import polars as pl
 import pytest
 import torch
 
+from engine.bundle import RANKER_FILES, RANKER_INDEX, RANKER_SCORES, RANKER_STATE
 from ranking.encoders.sasrec import SASRec
 from ranking.onnx_scorer import OnnxScorer
 from ranking.ranker import HybridRanker
-from training.export import export_ranker
+from retrieval.item_index import ItemIndex
+from training.data.dataset import ITEM_SCHEMA
+from training.data.interactions import Interactions
+from training.export import content_features, export_ranker, recent_popularity, with_new_items
 
 NUM_ITEMS, LENGTH, DIM = 60, 6, 16
 
@@ -30,11 +35,15 @@ def ranker(length=LENGTH, with_graph=True):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Return (the ranker, its file, its scorer)."""
-    path = tmp_path_factory.mktemp("export") / "ranker.onnx"
+    """Return (the ranker, the directory of its files, its scorer)."""
+    directory = tmp_path_factory.mktemp("export")
     model = ranker()
-    export_ranker(model, path)
-    return model, path, OnnxScorer(path)
+    export_ranker(model, directory)
+    return model, directory, scorer_of(directory)
+
+
+def scorer_of(directory):
+    return OnnxScorer(directory / RANKER_STATE, directory / RANKER_SCORES)
 
 
 def histories(batch_size, length, width=LENGTH):
@@ -104,29 +113,89 @@ def test_of_a_longer_history_the_newest_count(exported):
 
 
 def test_the_file_says_what_it_is_and_stands_alone(exported):
-    _, path, scorer = exported
-    assert (scorer.history_length, scorer.num_items) == (LENGTH, NUM_ITEMS)
-    assert [file.name for file in path.parent.iterdir()] == ["ranker.onnx"]
-    model = onnx.load(path, load_external_data=False)
-    onnx.checker.check_model(model)
-    shapes = {
-        node.name: [axis.dim_param or axis.dim_value for axis in node.type.tensor_type.shape.dim]
-        for node in [*model.graph.input, *model.graph.output]
-    }
-    assert shapes["history"] == ["batch", "length"]
-    assert shapes["candidates"] == ["batch_or_1", "num_candidates"]
-    assert shapes["state"] == ["batch", DIM]
+    _, directory, scorer = exported
+    assert (scorer.history_length, scorer.num_items, scorer.dim) == (LENGTH, NUM_ITEMS, DIM)
+    assert sorted(file.name for file in directory.iterdir()) == sorted(RANKER_FILES)
+    shapes = {}
+    for name in (RANKER_STATE, RANKER_SCORES):
+        model = onnx.load(directory / name, load_external_data=False)
+        onnx.checker.check_model(model)
+        for node in [*model.graph.input, *model.graph.output]:
+            axes = node.type.tensor_type.shape.dim
+            shapes[name, node.name] = [axis.dim_param or axis.dim_value for axis in axes]
+    assert shapes[RANKER_STATE, "history"] == ["batch", "length"]
+    assert shapes[RANKER_STATE, "state"] == shapes[RANKER_SCORES, "state"] == ["batch", DIM]
+    assert shapes[RANKER_SCORES, "candidates"] == ["batch_or_1", "num_candidates"]
+
+
+def test_the_index_holds_what_the_ranker_scores_with(exported):
+    _, directory, scorer = exported
+    index = ItemIndex.load(directory / RANKER_INDEX)
+    history = histories(3, 4)
+    scores = scorer.score(history, np.arange(1, NUM_ITEMS + 1)[None])
+    np.testing.assert_allclose(index.scores(scorer.user_states(history))[:, 1:], scores, atol=1e-4)
 
 
 @pytest.mark.parametrize(("length", "with_graph"), [(1, True), (2, False)])
 def test_the_shortest_histories_and_no_graph(tmp_path, length, with_graph):
     # As a training run leaves it: dropout on, and perhaps in half precision.
     model = ranker(length, with_graph).train().to(torch.bfloat16)
-    export_ranker(model, tmp_path / "ranker.onnx")
-    scorer = OnnxScorer(tmp_path / "ranker.onnx")
+    export_ranker(model, tmp_path)
+    scorer = scorer_of(tmp_path)
     assert scorer.history_length == length
     candidates = np.arange(1, NUM_ITEMS + 1)[None]
     for events in range(length + 1):
         history = histories(1, events, length)
         scores, _ = by_torch(model.float().eval(), history, candidates)
         assert np.abs(scorer.score(history, candidates) - scores).max() <= 1e-4
+
+
+ITEMS = pl.DataFrame(
+    {
+        "item_id": ["a", "b", "c", "d", "e"],
+        "title": ["Red shoe", "red HAT", None, "Shoe: red!", "shoe"],
+        "category": [["wear", "shoes"], None, ["red"], ["wear", "shoes"], []],
+        "brand": [None, "red", None, None, None],
+        "available_from": [None, 5, 5, 10, 11],
+    },
+    schema={name: ITEM_SCHEMA[name] for name in ("item_id", "title", "category", "brand", "available_from")},
+)
+
+
+def test_features_are_words_and_names_apart_by_column():
+    features = content_features(ITEMS)
+    sets = [set(features.row(row)[0].tolist()) for row in range(6)]
+    assert [len(found) for found in sets] == [0, 4, 3, 1, 4, 1]
+    assert sets[1] == sets[4]  # case and punctuation mean nothing
+    assert len(sets[1] & sets[2]) == 1  # the word "red"; the brand and the category red are others
+    assert not sets[3] & (sets[1] | sets[2])
+    assert sets[5] < sets[1]
+    only_ids = content_features(ITEMS.select("item_id"))
+    assert (len(only_ids), only_ids.num_columns) == (6, 0)
+
+
+def test_new_items_get_the_vector_of_their_like_once_they_are_on_sale():
+    vectors = np.array([[0, 0], [2, 0], [0, 2], [0, 0], [0, 0], [0, 0]], np.float32)
+    degrees = np.array([0, 3, 3, 0, 0, 0], np.float32)
+    completed = with_new_items(ITEMS, vectors, degrees, clock=10)
+    np.testing.assert_array_equal(completed[:3], vectors[:3])
+    assert completed[3].tolist() == [0, 0]  # like no trained item
+    assert completed[4, 0] > completed[4, 1] > 0  # mostly like a, a little like b
+    np.testing.assert_allclose(np.linalg.norm(completed[4]), 2, rtol=1e-6)
+    assert completed[5].tolist() == [0, 0]  # goes on sale at 11
+    assert with_new_items(ITEMS, vectors, degrees, clock=0)[5].any()  # no clock, no future
+
+
+def test_popularity_of_the_last_days():
+    day = 86_400_000
+    train = Interactions(
+        users=np.array([1, 1, 2, 3], np.int32),
+        items=np.array([1, 2, 1, 2], np.int32),
+        event_types=np.zeros(4, np.uint8),
+        timestamps=np.array([0, 7 * day, 8 * day, 10 * day]),
+        num_users=3,
+        num_items=2,
+    )
+    assert recent_popularity(train, None).tolist() == [0, 2, 2]
+    assert recent_popularity(train, 3).tolist() == [0, 1, 1]  # 3 days ago is not within 3 days
+    assert recent_popularity(train, 4).tolist() == [0, 1, 2]

@@ -9,10 +9,15 @@ from torch.nn import functional
 
 from training.losses import (
     _SharedNegatives,
+    alignment_loss,
     bpr_loss,
+    cosine_contrastive_loss,
     embedding_l2,
     full_softmax_loss,
+    info_nce_loss,
     sampled_softmax_loss,
+    ultragcn_loss,
+    uniformity_loss,
 )
 
 NUM_ITEMS = 30
@@ -175,3 +180,139 @@ def test_embedding_l2_by_hand():
     users, items = torch.tensor([[1.0, 2.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [0.0, 0.0]])
     assert embedding_l2(users, items).item() == pytest.approx((1 + 4 + 4 + 9) / 2 / 2)
     assert embedding_l2(users[:1]).item() == pytest.approx(5 / 2)
+
+
+def test_alignment_by_hand():
+    # Of length 1: the first pair is one point, the second a right angle, the third opposite: 0, 2 and 4.
+    users = torch.tensor([[3.0, 4.0], [2.0, 0.0], [0.0, 1.0]])
+    items = torch.tensor([[0.6, 0.8], [0.0, 5.0], [0.0, -7.0]])
+    assert alignment_loss(users, items).item() == pytest.approx((0 + 2 + 4) / 3)
+
+
+def test_uniformity_by_hand():
+    # Three pairs: two at a right angle (squared distance 2) and one opposite (4).
+    vectors = torch.tensor([[2.0, 0.0], [0.0, 3.0], [0.0, -1.0]])
+    expected = math.log((2 * math.exp(-4) + math.exp(-8)) / 3)
+    assert uniformity_loss(vectors).item() == pytest.approx(expected)
+    assert uniformity_loss(torch.ones(4, 3)).item() == pytest.approx(0, abs=1e-6)  # all in one point
+    with pytest.raises(ValueError, match="vectors has 1 rows; expected 2 or more"):
+        uniformity_loss(vectors[:1])
+
+
+def plain_uniformity(vectors):
+    pairs = torch.pdist(functional.normalize(vectors))
+    return pairs.square().mul(-2).exp().mean().log()
+
+
+def test_info_nce_by_hand():
+    # Cosines of the first node with both second views: 1 and 0; of the second node: 0 and -1.
+    first, second = torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([[5.0, 0.0], [0.0, -1.0]])
+    found = info_nce_loss(first, second, temperature=0.5).item()
+    of_first = -math.log(math.exp(2) / (math.exp(2) + 1))
+    of_second = -math.log(math.exp(-2) / (1 + math.exp(-2)))
+    assert found == pytest.approx((of_first + of_second) / 2)
+
+
+def plain_info_nce(first, second, temperature):
+    cosines = functional.normalize(first) @ functional.normalize(second).T
+    return functional.cross_entropy(cosines / temperature, torch.arange(len(first)))
+
+
+def test_cosine_contrastive_by_hand():
+    # Cosines: target 0.6; negatives 1, 0.8 and the target itself, which counts as 0 of the three.
+    state = torch.tensor([[2.0, 0.0]])
+    vectors = torch.tensor([[9.0, 9.0], [3.0, 4.0], [1.0, 0.0], [4.0, 3.0]])
+    loss = cosine_contrastive_loss(
+        state, vectors, torch.tensor([1]), torch.tensor([2, 3, 1]), margin=0.5, negative_weight=6.0
+    )
+    assert loss.item() == pytest.approx(0.4 + 6 * (0.5 + 0.3 + 0) / 3)
+
+
+def plain_cosine_contrastive(states, vectors, targets, negatives, margin, negative_weight):
+    total = 0.0
+    for state, target in zip(states, targets.tolist(), strict=True):
+        cosines = functional.cosine_similarity(state[None], vectors)
+        over = [(cosines[row] - margin).clamp(min=0) for row in negatives.tolist() if row != target]
+        total = total + 1 - cosines[target] + negative_weight * sum(over) / len(negatives)
+    return total / len(states)
+
+
+def test_ultragcn_by_hand():
+    # A user of 3 edges, a target of 0 and a negative of 8: beta = sqrt(4 / 1) / 3 and sqrt(4 / 9) / 3.
+    state, vectors = torch.ones(1, 1), torch.tensor([[9.0], [math.log(3)], [math.log(2)]])
+    loss = ultragcn_loss(
+        state, vectors, torch.tensor([1]), torch.tensor([2, 1]), torch.tensor([3.0]),
+        torch.tensor([0.0, 0.0, 8.0]), constraint_weight=3.0, base_weight=0.5, negative_weight=10.0,
+    )  # fmt: skip
+    target = (0.5 + 2) * math.log(4 / 3)  # softplus(-log 3)
+    negatives = ((0.5 + 2 / 3) * math.log(3) + 0) / 2  # softplus(log 2); the target counts as 0
+    assert loss.item() == pytest.approx(target + 10 * negatives)
+
+
+def plain_ultragcn(states, vectors, targets, negatives, user_degrees, item_degrees):
+    total = 0.0
+    for state, target, degree in zip(states, targets.tolist(), user_degrees.tolist(), strict=True):
+
+        def cost(row, label, state=state, degree=degree):
+            weight = 1e-6 + math.sqrt((degree + 1) / (item_degrees[row].item() + 1)) / degree
+            return weight * functional.binary_cross_entropy_with_logits(state @ vectors[row], label)
+
+        one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        rows = [row for row in negatives.tolist() if row != target]
+        total = total + cost(target, one) + 300 * sum(cost(row, zero) for row in rows) / len(negatives)
+    return total / len(states)
+
+
+NEGATIVES = torch.tensor([3, 4, 4, 9, 11, 12, 13, 14, 15, 30])
+
+
+def chunked_and_plain(name):
+    """Return a loss as written here and as a plain loop, both functions of states and item vectors."""
+    _, _, targets = example(torch.float64)
+    negatives = torch.cat([targets[:2], NEGATIVES])  # hits and repeats
+    degrees = torch.arange(1.0, 8.0), torch.arange(NUM_ITEMS + 1.0)
+    return {
+        "uniformity": (lambda x, v: uniformity_loss(v), lambda x, v: plain_uniformity(v)),
+        "info_nce": (
+            lambda x, v: info_nce_loss(x, v[:7], 0.2),
+            lambda x, v: plain_info_nce(x, v[:7], 0.2),
+        ),
+        "cosine_contrastive": (
+            lambda x, v: cosine_contrastive_loss(x, v, targets, negatives, margin=0.1, negative_weight=9.0),
+            lambda x, v: plain_cosine_contrastive(x, v, targets, negatives, 0.1, 9.0),
+        ),
+        "ultragcn": (
+            lambda x, v: ultragcn_loss(x, v, targets, negatives, *degrees),
+            lambda x, v: plain_ultragcn(x, v, targets, negatives, *degrees),
+        ),
+    }[name]
+
+
+CHUNKED = ["uniformity", "info_nce", "cosine_contrastive", "ultragcn"]
+
+
+@pytest.mark.parametrize("chunk_logits", [1, 40, 10_000])
+@pytest.mark.parametrize("name", CHUNKED)
+def test_chunked_losses_and_their_gradients_are_the_plain_ones(monkeypatch, name, chunk_logits):
+    monkeypatch.setattr(_SharedNegatives, "CHUNK_LOGITS", chunk_logits)
+    states, vectors, _ = example(torch.float64)
+    chunked, plain = chunked_and_plain(name)
+    loss, expected = chunked(states, vectors), plain(states, vectors)
+    torch.testing.assert_close(loss, expected, **TOLERANCE[torch.float64])
+    wanted = [vectors] if name == "uniformity" else [states, vectors]
+    for found, right in zip(gradients(loss, *wanted), gradients(expected, *wanted), strict=True):
+        torch.testing.assert_close(found, right, **TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_chunked_losses_are_close_under_bfloat16_autocast(name):
+    states, vectors, _ = example()
+    chunked, _ = chunked_and_plain(name)
+    expected = chunked(states, vectors)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = chunked(states, vectors)
+    assert loss.dtype == torch.float32
+    assert 0 < abs(loss - expected) < 0.02 * abs(expected)  # bfloat16 was used, and is close
+    (found,), (right,) = gradients(loss, vectors), gradients(expected, vectors)
+    assert found.dtype == torch.float32
+    assert (found - right).norm() < 0.05 * right.norm()

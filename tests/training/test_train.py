@@ -6,8 +6,10 @@ from pathlib import Path
 
 import lightning as L
 import numpy as np
+import polars as pl
 import pytest
 
+from benchmarks import sources
 from engine.bundle import Bundle, resolve_bundle
 from engine.cli import main
 from engine.history import EMPTY_HISTORY
@@ -44,6 +46,11 @@ def test_train_publishes_one_verified_bundle_and_leaves_logs(shop: Path) -> None
     manifest = bundle.manifest
     assert manifest["data"]["simulated"] is True
     assert manifest["ranker"] == {"kind": "ordered", "history_length": 50}
+    assert manifest["pipeline"]["sources"] == manifest["recipe"]["pipeline"]["sources"]
+    events = pl.read_parquet(shop / "data" / "events.parquet")
+    assert 0 < manifest["data"]["clock"] <= events["timestamp"].max()
+    assert len(bundle.neighbours.columns) > 100
+    assert 0 < bundle.recent_popularity.sum() < bundle.catalog.popularity.sum()  # of 30 days, and of all
     assert manifest["recipe"]["ranking"]["model"]["encoder"]["init_args"]["dim"] == 16
     assert set(manifest["metrics"]["validation"]) == {"retrieval", "ranking"}
     assert bundle.item_vectors.shape == (101, 16)
@@ -65,6 +72,46 @@ def test_evaluate_writes_every_metric_of_every_stage(shop: Path, tmp_path: Path)
     # One target a user: recall is hit, and every list of a catalog of 100 holds it by place 1000.
     assert results["ranking"]["recall@10"] == pytest.approx(results["ranking"]["hit@10"])
     assert results["ranking"]["recall@1000"] == pytest.approx(1.0)
+
+
+def test_evaluate_without_rules_and_with_other_candidates(
+    shop: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = ["evaluate", str(shop / "bundles"), "--data", str(shop / "data"), "--json", "-"]
+    results = []
+    for options in ([], ["--rules", "off"], ["--rules", "off", "--num_candidates", "1"]):
+        capsys.readouterr()
+        assert main([*ask, *options]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    with_rules, plain, narrow = results
+    assert with_rules["rules"] == ["mmr", "cap", "cap", "drop_seen"]
+    assert plain["rules"] == ["drop_seen"]
+    # All 100 items are candidates and nothing moves them: the slate is the ranker's full ranking.
+    assert plain["slate"]["ndcg@10"] == pytest.approx(plain["ranking"]["ndcg@10"])
+    assert with_rules["slate"]["ndcg@10"] != pytest.approx(plain["slate"]["ndcg@10"])
+    assert narrow["num_candidates"] == 1
+    assert narrow["ranking"]["ndcg@10"] == plain["ranking"]["ndcg@10"]
+    assert main([*ask, "--num_candidates", "0"]) == 2
+    assert "num_candidates is 0; expected 1 to 10000" in capsys.readouterr().err
+
+
+def test_the_benchmark_of_the_sources(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ask = [str(shop / "bundles"), "--data", str(shop / "data"), "--part", "validation", "--max_users", "50"]
+    assert sources.main([*ask, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    names = ["sequence", "embedding", "neighbours", "popular", "fresh", "all, merged"]
+    assert list(result["sources"]) == names
+    assert result["num_users"] == 50
+    # The shop has 100 items, so whoever finds all of them has recall 1; merged has no item twice.
+    for name in ("sequence", "embedding", "popular", "all, merged"):
+        assert result["sources"][name]["recall@500"] == pytest.approx(1.0)
+    assert result["sources"]["neighbours"]["recall@500"] > 0.5
+    given = sum(row["mean_given"] for name, row in result["sources"].items() if name != "all, merged")
+    assert given == pytest.approx(result["sources"]["all, merged"]["mean_given"])
+    assert given < 100
+    assert result["funnel"]["kept"] == pytest.approx(1.0)
+    assert sources.main(ask) == 0
+    assert "= 100.0% of" in capsys.readouterr().out
 
 
 def test_full_ranking_of_evaluation_agrees_with_the_pipeline_without_rules(shop: Path) -> None:
@@ -141,7 +188,14 @@ def test_data_without_order_trains_and_serves_retrieval_alone(
     bundle = Bundle.load(resolve_bundle(tmp_path / "bundles"))
     assert bundle.manifest["ranker"]["kind"] == "none"
     pipeline = RecommendationPipeline(bundle)
-    assert len(pipeline.recommend(pipeline.resolve_visitor("5"), 10).items) == 10
+    items, trace = pipeline.recommend(pipeline.resolve_visitor("5"), 10)
+    assert len(items) == 10
+    assert "retrieval.sequence" not in [timing.stage for timing in trace.timings]
+    assert sources.main([str(tmp_path / "bundles"), "--data", out, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert list(result["sources"]) == ["embedding", "neighbours", "popular", "fresh", "all, merged"]
+    assert result["funnel"]["full_ranking"] == "retrieval"
+    assert result["funnel"]["kept"] == pytest.approx(1.0)
 
 
 def test_the_same_seed_gives_the_same_vectors(shop: Path, tmp_path: Path) -> None:
@@ -202,6 +256,13 @@ def test_a_wrong_policy_is_refused_before_training(shop: Path, capsys: pytest.Ca
     assert _train(shop, "--pipeline.policy", '[{"rule": "capp"}]') == 2
     shown = capsys.readouterr().err
     assert "cap" in shown
+    assert "epoch" not in shown
+
+
+def test_a_wrong_source_is_refused_before_training(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _train(shop, "--pipeline.sources", '[{"source": "neighbors", "quota": 1}]') == 2
+    shown = capsys.readouterr().err
+    assert "did you mean 'neighbours'?" in shown
     assert "epoch" not in shown
 
 

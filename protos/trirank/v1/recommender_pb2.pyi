@@ -222,7 +222,9 @@ class ScoredItem(_message.Message):
     item_id: _builtins.str
     score: _builtins.float
     source: _builtins.str
-    """The candidate source that found the item: embedding, popular, fresh; "caller" in Rank."""
+    """The candidate source that found the item: sequence, embedding, neighbours,
+    popular, fresh; "catalog" where none was left to ask; "caller" in Rank.
+    """
     title: _builtins.str
     """Empty where the catalog has none."""
     def __init__(
@@ -250,6 +252,9 @@ class StageTiming(_message.Message):
     NUM_IN_FIELD_NUMBER: _builtins.int
     NUM_OUT_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
+    """A name with a dot is a part of the stage before the dot, whose time includes it:
+    "retrieval.popular".
+    """
     duration_us: _builtins.int
     num_in: _builtins.int
     """Items that entered and left the stage."""
@@ -294,7 +299,9 @@ class Trace(_message.Message):
     """A user_id was given that the bundle does not know: treated as a new visitor."""
     @_builtins.property
     def degraded_stages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Stages that failed or were skipped; the answer is what the stages before them gave."""
+        """Stages that failed or were skipped; the answer is what the stages before them gave.
+        A part that failed alone is named with its stage: "retrieval.neighbours".
+        """
 
     @_builtins.property
     def timings(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTiming]: ...

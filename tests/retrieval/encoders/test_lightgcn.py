@@ -6,7 +6,8 @@ import torch
 from torch_geometric.data import HeteroData
 from torch_geometric.nn import LightGCN as ReferenceLightGCN
 
-from retrieval.encoders.lightgcn import USER_ITEM, LightGCN, normalized_adjacency, propagate
+from retrieval.encoders.lightgcn import LightGCN
+from retrieval.graph_matrix import USER_ITEM, normalized_adjacency, propagate
 from training.losses import sampled_softmax_loss
 
 NUM_USERS, NUM_ITEMS = 9, 7  # row 0 of each comes on top
@@ -112,11 +113,30 @@ def test_a_graph_without_edges():
 
 def test_shapes_and_initial_embeddings():
     graph = bipartite(torch.tensor([[1], [1]]), num_users=400, num_items=500)
-    model = LightGCN(graph, dim=32, init_std=0.1)
+    model = LightGCN(graph, dim=32, init="normal", init_std=0.1)
     vectors = model(graph)
     assert (vectors["user"].shape, vectors["item"].shape) == ((401, 32), (501, 32))
     assert model.initial_vectors()["item"].std().item() == pytest.approx(0.1, rel=0.05)
     assert [name for name, _ in model.named_parameters()] == ["embedding.weight"]
+
+
+def test_a_spectral_start_knows_the_communities_before_any_training():
+    """Two groups of users and items that never meet: each item is nearer to its own group's users."""
+    users, items = np.divmod(np.arange(24 * 20), 20)
+    edges = np.stack([users, items])[:, (users + items) % 2 == 0] + 1
+    graph = bipartite(torch.from_numpy(edges), 24, 20)
+    model = LightGCN(graph, dim=4, init_std=0.3)
+    assert model.embedding.weight.square().mean().sqrt().item() == pytest.approx(0.3, rel=0.3)
+    with torch.no_grad():
+        scores = (model(graph)["user"] @ model(graph)["item"].T)[1:, 1:].numpy()
+    same = (np.indices(scores.shape).sum(0) % 2) == 0
+    assert scores[same].min() > scores[~same].max()
+
+
+def test_a_spectral_start_of_more_dimensions_than_the_graph_has():
+    model = LightGCN(random_graph(), dim=64)
+    assert model.embedding.weight.isfinite().all()
+    assert (model.embedding.weight[:, -1].std() > 0).all()
 
 
 def test_another_graph_gives_other_vectors():

@@ -351,7 +351,7 @@ ids = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\n")
 def test_ids_survive_and_no_row_vanishes(tmp_path_factory, rows):
     tmp_path = tmp_path_factory.mktemp("ids")
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)  # a bare \r would end a line
     writer.writerows([("user_id", "item_id"), *rows])
     log = write(tmp_path / "log.csv", text.getvalue())
     good = [(user, item) for user, item in rows if not is_blank(user) and not is_blank(item)]

@@ -1,0 +1,108 @@
+"""The event graph as sparse matrices, and the two things that encoders do with them: propagate, decompose.
+
+Shapes: N nodes (users, then items), E edges, D dimension.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+USER_ITEM = ("user", "interacts", "item")
+
+
+def normalized_interactions(edge_index: Tensor, num_users: int, num_items: int) -> Tensor:
+    """Return D_u^-1/2 R D_i^-1/2 of the bipartite graph, a sparse CSR [users, items].
+
+    Args:
+        edge_index: [2, E] int64, user and item nodes, each pair once.
+        num_users: number of user nodes.
+        num_items: number of item nodes.
+    """
+    return _normalized(edge_index[0], edge_index[1], (num_users, num_items))
+
+
+def normalized_adjacency(edge_index: Tensor, num_users: int, num_items: int) -> Tensor:
+    """Return D^-1/2 A D^-1/2 of the bipartite graph, a symmetric sparse CSR [N, N] with N = users + items.
+
+    The indices are int32: on a CPU the product is about twice as fast as with int64.
+
+    Args:
+        edge_index: [2, E] int64, user and item nodes, each pair once.
+        num_users: nodes 0 to num_users - 1 are users; items follow.
+        num_items: number of item nodes.
+    """
+    user, item = edge_index[0], edge_index[1] + num_users
+    num_nodes = num_users + num_items
+    return _normalized(torch.cat([user, item]), torch.cat([item, user]), (num_nodes, num_nodes))
+
+
+def _normalized(row: Tensor, column: Tensor, shape: tuple[int, int]) -> Tensor:
+    order = torch.argsort(row * shape[1] + column)
+    row, column = row[order], column[order]
+    row_degree = torch.bincount(row, minlength=shape[0])
+    column_degree = torch.bincount(column, minlength=shape[1])
+    values = row_degree[row].double().rsqrt() * column_degree[column].double().rsqrt()
+    starts = torch.cat([row_degree.new_zeros(1), row_degree.cumsum(0)])
+    with warnings.catch_warnings():  # "CSR is in beta": the one product used here is tested against PyG
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.sparse_csr_tensor(starts.int(), column.int(), values.float(), shape)
+
+
+class _Propagate(torch.autograd.Function):
+    """A @ x for a constant symmetric A, whose gradient is the same product."""
+
+    @staticmethod
+    def forward(ctx: Any, adjacency: Tensor, x: Tensor) -> Tensor:
+        ctx.adjacency = adjacency
+        return _product(adjacency, x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, _product(ctx.adjacency, gradients[0].contiguous())
+
+
+def _product(adjacency: Tensor, x: Tensor) -> Tensor:
+    # Outside of autocast: a CPU has no sparse product in bfloat16.
+    with torch.autocast(x.device.type, enabled=False):
+        if x.device.type != "cpu" or x.dtype != torch.float32 or not len(adjacency.values()):
+            return adjacency @ x
+        # The kernel for bags of embeddings is a CSR product too, and faster than CSR itself: on Gowalla 12 ms
+        # against 29 on one thread.
+        return torch.nn.functional.embedding_bag(
+            adjacency.col_indices(),
+            x,
+            adjacency.crow_indices(),
+            mode="sum",
+            per_sample_weights=adjacency.values(),
+            include_last_offset=True,
+        )
+
+
+def propagate(adjacency: Tensor, x: Tensor) -> Tensor:
+    """Return adjacency @ x, [N, D], for a constant symmetric sparse matrix [N, N]."""
+    result: Tensor = _Propagate.apply(adjacency, x)  # type: ignore[no-untyped-call]
+    return result
+
+
+def truncated_svd(matrix: Tensor, rank: int, num_iterations: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the leading singular triplets of a sparse matrix: left [M, D], values [D], right [N, D].
+
+    Randomized subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4). Memory is a few dense
+    [M, D] and [N, D].
+
+    Args:
+        matrix: sparse CSR [M, N].
+        rank: D, at most min(M, N).
+        num_iterations: passes over the matrix and back; more separate close singular values better.
+    """
+    transposed = matrix.t().to_sparse_csr()
+    width = min(rank + 32, *matrix.shape)
+    basis = torch.randn(matrix.shape[1], width)
+    for _ in range(num_iterations):
+        basis = torch.linalg.qr(transposed @ (matrix @ basis)).Q
+    left, values, right = torch.linalg.svd(matrix @ basis, full_matrices=False)
+    return left[:, :rank], values[:rank], (basis @ right.T)[:, :rank]
