@@ -25,26 +25,18 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["exact", "flat", "ivf", "hnsw", "sq8"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+EXACT_KINDS: tuple[Kind, ...] = ("exact", "flat")  # that find all
 
 SCORES_BLOCK = 65_536  # vectors scores() copies out of the index at a time: 16 MiB at D = 64
 FEW_ALLOWED = 32  # up to I / 32 allowed items, their products one by one are faster than any index
 SHARE_SEARCHED = 4  # an approximate index is asked for at most a quarter of the allowed items
 MORE_CANDIDATES = 50  # scored again on top of k * k_factor, for the small k
 GPU_LARGEST_K = 2048  # of FAISS on a GPU, without cuVS
-TUNING_QUERIES = 128
+DEFAULT_K = 1000
+TUNING_QUERIES = 128  # that a setting is chosen on; as many others tell whether it holds
 TRAINING_ITEMS = 32_768  # that the 4-bit codes of ivf are fitted to
-DEPTHS = (
-    1.1,
-    1.3,
-    1.6,
-    2.0,
-    3.0,
-    4.0,
-    6.0,
-    10.0,
-    16.0,
-    32.0,
-)  # candidates that are scored again, as a multiple of k
+# Candidates that are scored again, as a multiple of k.
+DEPTHS = (1.1, 1.3, 1.6, 2.0, 3.0, 4.0, 6.0, 10.0, 16.0, 32.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +44,7 @@ class IndexOptions:
     """Which index to build; see `choose_kind` for what "auto" means."""
 
     kind: Kind | Literal["auto"] = "auto"
-    k: int = 1000  # items a search will ask for: recall_target is met at this k
+    k: int | None = None  # items a search will ask for, at which recall_target is met; None: 1,000
     recall_target: float = 0.99  # share of the true k best that must be found, on average; 1 asks for all
     num_lists: int | None = None  # of ivf: clusters; None: about sqrt(I), at most 1,024
     num_probes: int | None = None  # of ivf: clusters that a search looks into; None: tuned to recall_target
@@ -107,6 +99,7 @@ class ItemIndex:
         self._exact = ExactSearch(self._vectors, num_threads) if kind == "exact" and len(data) else None
         self._gpu = _on_gpu(self._flat) if kind == "flat" else None
         self._gpu_lock = threading.Lock()  # FAISS's GPU memory is for one thread at a time
+        self._remove_lock = threading.Lock()
         self._live = np.ones(self._flat.ntotal + 1, np.bool_)  # [I+1] not removed; replaced, never changed
         if removed is not None and len(removed):
             self.remove(removed)
@@ -125,8 +118,9 @@ class ItemIndex:
         Args:
             vectors: [I+1, D] float32, one item a row; row 0 is padding and is left out.
             options: the kind and what it must do; IndexOptions() where None.
-            queries: [Q, D] float32, examples of what will be asked: an approximate kind is tuned on the first
-                128 of them. None takes item vectors, which are poor examples where users lie elsewhere.
+            queries: [Q, D] float32, examples of what will be asked: an approximate kind is tuned on up to 128
+                of them and checked on up to 128 others. None takes item vectors, which are poor examples
+                where users lie elsewhere.
             num_threads: of building, and of each search.
 
         Raises:
@@ -137,23 +131,26 @@ class ItemIndex:
         if not np.isfinite(vectors[1:]).all():
             raise ValueError("vectors holds NaN or infinity; expected finite numbers")
         options = options or IndexOptions()
+        k = options.k or DEFAULT_K
         items = np.ascontiguousarray(vectors[1:], np.float32)
         kind = options.kind
         if kind == "auto":
-            kind = choose_kind(len(items), options.k, options.recall_target, gpu=faiss.get_num_gpus() > 0)
-        if kind in ("exact", "flat") or not len(items):
-            flat = faiss.IndexFlatIP(vectors.shape[1])
-            flat.add(items)
-            return cls(flat, "exact" if kind == "exact" else "flat", num_threads)
+            kind = choose_kind(len(items), k, options.recall_target, gpu=faiss.get_num_gpus() > 0)
+        if kind in EXACT_KINDS or not len(items):
+            return cls(_build_flat(items), "exact" if kind == "exact" else "flat", num_threads)
         with _faiss_threads(num_threads):
             base = {"ivf": _build_ivf, "hnsw": _build_hnsw, "sq8": _build_sq8}[kind](items, options)
             index = faiss.IndexRefineFlat(base, faiss.swig_ptr(items))
         base.this.disown()  # the outer index frees it; until now Python did
         index.own_fields = True
         built = cls(index, kind, num_threads)
-        queries = items if queries is None else built._check_queries(queries)
         width = {"ivf": options.num_probes, "hnsw": options.ef_search}.get(kind)
-        built._tune(queries, options.k, options.recall_target, None if width is None else [width])
+        recall = built.tune(
+            items if queries is None else queries, k=k, recall_target=options.recall_target, width=width
+        )
+        if recall < options.recall_target and options.kind == "auto":
+            logger.warning("the index becomes exact instead")
+            return cls(_build_flat(items), "exact", num_threads)
         return built
 
     @classmethod
@@ -253,9 +250,10 @@ class ItemIndex:
         if rows.size and not (rows.min() >= 1 and rows.max() <= self.num_items):
             wrong = rows[(rows < 1) | (rows > self.num_items)][0]
             raise ValueError(f"rows holds {wrong}; expected 1 to {self.num_items}")
-        live = self._live.copy()
-        live[rows.astype(np.int64)] = False
-        self._live = live
+        with self._remove_lock:
+            live = self._live.copy()
+            live[rows.astype(np.int64)] = False
+            self._live = live
 
     def search(
         self, queries: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None = None
@@ -320,18 +318,62 @@ class ItemIndex:
             return 1.0
         return _recall(self.search(queries, k)[1], self._search_flat(queries, k, may_come)[1])
 
-    def tune(self, queries: NDArray[np.float32], *, k: int, recall_target: float) -> None:
+    def tune(
+        self, queries: NDArray[np.float32], *, k: int, recall_target: float, width: int | None = None
+    ) -> float:
         """Set ivf, hnsw and sq8 to the least work that finds recall_target of the best k, as `build` does.
 
-        Not while others search. Where it cannot be reached, that is logged as a warning.
+        Not while others search. Where the target cannot be reached, that is logged as a warning.
 
         Args:
-            queries: [Q, D] float32, examples of what will be asked; 128 of them are used.
+            queries: [Q, D] float32, examples of what will be asked, at least one.
             k: at least 1.
             recall_target: up to 1.
+            width: nprobe of ivf or efSearch of hnsw; None chooses it.
+
+        Returns:
+            The recall on those examples that nothing was chosen on, unless there is but one example.
         """
-        if self._base is not None:
-            self._tune(self._check_queries(queries), k, recall_target)
+        queries = self._check_queries(queries)
+        if self._base is None:
+            return 1.0
+        if not len(queries):
+            raise ValueError("queries is empty; expected at least one to tune on")
+        k = min(k, max(1, self.num_items // (SHARE_SEARCHED + 1)))  # beyond that all are searched
+        chosen = np.random.default_rng(0).permutation(len(queries))[: 2 * TUNING_QUERIES]
+        tuning, held_out = (
+            (queries[part], self._search_flat(queries[part], k, None)[1])
+            for part in (chosen[::2], chosen[1::2] if len(chosen) > 1 else chosen)
+        )
+
+        def reached(examples: tuple[NDArray[np.float32], NDArray[np.float32]]) -> float:
+            asked, expected = examples
+            return _recall(self._search_base(asked, k, None, 1.0)[1], expected)
+
+        # A quarter of what may be missed is kept back for queries that are not among these. First the depth:
+        # with everything looked at, what is missing is the fault of the codes; half may be. Then the width.
+        aim = recall_target + (1 - recall_target) / 4
+        widths = [width] if width else self._widths(k)
+        self._set_width(widths[-1])
+        for depth in DEPTHS:
+            if depth > DEPTHS[0] and k * depth * SHARE_SEARCHED > self.num_items:
+                break  # a search would look at all items
+            self._index.k_factor = depth
+            if reached(tuning) >= (1 + aim) / 2:
+                break
+        low, high = 0, len(widths) - 1
+        while low < high:
+            middle = (low + high) // 2
+            self._set_width(widths[middle])
+            low, high = (low, middle) if reached(tuning) >= aim else (middle + 1, high)
+        self._set_width(widths[low])
+        while (recall := reached(held_out)) < recall_target and low + 1 < len(widths):
+            low += 1
+            self._set_width(widths[low])
+        if recall < recall_target:
+            message = "%s finds %.4f of the best %d, less than the %.4f asked for"
+            logger.warning(message, self._kind, recall, k, recall_target)
+        return recall
 
     def _may_come(self, allowed: NDArray[np.bool_] | None) -> tuple[NDArray[np.bool_] | None, int]:
         """Return which ids may come back, [I] bool or None for all, and how many."""
@@ -404,39 +446,6 @@ class ItemIndex:
                 )
         return ids, scores
 
-    def _tune(
-        self, queries: NDArray[np.float32], k: int, recall_target: float, widths: list[int] | None = None
-    ) -> None:
-        """Find the least work that reaches the recall target, and leave it in the FAISS index."""
-        chosen = np.random.default_rng(0).permutation(len(queries))[:TUNING_QUERIES]
-        queries = queries[chosen]
-        k = min(k, max(1, self.num_items // (SHARE_SEARCHED + 1)))  # beyond that all are searched
-        _, expected = self._search_flat(queries, k, None)
-
-        def reached() -> float:
-            return _recall(self._search_base(queries, k, None, 1.0)[1], expected)
-
-        # A quarter of what may be missed is kept back for queries that are not among these. First the depth:
-        # with everything looked at, what is missing is the fault of the codes; half may be. Then the width.
-        aim = recall_target + (1 - recall_target) / 4
-        widths = widths or self._widths(k)
-        self._set_width(widths[-1])
-        for depth in DEPTHS:
-            if depth > DEPTHS[0] and k * depth * SHARE_SEARCHED > self.num_items:
-                break  # a search would look at all items
-            self._index.k_factor = depth
-            if reached() >= (1 + aim) / 2:
-                break
-        low, high = 0, len(widths) - 1
-        while low < high:
-            middle = (low + high) // 2
-            self._set_width(widths[middle])
-            low, high = (low, middle) if reached() >= aim else (middle + 1, high)
-        self._set_width(widths[low])
-        if (recall := reached()) < recall_target:
-            message = "%s finds %.4f of the best %d, less than the %.4f asked for"
-            logger.warning(message, self._kind, recall, k, recall_target)
-
     def _widths(self, k: int) -> list[int]:
         """Return the settings to choose from, ascending: probes of ivf, efSearch of hnsw."""
         if self._kind == "ivf":
@@ -469,6 +478,12 @@ def choose_kind(num_items: int, k: int, recall_target: float, *, gpu: bool = Fal
     if recall_target == 1 or num_items < 200_000:
         return "exact"
     return "ivf"
+
+
+def _build_flat(items: NDArray[np.float32]) -> Any:
+    index = faiss.IndexFlatIP(items.shape[1])
+    index.add(items)
+    return index
 
 
 def _build_ivf(items: NDArray[np.float32], options: IndexOptions) -> Any:
