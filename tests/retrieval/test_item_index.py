@@ -197,6 +197,40 @@ def test_recall_falls_where_little_is_looked_at(kind, caplog):
     assert "of the best 10, less than the 0.9900 asked for" in caplog.text
 
 
+def test_what_was_not_tuned_on_tells_the_recall(caplog):
+    """Tuned on queries that are easy, one list holds all they want; of others it holds little."""
+    vectors, _ = clustered(4000)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    easy = vectors[np.random.default_rng(0).integers(1, 4001, 40)]
+    hard = np.random.default_rng(1).standard_normal((40, 16)).astype(np.float32)
+    index = build(vectors, "ivf", k=20, num_lists=40)
+    order = np.random.default_rng(0).permutation(80)  # as tune draws: every second one is held out
+    mixed = np.empty((80, 16), np.float32)
+    mixed[order[::2]], mixed[order[1::2]] = easy, hard
+    assert index.tune(easy, k=20, recall_target=0.9) >= 0.9
+    probes = int(index.setting.split()[1])
+    assert index.recall(hard, 20) < 0.9
+    recall = index.tune(mixed, k=20, recall_target=0.9)
+    assert recall >= 0.9
+    assert recall == pytest.approx(index.recall(hard, 20))
+    assert int(index.setting.split()[1]) > probes
+    assert index.tune(mixed, k=20, recall_target=0.9, width=1) < 0.9
+    assert "nprobe 1 of" in index.setting
+    assert "less than the 0.9000 asked for" in caplog.text
+    with pytest.raises(ValueError, match="queries is empty"):
+        index.tune(hard[:0], k=20, recall_target=0.9)
+
+
+def test_auto_becomes_exact_where_clusters_do_not_help(monkeypatch, caplog):
+    monkeypatch.setattr("retrieval.item_index.choose_kind", lambda *args, **keywords: "ivf")
+    vectors, queries = clustered(2000)
+    index = build(vectors, "auto", k=20, num_probes=1, recall_target=1.0)
+    assert index.kind == "exact"
+    assert "the index becomes exact instead" in caplog.text
+    assert index.recall(queries, 20) == 1
+    assert build(vectors, "ivf", k=20, num_probes=1, recall_target=1.0).kind == "ivf"
+
+
 @pytest.mark.parametrize("kind", APPROXIMATE)
 def test_scores_of_an_approximate_kind_are_the_products(kind, catalog, built):
     vectors, queries = catalog
@@ -397,6 +431,7 @@ def test_auto_is_the_rule_that_choose_kind_states(catalog):
     assert choose_kind(100_000, 100, 1.0) == "exact"
     assert choose_kind(1_000_000, 10_000, 1.0) == "exact"
     assert choose_kind(1_000_000, 10_000, 0.99) == "ivf"
+    assert choose_kind(1_000_000, 50_001, 0.99) == "exact"
     assert choose_kind(1_000_000, 2_048, 1.0, gpu=True) == "flat"
     assert choose_kind(1_000_000, 2_049, 1.0, gpu=True) == "exact"
     assert ItemIndex.build(vectors).kind == "flat"
