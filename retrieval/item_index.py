@@ -483,7 +483,7 @@ def choose_kind(num_items: int, k: int, recall_target: float, *, gpu: bool = Fal
 
     So a small catalog needs no index, and below 200,000 items nothing is missed to save a millisecond. On two
     threads exact is further ahead of flat. Where a large share of all items is asked for, clusters save
-    nothing. hnsw and sq8 are never the fastest: the one is slow to build, the other slow to search.
+    nothing. hnsw is slow to build and sq8 slow to search: neither is chosen.
     """
     if gpu and k <= GPU_LARGEST_K:
         return "flat"
