@@ -52,7 +52,12 @@ def serve(argv: list[str]) -> int:
         default=os.cpu_count() or 1,
         help="requests that are worked on at once (default: the number of cores)",
     )
-    parser.add_argument("--num_threads", type=int, default=1, help="threads of the ranker for one request")
+    parser.add_argument(
+        "--num_threads",
+        type=int,
+        default=1,
+        help="threads of the ranker, and of an index, for one request",
+    )
     parser.add_argument(
         "--policies",
         type=Path | None,
