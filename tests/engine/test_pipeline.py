@@ -405,7 +405,7 @@ def test_whatever_is_asked_nothing_forbidden_and_nothing_missing(
         pipeline.sources = [FailingSource(s.name) if s.name == broken else s for s in pipeline.sources]
     elif broken == "rules":
         pipeline = without(pipeline)
-        pipeline.groups = {"brand": np.zeros(0, np.int32)}
+        pipeline.reranker.slate = fail  # type: ignore[method-assign]
     visitor = visitor_of(*history, user_row=user_row)
     ask: dict[str, Any] = {"filters": Filters(**conditions), "excluded": np.array(excluded, np.int32)}
     items, trace = pipeline.recommend(visitor, limit, **ask)
@@ -618,15 +618,13 @@ def test_a_query_vector_that_is_not_finite(plain: RecommendationPipeline) -> Non
     assert len(items) == 10
 
 
+def fail(*arguments: object, **keywords: object) -> Any:
+    raise RuntimeError("no")
+
+
 def test_failing_rules(plain: RecommendationPipeline) -> None:
-    class FailingRule:
-        name = "failing"
-
-        def apply(self, *arguments: object) -> None:
-            raise RuntimeError("no")
-
     broken = without(plain)
-    broken.rules = [FailingRule()]  # type: ignore[list-item]
+    broken.reranker.slate = fail  # type: ignore[method-assign]
     items, trace = broken.recommend(plain.resolve_visitor("loyal"), 10)
     assert trace.degraded_stages == ["reranking"]
     assert items.rows.tolist() == plain.recommend(plain.resolve_visitor("loyal"), 10).items.rows.tolist()
