@@ -67,9 +67,9 @@ def test_a_pinned_item_of_the_reserve(eligible):
 
 def test_the_hard_filters_by_themselves():
     policies = reranker({"rule": "in_stock"}, {"rule": "drop_seen"})
-    rows = np.arange(1, SHOP.num_items + 1, dtype=np.int32)
-    allowed = policies.allows(policies.policy(), funnel([]), rows, REQUEST)
-    assert allowed.tolist() == [stock != 0 for stock in SHOP.stock[1:].tolist()]
+    ((name, allowed),) = policies.filters(policies.policy(), REQUEST)
+    assert name == "in_stock"
+    assert allowed[1:].tolist() == [stock != 0 for stock in SHOP.stock[1:].tolist()]
 
 
 def test_seen_items_are_given_by_row():
