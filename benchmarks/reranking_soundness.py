@@ -30,7 +30,7 @@ from engine.arguments import ArgumentParser
 from engine.bundle import Bundle, resolve_bundle
 from engine.history import EVENT_CODE, EVENT_TYPES, History
 from engine.pipeline import Filters, RecommendationPipeline, Visitor
-from reranking.filters import Filter
+from reranking.families import Filter
 from reranking.items import DAY_MS, ItemFacts, Request
 from reranking.policy import PolicyError, policies_from_config
 from reranking.reranker import Funnel, Purchases, Reranker
@@ -258,7 +258,7 @@ def check_pipeline(bundle: Bundle, num_requests: int, seed: int = 0) -> dict[str
     facts, catalog = whole.reranker.facts, bundle.catalog
     scorerless = RecommendationPipeline(dataclasses.replace(bundle, scorer=_Broken()))  # type: ignore[arg-type]
     sourceless = RecommendationPipeline(bundle)
-    sourceless.sources = [_Broken() for _ in sourceless.sources]  # type: ignore[misc]
+    sourceless.sources = [_Broken() for _ in sourceless.sources]
     variants = [whole, whole, scorerless, sourceless]
     counts = Counter[str]()
     wrong: list[str] = []

@@ -254,7 +254,8 @@ def _list_metrics(lists: Sequence[_List], bundle: Bundle, num_users: int) -> dic
     """Return what the lists are like, whatever they hit; what the catalog does not know has no metric."""
     facts = item_facts(bundle.catalog)
     shown = [one.rows for one in lists]
-    expected = largest(bundle.catalog.popularity[1:], LIST_LENGTH) + 1  # what anyone would show
+    popularity = bundle.catalog.popularity.astype(np.float32)
+    expected = (largest(popularity[1:], LIST_LENGTH) + 1).astype(np.int32)  # what anyone would show
     values = {
         "coverage": metrics.coverage(shown, facts.num_items),
         "gini": metrics.gini(metrics.exposure(shown, facts.num_items)[1:]),

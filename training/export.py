@@ -388,7 +388,9 @@ def content_embedding(features: SparseRows, dim: int = CONTENT_DIM) -> NDArray[n
         warnings.simplefilter("ignore", UserWarning)
         torch.manual_seed(0)
         left, values, _ = truncated_svd(matrix, rank)
-    return np.ascontiguousarray((left * values).numpy(), np.float32)
+    vectors = np.ascontiguousarray((left * values).numpy(), np.float32)
+    vectors[np.diff(features.offsets) == 0] = 0  # not just nearly: a rule for variety looks at directions
+    return vectors
 
 
 def recent_popularity(train: Interactions, window_days: float | None) -> NDArray[np.int64]:
