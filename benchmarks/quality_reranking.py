@@ -90,7 +90,7 @@ def rank_all(bundle: Bundle, holdout: Holdout, repeats: bool) -> Ranked:
         found[:, 1:] = bundle.scorer.score(left_padded(histories, bundle.scorer.history_length), every)
         if not repeats:
             for row, history in zip(found, histories, strict=True):
-                row[history] = found.min()  # last, and finite: a rule needs numbers
+                row[history] = found[:, 1:].min()  # last, and finite: a rule needs numbers
         top = np.argpartition(-found, length - 1, axis=1)[:, :length]
         best = np.take_along_axis(found, top, axis=1)
         order = np.argsort(-best, axis=1, kind="stable")
