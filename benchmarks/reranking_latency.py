@@ -70,7 +70,7 @@ ALONE: list[dict[str, Any]] = [
 ]
 
 
-def simulated_shop(num_items: int, seed: int = 0) -> ItemFacts:
+def simulated_shop(num_items: int, seed: int = 0, dim: int = DIM) -> ItemFacts:
     """Return a catalog of random columns; item ids are item-1, item-2, ...; some values are missing."""
     random = np.random.default_rng(seed)
 
@@ -101,8 +101,8 @@ def simulated_shop(num_items: int, seed: int = 0) -> ItemFacts:
         "region:DE": every[random.random(num_items) < 0.2],
         "region:FR": every[random.random(num_items) < 0.2],
     }
-    centres = random.normal(size=(201, DIM))
-    vectors = centres[category] + 0.7 * random.normal(size=(num_items + 1, DIM))
+    centres = random.normal(size=(201, dim))
+    vectors = centres[category] + 0.7 * random.normal(size=(num_items + 1, dim))
     vectors[category == 0] = 0
     shown = column(random.integers(0, 200, num_items), 0, np.int64, 0)
     prices = column(random.lognormal(3, 1, num_items), np.nan, np.float64)

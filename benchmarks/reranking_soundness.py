@@ -195,7 +195,8 @@ def check(num_requests: int, seed: int = 0) -> dict[str, Any]:
     begin = time.perf_counter()
     for number in track(range(num_requests), "requests", console=Console(stderr=True)):
         if number % REQUESTS_OF_A_SHOP == 0:
-            facts = simulated_shop(int(random.integers(300, 1500)), seed + number)
+            dim = int(random.choice([2, 16, 64]))
+            facts = simulated_shop(int(random.integers(300, 1500)), seed + number, dim)
         while True:
             rules = random_rules(facts, random)
             try:

@@ -89,7 +89,7 @@ class DPP(_Trade):
     S = (1 + cosine) / 2 off the diagonal and 1 on it: the log of the squared volume that the chosen items
     span. That is their eq. 11 with w instead of theta. What an item adds to the volume is kept up to date by
     one more row of the Cholesky factor a step. Where it falls below SMALLEST_VOLUME, it counts as that: then
-    relevance alone decides.
+    relevance alone decides. So it is after as many items as the vectors have numbers.
     """
 
     rule = "dpp"
@@ -117,6 +117,9 @@ class _Volume(Worth):
     def chose(self, pick: int) -> None:
         """See Worth.chose."""
         self.base[pick] = -np.inf
+        self.value[pick] = -np.inf
+        if self.volume.item(pick) <= SMALLEST_VOLUME:
+            return  # it lies in what the others span: it takes from nobody, and its row would be noise
         if self.num_chosen == len(self.factor):
             self.factor = np.concatenate([self.factor, np.empty_like(self.factor)])
         row = self.factor[self.num_chosen]
@@ -126,7 +129,7 @@ class _Volume(Worth):
         if self.num_chosen:
             before = self.factor[: self.num_chosen]
             row -= before[:, pick] @ before
-        row /= np.sqrt(max(self.volume.item(pick), SMALLEST_VOLUME))
+        row /= np.sqrt(self.volume.item(pick))
         self.num_chosen += 1
         self.volume -= row * row
         np.maximum(self.volume, np.float32(SMALLEST_VOLUME), out=self.volume)

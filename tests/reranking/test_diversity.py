@@ -147,6 +147,20 @@ def test_dpp_adds_the_item_that_adds_most_to_the_determinant(case, weight):
     assert_each_choice_is_a_best_one(chosen, len(items), len(chosen), worth, 1e-2)
 
 
+@pytest.mark.parametrize("dim", [1, 2, 4, 16])
+def test_dpp_beyond_what_its_vectors_span(dim):
+    """A slate longer than the vectors: what is left comes by relevance, each item once."""
+    random = np.random.default_rng(dim)
+    items = ranked(np.arange(120, 0, -1), random.normal(size=(120, dim)))
+    chosen = slate(DPP(relevance_weight=0.5), items, 120)
+    assert sorted(chosen) == list(range(120))
+    kernel = kernel_of(items)
+    spanned = next(n for n in range(1, 121) if log_volume(kernel, chosen[:n]) < math.log(1e-12))
+    assert spanned <= dim + 3
+    rest = chosen[2 * dim + 20 :]
+    assert rest == sorted(rest)
+
+
 @given(case=cases(most=7), size=st.integers(1, 4))
 @settings(deadline=None)
 def test_dpp_against_every_set_of_a_size(case, size):
