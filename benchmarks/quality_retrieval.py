@@ -37,7 +37,6 @@ from benchmarks.baselines.ease import EASE
 from benchmarks.baselines.gf_cf import GFCF
 from benchmarks.baselines.item_knn import ItemKNN
 from benchmarks.baselines.popularity import Popularity
-from benchmarks.final_fit import final_split
 from engine.arguments import ArgumentParser
 from retrieval.encoders.blend import SpectralLightGCN
 from retrieval.encoders.lightgcn import LightGCN
@@ -46,7 +45,7 @@ from retrieval.encoders.ngcf import NGCF
 from retrieval.encoders.spectral import SpectralFilter
 from training.data.interactions import Interactions
 from training.data.modules import RetrievalData
-from training.data.splits import Holdout, Split, SplitData, SplitOptions, load_split
+from training.data.splits import Holdout, Split, SplitData, SplitOptions, final_split, load_split
 from training.metrics import mean_accuracy
 from training.retrieval_module import RetrievalModule
 from training.stages import default_precision, keep_freed_memory, quiet_lightning

@@ -46,7 +46,6 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.final_fit import final_split
 from engine.arguments import ArgumentParser
 from retrieval.encoders.lightgcn import LightGCN
 from retrieval.graph_matrix import normalized_adjacency
@@ -54,7 +53,7 @@ from training.data.formats import lightgcn
 from training.data.graph import USER_ITEM
 from training.data.importing import import_source
 from training.data.modules import RetrievalData
-from training.data.splits import SplitOptions, load_split
+from training.data.splits import SplitOptions, final_split, load_split
 from training.losses import bpr_loss, embedding_l2
 from training.retrieval_module import RetrievalModule
 from training.stages import keep_freed_memory, quiet_lightning

@@ -8,14 +8,13 @@ import pytest
 
 from benchmarks import quality, quality_retrieval
 from benchmarks.baselines.popularity import Popularity
-from benchmarks.final_fit import final_split
 from benchmarks.quality_retrieval import Recipe
 from retrieval.encoders.lightgcn import LightGCN
 from retrieval.encoders.mf import MF
 from retrieval.encoders.ngcf import NGCF
 from training.data.formats import lightgcn
 from training.data.importing import import_source
-from training.data.splits import SplitOptions, load_split
+from training.data.splits import SplitOptions, final_split, load_split
 from training.metrics import accuracy, places_by_score
 
 NUM_USERS, NUM_ITEMS = 40, 60
