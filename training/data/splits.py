@@ -3,9 +3,9 @@
 Every question is a prefix: a user's events before some position are the history, and the items to find come
 after it. Nothing at or behind a question's position is ever part of what answers it.
 
-Two protocols ask the test questions. Strict: the model has learned from `train`, and what validation asked for
-is in the histories alone. Refit: settings and epochs are chosen on validation too, and then the model learns
-anew from train and validation together (final_split), as a shop would. Their figures are not comparable.
+Two protocols ask the test questions. Strict: the model has learned from `train`, and what validation asked
+for is in the histories alone. Refit: settings and epochs are chosen on validation too, and then the model
+learns anew from train and validation together (final_split), as a shop would. Their figures are not comparable.
 """
 
 from __future__ import annotations
