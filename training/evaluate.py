@@ -1,8 +1,8 @@
 """`trirank evaluate`: what the served artefacts find, stage by stage, ranked among all items.
 
-The questions come from the data set, split as the bundle was trained; the answers come from the bundle alone:
-its FAISS vectors, its ONNX ranker, its pipeline. Nothing of torch takes part. What the bundle has learned from
-is its protocol, "strict" or "refit" (training/data/splits.py); every table and every JSON says which.
+The questions come from the data set, split as the bundle was trained; the answers come from the bundle: its
+FAISS vectors, its ONNX ranker, its pipeline. Nothing of torch takes part. What the bundle has learned from is
+its protocol, "strict" or "refit" (training/data/splits.py); every table and every JSON says which.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from training.stages import (
     refit_stage,
 )
 
-EMBEDDINGS = "embeddings.safetensors"
+EMBEDDINGS, CHOSEN = "embeddings.safetensors", "chosen.json"
 
 DESCRIPTION = """\
 Train both stages on a data set directory and publish a bundle.
@@ -148,13 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run `trirank train`: the bundle's directory on stdout, progress on stderr."""
     parser = build_parser()
     config = parser.parse_args(argv)
-    recipe = json.loads(parser.dump(config, format="json"))
-    # What to run, not where: a run is resumed, and a bundle reproduced, by these alone.
-    recipe = {
-        key: value
-        for key, value in recipe.items()
-        if key not in ("config", "dataset", "out", "runs", "resume")
-    }
+    recipe = recipe_of(parser, config)
     quiet_lightning()
     keep_freed_memory()
     try:
@@ -169,6 +163,16 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(bundle)
     return 0
+
+
+def recipe_of(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
+    """Return the settings as plain data: what to run, not where.
+
+    A run is resumed, and a bundle reproduced, by these alone.
+    """
+    settings = json.loads(parser.dump(config, format="json"))
+    where = ("config", "dataset", "out", "runs", "resume")
+    return {key: value for key, value in settings.items() if key not in where}
 
 
 Settings = Callable[[], Any]
@@ -223,15 +227,14 @@ def train(
     chosen["retrieval"] = fit_retrieval(directory, split, run, settings, recipe["seed"], resume)
     if split.ordered:
         _say(f"{next(step)}: ranking on train; validation chooses the epochs")
-        done = run / "ranking" / "chosen.json"
-        if refit and done.is_file():
+        before = chosen_before(run) if refit else None
+        if before is not None:
             _say("ranking: already trained in this run")
-            chosen["ranking"] = Chosen(**json.loads(done.read_text(encoding="utf-8")))
+            chosen["ranking"] = before
         else:
             ranker, chosen["ranking"] = fit_ranking(
                 directory, split, run / EMBEDDINGS, run, settings, recipe["seed"], resume
             )
-            done.write_text(json.dumps(dataclasses.asdict(chosen["ranking"])) + "\n", encoding="utf-8")
     else:
         _say(f"ranking: left out, split {split.name} leaves the events without an order to learn from")
 
@@ -322,7 +325,7 @@ def fit_ranking(
     resume: bool,
     chosen: Chosen | None = None,
 ) -> tuple[HybridRanker, Chosen]:
-    """Fit stage two on the vectors of stage one; see fit_retrieval.
+    """Fit stage two on the vectors of stage one; what validation chose is kept for chosen_before.
 
     Args:
         directory: data set directory.
@@ -343,9 +346,17 @@ def fit_ranking(
         chosen = fit_stage(
             "ranking", module, data, folder / "ranking", trainer, patience=options.patience, resume=resume
         )
+        text = json.dumps(dataclasses.asdict(chosen))
+        (folder / "ranking" / CHOSEN).write_text(text + "\n", encoding="utf-8")
     else:
         refit_stage("ranking", module, data, folder / "ranking", trainer, epochs=chosen.epochs, resume=resume)
     return module.ranker, chosen
+
+
+def chosen_before(folder: Path) -> Chosen | None:
+    """Return what validation chose in a fit of stage two that ended in this folder; None where none has."""
+    file = folder / "ranking" / CHOSEN
+    return Chosen(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
 def _run_directory(runs: Path, dataset: Dataset, recipe: dict[str, Any], resume: bool) -> Path:

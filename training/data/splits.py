@@ -5,7 +5,7 @@ after it. Nothing at or behind a question's position is ever part of what answer
 
 Two protocols ask the test questions. Strict: the model has learned from `train`, and what validation asked
 for is in the histories alone. Refit: settings and epochs are chosen on validation too, and then the model
-learns anew from train and validation together (final_split), as a shop would. Their figures are not comparable.
+learns anew from train and validation together (final_split), as a shop would. Their figures do not compare.
 """
 
 from __future__ import annotations
