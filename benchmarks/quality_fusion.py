@@ -1,4 +1,4 @@
-"""Does the fusion help, and is it the graph? `python -m benchmarks.quality fusion --data data/beauty --out DIR`.
+"""Does the fusion help, and is it the graph? `python -m benchmarks.quality fusion --data DATA --out DIR`.
 
 For each seed stage one is trained once, and these answer the same test questions:
 
