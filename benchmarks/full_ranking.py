@@ -97,7 +97,7 @@ def history_matrix(questions: Holdout, half_life: float | None = None) -> csr_ar
 
 
 def recency(history: History, half_life: float | None) -> NDArray[np.float32]:
-    """Return what each event of `history.wanted` counts, [H'] float32: half for each `half_life` behind it."""
+    """Return what each event of `history.wanted` counts, [H'] float32: half per `half_life` behind it."""
     size = len(history.wanted)
     ages = np.arange(size)[::-1].astype(np.float64)
     return event_weights(np.zeros(size, np.uint8), ages, np.ones(1, np.float32), half_life)

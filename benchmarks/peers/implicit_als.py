@@ -1,6 +1,6 @@
 """Alternating least squares of the `implicit` library, where it is installed.
 
-Yifan Hu, Yehuda Koren and Chris Volinsky, "Collaborative Filtering for Implicit Feedback Datasets", ICDM 2008.
+Yifan Hu, Yehuda Koren, Chris Volinsky, "Collaborative Filtering for Implicit Feedback Datasets", ICDM 2008.
 """
 
 from __future__ import annotations
