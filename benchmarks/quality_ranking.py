@@ -1,9 +1,10 @@
-"""Stage two's quality table: `python -m benchmarks.quality ranking --data data/beauty --bundles bundles/X`.
+"""Stage two's quality table: `python -m benchmarks.quality ranking --data data/beauty --bundles bundles`.
 
-Bundles, through what they serve; the rows of `benchmarks.quality fusion`; baselines and peers, which are fitted
-here; and what others published. All items are ranked but those of the user's history, unless repeats are
-normal. There is one table for each protocol: strict has learned from `train`, refit from train and validation.
-Both ask the test questions with whole histories. Baselines have fixed settings; nothing here is chosen on test.
+Bundles, through what they serve; the rows of `benchmarks.quality fusion`; baselines and peers, which are
+fitted here; and what others published. All items are ranked but those of the user's history, unless repeats
+are normal. There is one table for each protocol: strict has learned from `train`, refit from train and
+validation. Both ask the test questions with whole histories. Baselines have fixed settings; nothing here is
+chosen on test.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ FIGURES = ("recall@10", "ndcg@10")
 HALF_LIFE = 3.0  # events; what serving has by default (training.train.PipelineOptions)
 PROTOCOLS: tuple[Protocol, ...] = ("strict", "refit")
 
-# (model, R@10, N@10, source) by data set and protocol.
+# (model, R@10, N@10, source) by data set and protocol; the source is the paper or program whose table it is.
 # "unstated": published without saying which of the two it is, so it stands in both tables.
 Rows = list[tuple[str, float, float, str]]
 PUBLISHED: dict[str, dict[Literal["strict", "refit", "unstated"], Rows]] = {
