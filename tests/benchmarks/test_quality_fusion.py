@@ -1,4 +1,4 @@
-"""The fusion table: its variants, what they learn from, its test over users, and going on where it stopped."""
+"""The fusion table: its variants, what they learn from, its test over users, and how it goes on."""
 
 import json
 
@@ -116,7 +116,7 @@ def test_rows_of_other_settings_are_not_mixed(directory, strict, capsys):
 
 
 def test_a_refit_goes_on_where_it_was_interrupted(directory, tmp_path, monkeypatch, capsys):
-    """What validation chose, and late fusion's weight, come from the fit on train; the answers from the refit."""
+    """What validation chooses comes from the fit on train; the answers come from the refit."""
     options = ["--seeds", "0", "--protocol", "refit", "--variants", "sequence", "late-fusion"]
     fits = []
     fit_ranking = quality_fusion.fit_ranking

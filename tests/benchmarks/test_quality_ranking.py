@@ -171,7 +171,7 @@ def test_the_published_rows_are_shares():
             assert all(0 < ndcg < recall < 0.4 for _, recall, ndcg, _ in rows)
 
 
-# Peers: without them, what to install; with a stand-in for RecTools' Python, that questions and answers match.
+# Peers: without them, what to install; with a stand-in for RecTools' Python, questions and answers.
 
 
 def test_missing_peers_say_what_to_install(directory, tmp_path, monkeypatch):

@@ -127,13 +127,11 @@ def test_no_fit_learns_from_what_the_test_asks_for(shop: Path, tmp_path: Path) -
         ranker, _ = train.fit_ranking(shop / "data", split, folder / train.EMBEDDINGS, folder, *arguments)
         return {name: value.numpy() for name, value in ranker.state_dict().items()}
 
-    before_test = data.split.before_test
-    before_validation = np.arange(len(events)) < np.searchsorted(
-        np.cumsum(before_test), np.cumsum(before_test)[-1] // 2
-    )
-    first = learned(tmp_path / "first", np.ones(len(events), bool))
-    second = learned(tmp_path / "second", before_test)
-    third = learned(tmp_path / "third", before_validation)
+    everything, without_validation = np.ones((2, len(events)), bool)
+    without_validation[data.split.validation.ends] = False  # where its targets stand
+    first = learned(tmp_path / "first", everything)
+    second = learned(tmp_path / "second", data.split.before_test)
+    third = learned(tmp_path / "third", without_validation)
     assert set(first) == set(second)
     for name, value in first.items():
         np.testing.assert_array_equal(value, second[name], err_msg=name)
