@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +55,7 @@ PROTOCOLS: tuple[Protocol, ...] = ("strict", "refit")
 # (model, R@10, N@10, source) by data set and protocol; the source is the paper or program whose table it is.
 # "unstated": published without saying which of the two it is, so it stands in both tables.
 Rows = list[tuple[str, float, float, str]]
-PUBLISHED: dict[str, dict[Literal["strict", "refit", "unstated"], Rows]] = {
+PUBLISHED: dict[str, dict[str, Rows]] = {
     "beauty": {
         "strict": [
             ("SASRec", 0.0605, 0.0318, "S3-Rec"),
@@ -253,7 +253,9 @@ def compare(
                 console.print(f"{name}: {reason}", markup=False)
                 row = {"error": str(reason)}
             tables[protocol].append({"model": name, "source": "this run", **row})
-        published = PUBLISHED.get(data.info.name.lower(), {}) if data.split.name == "leave-one-out" else {}
+        published = PUBLISHED.get(data.info.name.lower(), {})
+        if data.split.name != "leave-one-out":
+            published = {}
         for said in (protocol, "unstated"):
             note = ", protocol unstated" if said == "unstated" else ""
             tables[protocol] += [

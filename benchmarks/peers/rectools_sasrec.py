@@ -133,7 +133,7 @@ def main(folder: Path, settings: Settings, k: int) -> None:
         columns = {Columns.User: users, Columns.Item: items, Columns.Weight: 1.0, Columns.Datetime: place}
         return Dataset.construct(pd.DataFrame(columns))
 
-    class Clock(pl.Callback):
+    class Clock(pl.Callback):  # type: ignore[misc]
         def __init__(self) -> None:
             self.epoch_s: list[float] = []
             self.begin = 0.0

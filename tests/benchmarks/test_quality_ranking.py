@@ -201,7 +201,6 @@ def test_rectools_is_asked_our_questions(directory, tmp_path, monkeypatch):
             folder, settings, k = Path(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
             given = np.load(folder / "in.npz")
             assert len(given["train_items"]) == 60 * 7 and settings["epochs"] == 4
-            after = dict(zip(given["train_items"][:-1].tolist(), given["train_items"][1:].tolist()))
             order = {{}}
             for u in np.unique(given["train_users"]):
                 line = given["train_items"][given["train_users"] == u].tolist()
