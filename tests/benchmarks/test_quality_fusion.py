@@ -29,7 +29,7 @@ TINY = [
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     out = tmp_path_factory.mktemp("shop") / "data"
-    size = ["--num_users", "60", "--num_items", "50", "--num_events", "1200"]
+    size = ["--num_users", "60", "--num_items", "50", "--num_events", "700"]
     assert trirank(["simulate", "--out", str(out), *size]) == 0
     return out
 

@@ -15,12 +15,12 @@ from benchmarks import sources
 from engine.bundle import Bundle, resolve_bundle
 from engine.cli import main
 from engine.history import EMPTY_HISTORY
-from engine.pipeline import RecommendationPipeline, Visitor
+from engine.pipeline import RecommendationPipeline, Visitor, query_vector
 from retrieval.neighbours import item_neighbours
 from training import train
 from training.data.splits import SplitOptions, final_split, load_split
 from training.evaluate import evaluate, load_questions
-from training.export import recent_popularity
+from training.export import folded_in, recent_popularity
 from training.ranking_module import RankingModule
 from training.retrieval_module import RetrievalModule
 
@@ -85,7 +85,7 @@ def test_the_manifest_says_the_protocol_and_what_validation_chose(shop: Path, st
         assert set(manifest["training"]["epochs"]) == {"retrieval", "ranking"}
         assert all(epochs in (1, 2) for epochs in manifest["training"]["epochs"].values())
         assert 0 < manifest["metrics"]["validation"]["ranking"]["val_ndcg@10"] < 1
-        assert 0 < manifest["metrics"]["validation"]["retrieval"]["val_recall@20"] < 1
+        assert 0 < manifest["metrics"]["validation"]["retrieval"]["val_ndcg@20"] < 1
 
 
 def test_a_refitted_bundle_knows_train_and_validation_and_no_more(shop: Path, strict: Path) -> None:
@@ -136,6 +136,40 @@ def test_no_fit_learns_from_what_the_test_asks_for(shop: Path, tmp_path: Path) -
     for name, value in first.items():
         np.testing.assert_array_equal(value, second[name], err_msg=name)
     assert any((value != third[name]).any() for name, value in first.items())
+
+
+def test_an_index_of_another_kind(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ["--pipeline.num_candidates=15", "--pipeline.index.kind=hnsw", "--out", str(tmp_path)]
+    assert _train(shop, *wanted, "--retrieval.trainer.max_epochs=1", "--ranking.trainer.max_epochs=1") == 0
+    bundle = Bundle.load(resolve_bundle(tmp_path), num_threads=2)
+    assert bundle.ranker_index is not None
+    for name, index in (("item_index.faiss", bundle.index), ("ranker_index.faiss", bundle.ranker_index)):
+        told = bundle.manifest["indexes"][name]
+        assert (told["kind"], told["setting"]) == (index.kind, index.setting)
+        assert index.kind == "hnsw"
+        assert index.num_threads == 2
+        assert told["k"] == 15
+        assert told["recall"] >= 0.99
+    answer = RecommendationPipeline(bundle).recommend(Visitor(bundle.users.get("17")), 5)
+    assert len(answer.items) == 5
+    assert not answer.trace.degraded_stages
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "indexes.item_index.faiss.kind" in (shown := capsys.readouterr().out)
+    assert "efSearch" in shown
+    with pytest.raises(SystemExit):
+        _train(shop, "--pipeline.index.kind=annoy")
+    assert _train(shop, "--pipeline.index.recall_target=2") == 2
+    assert "recall_target is 2.0; expected more than 0, up to 1" in capsys.readouterr().err
+
+
+def test_the_indexes_are_tuned_on_what_the_pipeline_asks(shop: Path) -> None:
+    bundle = Bundle.load(resolve_bundle(shop / "bundles"))
+    histories = [bundle.users.get(str(user)) for user in range(1, 9)]
+    vectors = {"item_vectors": bundle.item_vectors, "item_degrees": bundle.item_degrees}
+    asked = folded_in(vectors, [EMPTY_HISTORY, *histories], bundle.manifest["pipeline"], "unix")
+    expected = [query_vector(bundle, Visitor(history)) for history in histories]
+    np.testing.assert_array_equal(asked, [vector for vector in expected if vector is not None])
 
 
 def test_evaluate_writes_every_metric_of_every_stage(shop: Path, tmp_path: Path) -> None:
@@ -311,7 +345,7 @@ def test_resume_goes_on_in_each_of_the_four_fits(
     # What was found before the cuts is on record.
     manifest = Bundle.load(resolve_bundle(tmp_path / "bundles")).manifest
     assert manifest["training"] == {"protocol": "refit", "epochs": {"retrieval": 2, "ranking": 2}}
-    assert manifest["metrics"]["validation"]["retrieval"]["val_recall@20"] > 0
+    assert manifest["metrics"]["validation"]["retrieval"]["val_ndcg@20"] > 0
     assert manifest["metrics"]["validation"]["ranking"]["val_ndcg@10"] > 0
     assert len(list((tmp_path / "runs").iterdir())) == 1
 
