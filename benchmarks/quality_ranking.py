@@ -157,10 +157,7 @@ def baseline_row(name: str, split: Split, peers: PeerOptions) -> dict[str, Any]:
     if name == "rectools-sasrec":
         figures, versions = _rectools(split, peers)
         return {**figures, "seconds": time.perf_counter() - begin, "versions": versions}
-    if name == "implicit-als":
-        scores = _of_matrix(ImplicitALS, None, split)
-    else:
-        scores = BASELINES[name](split)
+    scores = _of_matrix(ImplicitALS, None, split) if name == "implicit-als" else BASELINES[name](split)
     found = question_metrics(scores, split.test, FIGURES, repeats=split.repeats)
     means = {figure: float(values.mean()) for figure, values in found.items()}
     return {**means, "seconds": time.perf_counter() - begin}

@@ -140,7 +140,8 @@ class StopAfter(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Train no further where a resumed fit had reached its end."""
-        trainer.should_stop |= trainer.fit_loop.epoch_progress.current.processed >= self.epochs
+        done = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+        trainer.should_stop |= done >= self.epochs
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop at the end of the last epoch."""

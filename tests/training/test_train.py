@@ -332,9 +332,10 @@ def test_resume_goes_on_in_each_of_the_four_fits(
     for number, fit in enumerate([*fits, None]):
 
         def cut_short(module: L.LightningModule, fit: str | None = fit) -> None:
-            if module.current_epoch == 1 and fit and module.trainer.checkpoint_callback.dirpath.endswith(fit):
-                if fit.startswith("refit") == ("/refit/" in module.trainer.checkpoint_callback.dirpath):
-                    raise KeyboardInterrupt
+            folder = module.trainer.checkpoint_callback.dirpath
+            here = fit and folder.endswith(fit) and fit.startswith("refit") == ("/refit/" in folder)
+            if here and module.current_epoch == 1:
+                raise KeyboardInterrupt
 
         for module in (RetrievalModule, RankingModule):
             monkeypatch.setattr(module, "on_train_epoch_start", cut_short)
