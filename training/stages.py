@@ -78,15 +78,15 @@ class StageCLI(LightningCLI):
     ) -> None:
         quiet_lightning()
         keep_freed_memory()
+        callbacks = default_callbacks(stage, MONITOR[stage], patience=trainer_defaults["max_epochs"])
         super().__init__(
             module,
             data,
             args=argv,
             trainer_defaults={
-                "max_epochs": 60,
                 "enable_model_summary": False,
                 "enable_progress_bar": sys.stderr.isatty(),
-                "callbacks": default_callbacks(stage, MONITOR[stage], patience=4),
+                "callbacks": callbacks,
                 **trainer_defaults,
             },
             seed_everything_default=0,

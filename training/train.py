@@ -24,7 +24,7 @@ from training.data.dataset import Dataset
 from training.data.modules import RankingData, RetrievalData
 from training.data.splits import Split, SplitOptions, final_split, load_split
 from training.export import DEFAULT_POLICY, DEFAULT_SOURCES, export_bundle
-from training.ranking_module import RankingModule
+from training.ranking_module import RANKING_EPOCHS, RankingModule
 from training.retrieval_module import RETRIEVAL_EPOCHS, RetrievalModule
 from training.stages import (
     MONITOR,
@@ -116,15 +116,14 @@ def build_parser() -> LightningArgumentParser:
         "--no-refit: the strict protocol, where the model never learns from what validation asks for.",
     )
     parser.add_class_arguments(SplitOptions, "split")
-    for stage, module, data, patience in (
-        # What a falling learning rate settles in the last epochs is worth having, and stage one's are short.
+    for stage, module, data, epochs in (
         ("retrieval", RetrievalModule, RetrievalData, RETRIEVAL_EPOCHS),
-        ("ranking", RankingModule, RankingData, 4),
+        ("ranking", RankingModule, RankingData, RANKING_EPOCHS),
     ):
         parser.add_argument(
             f"--{stage}.patience",
             type=int,
-            default=patience,
+            default=epochs,  # what a falling rate settles in the last epochs is worth having
             help="Validations, 50 steps apart at least, without a better one until the end.",
         )
         parser.add_class_arguments(module, f"{stage}.model", skip={"embeddings"})
@@ -132,7 +131,7 @@ def build_parser() -> LightningArgumentParser:
         parser.add_lightning_class_args(L.Trainer, f"{stage}.trainer")
         parser.set_defaults(
             {
-                f"{stage}.trainer.max_epochs": 60,
+                f"{stage}.trainer.max_epochs": epochs,
                 f"{stage}.trainer.enable_model_summary": False,
                 f"{stage}.trainer.num_sanity_val_steps": 0,
                 f"{stage}.trainer.log_every_n_steps": 1000,
@@ -140,7 +139,6 @@ def build_parser() -> LightningArgumentParser:
         )
     parser.set_defaults(
         {
-            "retrieval.trainer.max_epochs": RETRIEVAL_EPOCHS,
             "retrieval.trainer.precision": default_precision(),
             "ranking.trainer.precision": default_precision(),
         }
