@@ -124,7 +124,19 @@ MODELS = [*BASELINES, *ENCODERS]
 
 
 def fit_encoder(recipe: Recipe, directory: Path, split: Split, seed: int, precision: str) -> Scores:
-    """Train a graph encoder through the real modules, without validation; return its scores."""
+    """Train a graph encoder; return the scores of the trained user vectors."""
+    vectors = train_vectors(recipe, directory, split, seed, precision)
+    users, items = vectors["user_vectors"], vectors["item_vectors"]
+    return lambda questions: users[questions.users] @ items.T
+
+
+def train_vectors(
+    recipe: Recipe, directory: Path, split: Split, seed: int, precision: str
+) -> dict[str, NDArray[np.float32]]:
+    """Train a graph encoder through the real modules, without validation.
+
+    Returns item_vectors [I+1, D], user_vectors [U+1, D] and item_degrees [I+1].
+    """
     L.seed_everything(seed, verbose=False)
     data = RetrievalData(directory)
     data.split = split
@@ -139,9 +151,7 @@ def fit_encoder(recipe: Recipe, directory: Path, split: Split, seed: int, precis
         enable_model_summary=False,
     )
     trainer.fit(module, datamodule=data)
-    vectors = module.cpu().eval().vectors()
-    users, items = vectors["user_vectors"], vectors["item_vectors"]
-    return lambda questions: users[questions.users] @ items.T
+    return module.cpu().eval().vectors()
 
 
 def fit_baseline(make: Callable[[], Baseline], split: Split) -> Scores:
