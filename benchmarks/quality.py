@@ -23,6 +23,10 @@ TABLES = {
         "benchmarks.quality_fusion:main",
         "the ranker with, without and with shuffled graph vectors, over seeds",
     ),
+    "reranking": (
+        "benchmarks.quality_reranking:main",
+        "NDCG against variety and against margin, by rule: the curve, and a picture of it",
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import sys
@@ -17,13 +18,15 @@ from lightning.pytorch.cli import LightningArgumentParser
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from engine.catalog import Catalog
 from engine.pipeline import check_settings
+from engine.policies import check_policies
 from ranking.ranker import HybridRanker
 from retrieval.item_index import IndexOptions
 from training.data.dataset import Dataset
 from training.data.modules import RankingData, RetrievalData
 from training.data.splits import Split, SplitOptions, final_split, load_split
-from training.export import DEFAULT_POLICY, DEFAULT_SOURCES, export_bundle
+from training.export import DEFAULT_POLICIES, DEFAULT_SOURCES, export_bundle
 from training.ranking_module import RANKING_EPOCHS, RankingModule
 from training.retrieval_module import RETRIEVAL_EPOCHS, RetrievalModule
 from training.stages import (
@@ -74,7 +77,7 @@ class PipelineOptions:
         num_neighbours: how many neighbours the bundle holds of each item.
         popular_window_days: popular is what is popular in the last days of the training data; null, and data
             without times, count all of it.
-        policy: the rules, in order.
+        policies: what a file of policies holds (docs/policies.md): policies by name, and the default one.
     """
 
     num_candidates: int = 1000
@@ -87,7 +90,7 @@ class PipelineOptions:
     index: IndexOptions = field(default_factory=IndexOptions)
     num_neighbours: int = 200
     popular_window_days: float | None = 30.0
-    policy: list[dict[str, Any]] = field(default_factory=lambda: [dict(rule) for rule in DEFAULT_POLICY])
+    policies: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(DEFAULT_POLICIES))
 
 
 def build_parser() -> LightningArgumentParser:
@@ -196,7 +199,7 @@ def train(
         settings: makes the settings as objects, as build_parser's parser instantiates them.
     """
     # What can be wrong is found before the training, not after it.
-    check_settings(recipe["pipeline"], recipe["pipeline"]["policy"])
+    check_settings(recipe["pipeline"])
     refit: bool = recipe["refit"]
     for stage in ("retrieval", "ranking") if refit else ():
         max_steps = recipe[stage]["trainer"]["max_steps"]
@@ -206,6 +209,7 @@ def train(
                 f"{stage}.trainer.max_epochs in its place, or --no-refit"
             )
     dataset = Dataset.open(directory)
+    check_policies(recipe["pipeline"]["policies"], Catalog(dataset.items.collect()))
     data = load_split(directory, settings().split)
     run = _run_directory(runs, dataset, recipe, resume)
     split = data.split
@@ -258,8 +262,8 @@ def train(
     pipeline = recipe["pipeline"]
     bundle = export_bundle(
         out, dataset, data, load_file(vectors), ranker,
-        pipeline={key: value for key, value in pipeline.items() if key != "policy"},
-        policy=pipeline["policy"],
+        pipeline={key: value for key, value in pipeline.items() if key != "policies"},
+        policies=pipeline["policies"],
         training={
             "protocol": "refit" if refit else "strict",
             "epochs": {stage: fit.epochs for stage, fit in chosen.items()},

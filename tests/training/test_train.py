@@ -11,15 +11,17 @@ import numpy as np
 import polars as pl
 import pytest
 
-from benchmarks import sources
+from benchmarks import latency, quality, reranking_latency, reranking_soundness, sources
 from engine.bundle import Bundle, resolve_bundle
 from engine.cli import main
 from engine.history import EMPTY_HISTORY
 from engine.pipeline import RecommendationPipeline, Visitor, query_vector
+from engine.policy_files import PolicyFiles
+from reranking.rules import RULES
 from retrieval.neighbours import item_neighbours
 from training import train
 from training.data.splits import SplitOptions, final_split, load_split
-from training.evaluate import evaluate, load_questions
+from training.evaluate import evaluate, load_questions, served_with
 from training.export import folded_in, recent_popularity
 from training.ranking_module import RankingModule
 from training.retrieval_module import RetrievalModule
@@ -190,6 +192,22 @@ def test_evaluate_writes_every_metric_of_every_stage(shop: Path, tmp_path: Path)
     for stage in ("retrieval", "ranking", "slate", "popularity"):
         assert names | {"coverage@10", "diversity@10", "novelty@10"} <= set(results[stage])
         assert all(np.isfinite(value) and value >= 0 for value in results[stage].values())
+    lists = {
+        "gini",
+        "serendipity",
+        "margin",
+        "freshness",
+        "category_entropy",
+        "brand_coverage",
+        "seller_id_entropy",
+    }
+    for stage in ("retrieval", "ranking", "slate", "popularity"):
+        assert {f"{name}@10" for name in lists} <= set(results[stage])
+        assert 0 < results[stage]["margin@10"] < 1
+    assert results["slate"]["category_entropy@10"] <= np.log2(10)
+    # Everybody gets much the same from popularity: it shows the fewest items, and nothing unexpected.
+    assert results["popularity"]["gini@10"] > results["ranking"]["gini@10"]
+    assert results["popularity"]["serendipity@10"] < results["ranking"]["serendipity@10"]
     # One target a user: recall is hit, and every list of a catalog of 100 holds it by place 1000.
     assert results["ranking"]["recall@10"] == pytest.approx(results["ranking"]["hit@10"])
     assert results["ranking"]["recall@1000"] == pytest.approx(1.0)
@@ -205,7 +223,8 @@ def test_evaluate_without_rules_and_with_other_candidates(
         assert main([*ask, *options]) == 0
         results.append(json.loads(capsys.readouterr().out))
     with_rules, plain, narrow = results
-    assert with_rules["rules"] == ["mmr", "cap", "cap", "drop_seen"]
+    rules = ["in_stock", "available", "max_sum", "cap:seller_id@10", "cap:category@10", "drop_seen"]
+    assert (with_rules["policy"], with_rules["rules"]) == ("standard", rules)
     assert plain["rules"] == ["drop_seen"]
     # All 100 items are candidates and nothing moves them: the slate is the ranker's full ranking.
     assert plain["slate"]["ndcg@10"] == pytest.approx(plain["ranking"]["ndcg@10"])
@@ -214,6 +233,68 @@ def test_evaluate_without_rules_and_with_other_candidates(
     assert narrow["ranking"]["ndcg@10"] == plain["ranking"]["ndcg@10"]
     assert main([*ask, "--num_candidates", "0"]) == 2
     assert "num_candidates is 0; expected 1 to 10000" in capsys.readouterr().err
+
+
+def test_evaluate_with_other_policies(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "policies.yaml").write_text(
+        "default: plain\npolicies:\n  plain:\n    rules: [{rule: drop_seen}]\n"
+        "  rich:\n    rules: [{rule: margin, of: share, relevance_per_unit: 100}, {rule: drop_seen}]\n"
+    )
+    ask = ["evaluate", str(shop / "bundles"), "--data", str(shop / "data"), "--max_users", "50"]
+    margins = {}
+    for policy in ("", "rich"):
+        policies = ["--policies", str(tmp_path), "--policy", policy]
+        assert main([*ask, *policies, "--json", "-"]) == 0
+        results = json.loads(capsys.readouterr().out)
+        assert results["policy"] == (policy or "plain")
+        margins[policy] = results["slate"]["margin@10"]
+    assert margins["rich"] > margins[""] + 0.05
+    assert main([*ask, *policies]) == 0
+    assert "slates by policy rich" in capsys.readouterr().out
+    assert main([*ask, "--policy", "poor"]) == 2
+    assert "policy is 'poor'; expected standard" in capsys.readouterr().err
+    assert main([*ask, "--policy", "standard", "--rules", "off"]) == 2
+    assert "rules is off" in capsys.readouterr().err
+
+
+def test_the_example_of_all_rules_fits_the_simulated_shop(
+    shop: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = Path(__file__).parents[2] / "docs" / "policies.example.yaml"
+    assert main(["policy", "check", str(example), "--bundle", str(shop / "bundles")]) == 0
+    capsys.readouterr()
+    bundle = Bundle.load(resolve_bundle(shop / "bundles"))
+    pipeline = RecommendationPipeline(bundle, PolicyFiles(example).load())
+    policies = pipeline.reranker.policies.by_name
+    assert {rule.rule for policy in policies.values() for rule in policy.rules} == set(RULES)
+    history = bundle.users.get("17")
+    for name in policies:
+        items, trace = pipeline.recommend(Visitor(history), 20, policy=pipeline.policy(name), explain=True)
+        assert trace.degraded_stages == []
+        assert len(items) == 20
+
+
+def test_the_benchmarks_of_reranking(
+    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = tmp_path / "curve.png"
+    ask = ["--bundle", str(shop / "bundles"), "--data", str(shop / "data"), "--max_users", "20"]
+    assert quality.main(["reranking", *ask, "--json", "-", "--png", str(picture)]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert {"mmr", "dpp", "max_sum", "cap", "margin"} <= set(results["validation"])
+    assert "default policy" in results["test"]
+    assert results["margins_simulated"] is False
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+    for name in reranking_latency.ONE_THREAD:
+        monkeypatch.setenv(name, "1")
+    size = ["--requests", "3", "--rounds", "1", "--num_items", "1500"]
+    assert latency.main(["reranking", *size, "--json"]) == 0
+    timed = json.loads(capsys.readouterr().out)["latency"]
+    assert all(figures["p50_ms"] > 0 for figures in timed.values())
+
+    assert reranking_soundness.main(["--bundle", str(shop / "bundles"), "--requests", "20"]) == 0
+    assert json.loads(capsys.readouterr().out)["faults"] == []
 
 
 def test_a_refitted_bundle_is_not_asked_what_it_was_told(
@@ -298,8 +379,7 @@ def test_the_benchmark_of_the_sources(shop: Path, strict: Path, capsys: pytest.C
 
 def test_full_ranking_of_evaluation_agrees_with_the_pipeline_without_rules(shop: Path) -> None:
     bundle = Bundle.load(resolve_bundle(shop / "bundles"))
-    bundle.manifest["policy"][:] = [{"rule": "drop_seen"}]
-    pipeline = RecommendationPipeline(bundle)
+    pipeline = RecommendationPipeline(served_with(bundle, rules=False))
     history = bundle.users.get("17")
     slate = pipeline.recommend(Visitor(history), 10).items
     assert bundle.scorer is not None
@@ -456,10 +536,15 @@ def test_unknown_commands_name_the_nearest(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_wrong_policy_is_refused_before_training(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _train(shop, "--pipeline.policy", '[{"rule": "capp"}]') == 2
-    shown = capsys.readouterr().err
-    assert "cap" in shown
-    assert "epoch" not in shown
+    for rule, message in (
+        ('{"rule": "capp"}', "policy 'home': rules[0]: rule is 'capp'"),
+        ('{"rule": "deny", "brand": "No Such"}', "deny: brand is 'No Such'; expected one of the catalog's"),
+    ):
+        policies = f'{{"policies": {{"home": {{"rules": [{rule}]}}}}}}'
+        assert _train(shop, "--pipeline.policies", policies) == 2
+        shown = capsys.readouterr().err
+        assert message in shown
+        assert "epoch" not in shown
 
 
 def test_a_wrong_source_is_refused_before_training(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
