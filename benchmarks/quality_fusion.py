@@ -163,8 +163,7 @@ class Experiment:
         record |= {name: float(values.mean()) for name, values in found.items()}
         record |= {"num_users": len(self.data.split.test), "seconds": time.perf_counter() - begin}
         np.savez_compressed(file.with_suffix(".npz"), users=self.data.split.test.users, **found)  # type: ignore[arg-type]
-        for checkpoint in self._folder(variant, seed).rglob("*.ckpt"):
-            checkpoint.unlink()
+        _drop_checkpoints(self._folder(variant, seed))
         # Last, and by a rename: the row says that all of it is there.
         unfinished = file.with_suffix(".tmp")
         unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -191,13 +190,14 @@ class Experiment:
         if not (folder / EMBEDDINGS).is_file():
             _say(f"seed {seed}: retrieval on train; validation chooses the epochs")
         chosen = fit_retrieval(self.directory, self.data.split, folder, settings, seed, resume=True)
-        if protocol == "strict":
-            return folder / EMBEDDINGS
-        final = split_as_trained(self.data, "refit")
-        if not (folder / "refit" / EMBEDDINGS).is_file():
-            _say(f"seed {seed}: retrieval on train and validation, {chosen.epochs} epochs as chosen")
-        fit_retrieval(self.directory, final, folder / "refit", settings, seed, resume=True, chosen=chosen)
-        return folder / "refit" / EMBEDDINGS
+        if protocol == "refit":
+            final = split_as_trained(self.data, "refit")
+            folder = folder / "refit"
+            if not (folder / EMBEDDINGS).is_file():
+                _say(f"seed {seed}: retrieval on train and validation, {chosen.epochs} epochs as chosen")
+            fit_retrieval(self.directory, final, folder, settings, seed, resume=True, chosen=chosen)
+        _drop_checkpoints(folder / "retrieval")
+        return folder / EMBEDDINGS
 
     def _folder(self, variant: str, seed: int) -> Path:
         return self.out / "runs" / f"{variant}-seed{seed}"
@@ -243,6 +243,11 @@ class Experiment:
             for weight in LATE_WEIGHTS
         }
         return max(found, key=lambda weight: float(found[weight]))
+
+
+def _drop_checkpoints(folder: Path) -> None:
+    for checkpoint in folder.rglob("*.ckpt"):
+        checkpoint.unlink()
 
 
 def _save(file: Path, answers: Vectors) -> None:
