@@ -7,8 +7,8 @@ A key file is JSON and holds no key, only what a key hashes to:
 
 A key is "trk_", its id, "_" and 256 random bits. They are hashed with one SHA-256: a slow hash (scrypt)
 protects secrets that can be guessed, and nobody guesses 256 random bits, while each request would pay for it,
-refused ones too. NIST SP 800-63B (5.1.2.2) asks for no more for secrets of 112 bits or more. A salt would only
-keep equal keys apart, and there are none.
+refused ones too. NIST SP 800-63B (5.1.2.2) asks for no more where a secret has 112 bits or more. A salt would
+only keep equal keys apart, and there are none.
 """
 
 from __future__ import annotations
@@ -100,7 +100,10 @@ class ApiKeys:
 
 
 def presented_key(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
-    """Return the key in a call's metadata, None without one: "authorization: Bearer KEY" or "x-api-key: KEY"."""
+    """Return the key in a call's metadata, None without one.
+
+    It stands in "authorization: Bearer KEY" or "x-api-key: KEY".
+    """
     for name, value in metadata:
         if not isinstance(value, str):
             continue

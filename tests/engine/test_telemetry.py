@@ -50,11 +50,10 @@ def test_metrics_over_http() -> None:
     port, stop = metrics.serve(0)
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as response:
-            families = {
-                family.name: family for family in text_string_to_metric_families(response.read().decode())
-            }
+            text = response.read().decode()
     finally:
         stop()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
     assert families["trirank_in_flight"].samples[0].value == 3
     assert families["trirank_rejected"].samples[0].labels == {"reason": "limit"}
     assert "process_resident_memory_bytes" in families
