@@ -1,9 +1,9 @@
 """What a server does under load: `python -m benchmarks.load bundles/beauty --out load.json --plot load.png`.
 
-Starts `trirank serve` in a process of its own (or takes --address) and sends `Recommend` calls at rising rates
-until it saturates, then at a multiple of what it could do at most. The load is open-loop: calls arrive as a
-Poisson process whether or not earlier ones were answered, and a call's latency counts from the moment it was
-meant to be sent. A generator that waits for answers would send less just when the server is slow, and would
+Starts `trirank serve` in a process of its own (or takes --address) and sends `Recommend` calls at rising
+rates until it saturates, then at a multiple of what it could do at most. The load is open-loop: calls arrive
+as a Poisson process whether or not earlier ones were answered, and a call's latency counts from the moment it
+was meant to be sent. A generator that waits for answers would send less just when the server is slow, and would
 not see the wait ("coordinated omission"; Tene, "How NOT to Measure Latency", 2013).
 """
 
@@ -137,12 +137,8 @@ def measure(
     rng = np.random.default_rng(load.seed)
     num_calls = max(1, round(rate_per_s * load.seconds))
     arrivals = np.cumsum(rng.exponential(1 / rate_per_s, num_calls))
-    with _watched(server_pid) as usage:
-        # Epoll's timer counts whole milliseconds, select's microseconds.
-        with asyncio.Runner(
-            loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())
-        ) as runner:
-            outcomes = runner.run(_offer_to(address, requests, arrivals, load))
+    with _watched(server_pid) as usage, asyncio.Runner(loop_factory=_precise_loop) as runner:
+        outcomes = runner.run(_offer_to(address, requests, arrivals, load))
     return summarize(outcomes, rate_per_s, load, usage)
 
 
@@ -195,8 +191,8 @@ def sweep(
 ) -> list[Result]:
     """Measure at rates that rise by a factor until the server saturates or max_rate is passed.
 
-    Where `overload` is given, and the server saturates, a last measurement follows at that multiple of the best
-    goodput seen.
+    Where `overload` is given, and the server saturates, a last measurement follows at that multiple of the
+    best goodput seen.
     """
     if start_rate <= 0 or growth <= 1:
         raise ValueError(f"start_rate is {start_rate}, growth {growth}; expected above 0 and above 1")
@@ -349,6 +345,11 @@ def table(results: Sequence[Result], machine: str) -> Table:
 
 def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
+
+
+def _precise_loop() -> asyncio.AbstractEventLoop:
+    """Return a loop whose timers are exact to microseconds; epoll's count whole milliseconds."""
+    return asyncio.SelectorEventLoop(selectors.SelectSelector())
 
 
 @contextmanager
