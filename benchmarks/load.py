@@ -3,8 +3,8 @@
 Starts `trirank serve` in a process of its own (or takes --address) and sends `Recommend` calls at rising
 rates until it saturates, then at a multiple of what it could do at most. The load is open-loop: calls arrive
 as a Poisson process whether or not earlier ones were answered, and a call's latency counts from the moment it
-was meant to be sent. A generator that waits for answers would send less just when the server is slow, and would
-not see the wait ("coordinated omission"; Tene, "How NOT to Measure Latency", 2013).
+was meant to be sent. A generator that waits for answers would send less just when the server is slow, and
+would not see the wait ("coordinated omission"; Tene, "How NOT to Measure Latency", 2013).
 """
 
 from __future__ import annotations
