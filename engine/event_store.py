@@ -126,7 +126,7 @@ class LocalEventStore:
         self,
         directory: str | Path,
         *,
-        max_per_user: int = 500,
+        max_per_user: int = 200,
         max_events: int = 1_000_000,
         max_waiting: int = 10_000,
         compact_bytes: int = 64 << 20,

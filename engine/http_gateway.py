@@ -7,9 +7,9 @@ Every unary call of the service is a path, made from the descriptors as is the O
 change of the .proto needs no change here. Fields are spelled as in the .proto; 64-bit numbers are strings, as
 protobuf's JSON mapping has it. The gateway only translates: limits, keys and deadlines are the server's.
 
-Needs the extra `http`, aiohttp: HTTP/1.1 that may face a network, in one package, which PyTorch Geometric brings
-along anyway. Starlette would need uvicorn and h11; the standard library says of its own server that it is not
-for production.
+Needs the extra `http`, aiohttp: HTTP/1.1 that may face a network, in one package, which PyTorch Geometric
+brings along anyway. Starlette would need uvicorn and h11; the standard library says of its own server that it
+is not for production.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class RedisEventStore:
         url: str,
         buffer: str | Path,
         *,
-        max_per_user: int = 500,
+        max_per_user: int = 200,
         keep_days: float = 90.0,
         timeout_s: float = 0.05,
         retry_s: float = 1.0,
