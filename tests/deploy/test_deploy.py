@@ -211,8 +211,13 @@ def test_the_image_has_all_that_serving_imports_and_no_torch() -> None:
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     of_module = importlib.metadata.packages_distributions()
-    loaded = {normal(name) for module in done.stdout.split() for name in of_module.get(module, [])}
-    allowed = {"trirank"}
+    # A module may have several owners (namespaces), of which one will do.
+    loaded = {
+        module: {normal(name) for name in of_module[module]}
+        for module in done.stdout.split()
+        if module in of_module and module != "_distutils_hack"  # of setuptools, loaded by every start
+    }
+    allowed = {"trirank", "xxhash"}  # redis uses xxhash where it is there
     waiting = [normal(re.split(r"[\[<>=]", line)[0]) for line in requirements()]
     waiting += ["docstring-parser", "typeshed-client"]  # of jsonargparse[signatures]
     while waiting:
@@ -227,7 +232,7 @@ def test_the_image_has_all_that_serving_imports_and_no_torch() -> None:
         waiting += [normal(re.split(r"[\s\[<>=!~;(]", line)[0]) for line in needed if "extra ==" not in line]
     assert "torch" not in allowed
     assert loaded
-    assert loaded <= allowed
+    assert [module for module, owners in loaded.items() if not owners & allowed] == []
 
 
 def test_the_image_s_packages_are_pinned() -> None:
