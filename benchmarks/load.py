@@ -82,7 +82,8 @@ class Load:
 class Result:
     """One rate. Latencies in ms, of calls answered OK; None where a percentile has too few calls."""
 
-    offered_per_s: float
+    target_per_s: float
+    offered_per_s: float  # what chance made of it
     num_calls: int
     goodput_per_s: float  # answered OK within the objective
     answered_per_s: float  # answered OK
@@ -158,7 +159,8 @@ def summarize(
     ]
     late = [1000 * (outcome.sent_s - outcome.intended_s) for outcome in counted]
     return Result(
-        offered_per_s=rate_per_s,
+        target_per_s=rate_per_s,
+        offered_per_s=len(counted) / window_s,
         num_calls=len(counted),
         goodput_per_s=float(np.count_nonzero(latencies <= load.objective_ms)) / window_s,
         answered_per_s=len(answered) / window_s,
@@ -261,7 +263,7 @@ def plot(results: Sequence[Result], path: Path, objective_ms: float) -> None:
     right.plot(rates, [result.goodput_per_s for result in ordered], marker="o", label="within the objective")
     right.set(xlabel="offered calls/s", ylabel="calls/s", yscale="log", xscale="log")
     for axes in (left, right):
-        axes.legend()
+        axes.legend(loc="upper left")
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
@@ -373,7 +375,7 @@ async def _offer_to(
     channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(load.num_channels)]
 
     def caller(channel: grpc.aio.Channel) -> Call:
-        ask = channel.unary_unary(METHOD)  # bytes in, bytes out: parsing is left for after the load
+        ask = channel.unary_unary(METHOD, None, None)  # bytes: parsing is left for after the load
 
         async def call(request: bytes) -> tuple[str, bytes]:
             try:
@@ -387,7 +389,7 @@ async def _offer_to(
         await asyncio.gather(*(channel.channel_ready() for channel in channels))
         return await offer([caller(channel) for channel in channels], requests, arrivals)
     finally:
-        await asyncio.gather(*(channel.close() for channel in channels))
+        await asyncio.gather(*(channel.close(None) for channel in channels))
 
 
 @contextmanager

@@ -92,6 +92,7 @@ class ConcurrencyLimit:
         self._unqueued_s: float | None = None  # t0
         self._measured_at = clock()  # when t0 was
         self._is_probing = False
+        self._num_admitted = self._num_rejected = self._peak = 0  # of this window
         self._begin_window()
 
     @property

@@ -30,6 +30,7 @@ def test_figures_by_hand() -> None:
     ]
     result = summarize(outcomes, 2.0, load, USAGE)
     assert result.num_calls == 5
+    assert (result.target_per_s, result.offered_per_s) == (2.0, 2.5)
     assert (result.goodput_per_s, result.answered_per_s, result.num_degraded) == (1.0, 1.5, 1)
     assert result.codes == {"OK": 3, "RESOURCE_EXHAUSTED": 1, "DEADLINE_EXCEEDED": 1}
     assert result.latency_ms["p50"] == pytest.approx(30)
@@ -83,7 +84,7 @@ def result_at(rate: float, capacity: float) -> Result:
     none = dict.fromkeys(("p50", "p90", "p99", "p99.9"))
     latency: dict[str, float | None] = {**none, "p50": 5.0}
     codes = {"OK": round(goodput), "RESOURCE_EXHAUSTED": round(rate - goodput)}
-    return Result(rate, round(rate), goodput, goodput, 0, codes, latency, none, 0.1, 0.2, 1.0, 50.0)
+    return Result(rate, rate, round(rate), goodput, goodput, 0, codes, latency, none, 0.1, 0.2, 1.0, 50.0)
 
 
 def test_rates_rise_until_the_server_saturates() -> None:
