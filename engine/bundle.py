@@ -19,6 +19,7 @@ Writing is atomic: a bundle is a complete, verified directory or it is not there
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -40,16 +41,17 @@ from safetensors.numpy import load_file
 from engine.catalog import Catalog
 from engine.history import BundleHistoryStore, HistoryStore
 from ranking.onnx_scorer import OnnxScorer
-from retrieval.item_index import ItemIndex
+from retrieval.item_index import EXACT_KINDS, ItemIndex
 from retrieval.sparse import SparseRows
 
 BUNDLE_FORMAT = 2
 
 MANIFEST = "manifest.json"
+ITEM_INDEX = "item_index.faiss"
 FILES = (
     "catalog.parquet",
     "users.parquet",
-    "item_index.faiss",
+    ITEM_INDEX,
     "embeddings.safetensors",
     "sources.safetensors",
 )
@@ -94,7 +96,7 @@ class Bundle:
 
         Args:
             path: the bundle's own directory; see resolve_bundle for a directory of bundles.
-            num_threads: threads that the ranker uses for one call.
+            num_threads: threads that the ranker, and each index, uses for one call.
 
         Raises:
             BundleError: the directory is no bundle, is newer than this program, is damaged, holds files that
@@ -106,17 +108,22 @@ class Bundle:
         users = _open(
             path / "users.parquet", lambda file: BundleHistoryStore(pl.read_parquet(file), catalog.num_items)
         )
-        index = _open(path / "item_index.faiss", ItemIndex.load)
+        # A file of plain vectors serves two kinds; any other holds its own.
+        wanted = manifest["pipeline"].get("index", {}).get("kind")
+        open_index = functools.partial(
+            ItemIndex.load, num_threads=num_threads, kind=wanted if wanted in EXACT_KINDS else None
+        )
+        index = _open(path / ITEM_INDEX, open_index)
         has_ranker = manifest["ranker"]["kind"] != "none"
         scorer = ranker_index = None
         if has_ranker:
             scorer = _open(
                 path / RANKER_SCORES, lambda file: OnnxScorer(path / RANKER_STATE, file, num_threads)
             )
-            ranker_index = _open(path / RANKER_INDEX, ItemIndex.load)
+            ranker_index = _open(path / RANKER_INDEX, open_index)
 
         num_items, dim = catalog.num_items, index.dim
-        _expect(path / "item_index.faiss", "number of items", index.num_items, num_items)
+        _expect(path / ITEM_INDEX, "number of items", index.num_items, num_items)
         vectors = _arrays(
             path / "embeddings.safetensors",
             {
@@ -307,6 +314,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     for (section, key), kind_of in types.items():
         if not isinstance(manifest[section].get(key), kind_of):
             raise BundleError(f"{file}: {section}.{key} is missing or is no {kind_of.__name__}")
+    if not isinstance(manifest["pipeline"].get("index", {}), dict):
+        raise BundleError(f"{file}: pipeline.index is no dict")
     return manifest
 
 

@@ -49,7 +49,12 @@ def serve(argv: list[str]) -> int:
         default=os.cpu_count() or 1,
         help="requests that are worked on at once (default: the number of cores)",
     )
-    parser.add_argument("--num_threads", type=int, default=1, help="threads of the ranker for one request")
+    parser.add_argument(
+        "--num_threads",
+        type=int,
+        default=1,
+        help="threads of the ranker, and of an index, for one request",
+    )
     parser.add_argument(
         "--drain_s", type=float, default=10.0, help="seconds that requests under way get after SIGTERM"
     )

@@ -407,7 +407,11 @@ def history_weights(bundle: Bundle, history: History) -> NDArray[np.float32]:
     The age is counted in events behind it, and in days where the data has times; in neither where the data
     has no order at all.
     """
-    settings, time_kind = bundle.manifest["pipeline"], bundle.manifest["data"]["time"]
+    return weights_by_settings(bundle.manifest["pipeline"], bundle.manifest["data"]["time"], history)
+
+
+def weights_by_settings(settings: Mapping[str, Any], time_kind: str, history: History) -> NDArray[np.float32]:
+    """Return what history_weights does, from a manifest's pipeline settings and its data's kind of times."""
     wanted = history.event_types != NEGATIVE_EVENT
     num_wanted = int(np.count_nonzero(wanted))
     half_lives = np.zeros(num_wanted)  # how many have passed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from engine.bundle import RANKER_INDEX, RANKER_SCORES, RANKER_STATE, Bundle, write_bundle
-from engine.history import EMPTY_HISTORY, USERS_SCHEMA
-from engine.pipeline import DAY_MS, RecommendationPipeline, Visitor
+from engine.bundle import ITEM_INDEX, RANKER_INDEX, RANKER_SCORES, RANKER_STATE, Bundle, write_bundle
+from engine.history import EMPTY_HISTORY, USERS_SCHEMA, History, left_padded
+from engine.pipeline import DAY_MS, RecommendationPipeline, Visitor, weights_by_settings
 from ranking.ranker import HybridRanker
-from retrieval.item_index import ItemIndex
+from retrieval.fold_in import fold_in
+from retrieval.item_index import DEFAULT_K, EXACT_KINDS, TUNING_QUERIES, IndexOptions, ItemIndex
 from retrieval.neighbours import item_neighbours
 from retrieval.new_items import content_vectors, tfidf
 from retrieval.sparse import SparseRows
@@ -30,6 +32,8 @@ from training.data.interactions import Interactions
 from training.data.splits import SplitData
 
 OPSET = 20
+NUM_CHECKED = 64  # histories that the published index is checked with
+NUM_EXAMPLES = 3 * TUNING_QUERIES  # histories that an index is tuned on, and a third that tells its recall
 MAX_SCORE_DIFFERENCE = 1e-4  # torch against ONNX, float32, relative to the largest score where that is over 1
 
 # What a bundle serves with unless the recipe says otherwise. A later rule overrules an earlier one.
@@ -75,12 +79,32 @@ class _Scores(nn.Module):
         return scores
 
 
-def export_ranker(ranker: HybridRanker, directory: Path) -> None:
+def index_options(pipeline: dict[str, Any]) -> IndexOptions:
+    """Return the options of a bundle's indexes; without a k of their own they are tuned to num_candidates."""
+    settings = pipeline.get("index", {})
+    return IndexOptions(**settings | {"k": settings.get("k") or pipeline["num_candidates"]})
+
+
+def export_ranker(
+    ranker: HybridRanker,
+    directory: Path,
+    options: IndexOptions | None = None,
+    histories: Sequence[NDArray[np.int32]] = (),
+) -> dict[str, Any]:
     """Write a ranker into a directory: two ONNX graphs and an index over the vectors that it scores with.
 
     ranker_state.onnx takes history [B, T] to state [B, D]; ranker_scores.onnx takes state [B, D] and
     candidates [B or 1, C] to scores [B, C]. All axes but D are dynamic. A single row of candidates is scored
     for every state of the batch.
+
+    Args:
+        ranker: on any device; it is left on the CPU, in float32 and in evaluation mode.
+        directory: gets the three files.
+        options: of the index.
+        histories: examples, item rows oldest first, to tune the index on.
+
+    Returns:
+        What the index is (see write_index).
     """
     ranker = ranker.float().cpu().eval()
     batch = torch.export.Dim("batch")
@@ -103,7 +127,59 @@ def export_ranker(ranker: HybridRanker, directory: Path) -> None:
             directory / RANKER_SCORES,
             {"num_items": ranker.num_items},
         )
-    ItemIndex.build(vectors.numpy()).save(directory / RANKER_INDEX)
+        padded = torch.from_numpy(left_padded(histories, ranker.history_length))
+        states = ranker.states(padded)[:, -1].numpy()
+    return write_index(directory / RANKER_INDEX, vectors.numpy(), options or IndexOptions(), states)
+
+
+def write_index(
+    path: Path, vectors: NDArray[np.float32], options: IndexOptions, queries: NDArray[np.float32]
+) -> dict[str, Any]:
+    """Write an index over vectors [I+1, D] and return its kind, its setting and what it finds of the best k.
+
+    Of the queries [Q, D], the first ones tune it and those behind tell the recall. None of either, and the
+    item vectors stand in for them.
+    """
+    if not len(queries):
+        queries = np.random.default_rng(0).permutation(vectors[1:])[:NUM_EXAMPLES]
+    index = ItemIndex.build(
+        vectors, options, queries=queries[: 2 * TUNING_QUERIES] if len(queries) else None,
+        num_threads=torch.get_num_threads(),
+    )  # fmt: skip
+    index.save(path)
+    told: dict[str, Any] = {"kind": index.kind, "setting": index.setting}
+    if index.kind not in EXACT_KINDS:
+        held_out = queries[2 * TUNING_QUERIES :]
+        recall = index.recall(held_out if len(held_out) else queries, options.k or DEFAULT_K)
+        told |= {"k": options.k or DEFAULT_K, "recall": round(recall, 5)}
+    return told
+
+
+def example_histories(data: SplitData, num_histories: int, seed: int) -> list[History]:
+    """Return the training events of some users, drawn at random from those who have any."""
+    users = np.unique(data.split.train.users)
+    rng = np.random.default_rng(seed)
+    return [data.split.train.history(int(user)) for user in rng.permutation(users)[:num_histories]]
+
+
+def folded_in(
+    vectors: dict[str, NDArray[np.float32]],
+    histories: Sequence[History],
+    pipeline: dict[str, Any],
+    time_kind: str,
+) -> NDArray[np.float32]:
+    """Return what the pipeline searches the graph vectors with after these histories: [Q, D]."""
+    folded = [
+        fold_in(
+            vectors["item_vectors"],
+            vectors["item_degrees"],
+            history.wanted,
+            weights_by_settings(pipeline, time_kind, history),
+        )
+        for history in histories
+    ]
+    found = np.array(folded, np.float32).reshape(-1, vectors["item_vectors"].shape[1])
+    return found[found.any(axis=1)]  # the pipeline does not search with nothing
 
 
 def _export_onnx(
@@ -174,11 +250,15 @@ def export_bundle(
         "item_vectors": with_new_items(items, vectors["item_vectors"], vectors["item_degrees"], clock)
     }
 
+    options = index_options(pipeline)
+
     def fill(directory: Path) -> dict[str, Any]:
         popularity = pl.Series("popularity", vectors["item_degrees"][1:], pl.Int64)
+        histories = example_histories(data, NUM_EXAMPLES, seed=0)
         items.with_columns(popularity).write_parquet(directory / "catalog.parquet")
         _users_table(data).write_parquet(directory / "users.parquet")
-        ItemIndex.build(vectors["item_vectors"]).save(directory / "item_index.faiss")
+        queries = folded_in(vectors, histories, pipeline, data.info.time)
+        indexes = {ITEM_INDEX: write_index(directory / ITEM_INDEX, vectors["item_vectors"], options, queries)}
         save_file(vectors, directory / "embeddings.safetensors")
         edges = train.edges()
         neighbours = item_neighbours(
@@ -195,7 +275,8 @@ def export_bundle(
             directory / "sources.safetensors",
         )
         if ranker is not None:
-            export_ranker(ranker, directory)
+            items_of = [history.items for history in histories]
+            indexes[RANKER_INDEX] = export_ranker(ranker, directory, options, items_of)
         info = asdict(data.info)
         kept = ("name", "fingerprint", "simulated", "time", "repeats", "num_users", "num_items", "num_events")
         return {
@@ -206,6 +287,7 @@ def export_bundle(
                 "history_length": 0 if ranker is None else ranker.history_length,
             },
             "pipeline": pipeline,
+            "indexes": indexes,
             "policy": policy,
             "recipe": recipe,
             "metrics": metrics,
@@ -282,10 +364,14 @@ def recent_popularity(train: Interactions, window_days: float | None) -> NDArray
 def verify_bundle(bundle: Bundle, ranker: HybridRanker | None, data: SplitData) -> None:
     """Raise ValueError unless FAISS agrees with brute force, ONNX with torch, and the pipeline answers."""
     rng = np.random.default_rng(0)
-    items = bundle.item_vectors
+    items, settings = bundle.item_vectors, bundle.manifest["pipeline"]
+    options = index_options(settings)
+    histories = example_histories(data, NUM_CHECKED, seed=1)
+    vectors = {"item_vectors": items, "item_degrees": bundle.item_degrees}
+    queries = folded_in(vectors, histories, settings, data.info.time)
     noise = 0.01 * rng.standard_normal((32, items.shape[1]))
-    queries = (items[rng.integers(1, len(items), 32)] + noise).astype(np.float32)
-    _check_index("item_index.faiss", bundle.index, queries, items)
+    near_items = (items[rng.integers(1, len(items), 32)] + noise).astype(np.float32)
+    _check_index(ITEM_INDEX, bundle.index, queries if len(queries) else near_items, items, options)
 
     pipeline = RecommendationPipeline(bundle)
     for visitor in (
@@ -308,20 +394,43 @@ def verify_bundle(bundle: Bundle, ranker: HybridRanker | None, data: SplitData) 
     candidates = rng.integers(1, len(items), (len(lengths), min(200, len(items) - 1)))
     with torch.no_grad():
         scores, states = ranker(torch.from_numpy(history), torch.from_numpy(candidates))
-        vectors = ranker.item_vectors().detach().numpy()
+        fused = ranker.item_vectors().detach().numpy()
     _check_close("ONNX states differ from torch", bundle.scorer.user_states(history), states.numpy())
     _check_close("ONNX scores differ from torch", bundle.scorer.score(history, candidates), scores.numpy())
-    _check_index(RANKER_INDEX, bundle.ranker_index, states.numpy(), vectors)
+    asked = bundle.scorer.user_states(left_padded([history.items for history in histories], longest))
+    _check_index(RANKER_INDEX, bundle.ranker_index, asked, fused, options)
 
 
 def _check_index(
-    name: str, index: ItemIndex, queries: NDArray[np.float32], vectors: NDArray[np.float32]
+    name: str,
+    index: ItemIndex,
+    queries: NDArray[np.float32],
+    vectors: NDArray[np.float32],
+    options: IndexOptions,
 ) -> None:
-    k = min(100, index.num_items)
-    _, found = index.search(queries, k)
-    expected = -np.sort(-(queries @ vectors[1:].T), axis=1)[:, :k]
-    if not np.allclose(found, expected, rtol=1e-4, atol=1e-4):
-        raise ValueError(f"{name}: FAISS differs from brute force by {np.abs(found - expected).max():.2e}")
+    """Raise ValueError unless scores are the products, and what brute force finds best is found.
+
+    Of an approximate kind, recall_target of it. So few queries scatter: their mean recall may fall short by
+    two standard errors.
+    """
+    k = min(options.k or DEFAULT_K, index.num_items)
+    recalls = []
+    for query in queries:
+        products = vectors[1:] @ query
+        slack = MAX_SCORE_DIFFERENCE * max(1.0, float(np.abs(products).max()))
+        rows, scores = (found[0] for found in index.search(query[np.newaxis], k))
+        difference = np.abs(scores - products[rows - 1]).max()
+        if not difference <= slack:
+            raise ValueError(f"{name}: scores of {index.kind} differ from brute force by {difference:.2e}")
+        recalls.append(len(np.unique(rows[scores >= np.partition(products, -k)[-k] - slack])) / k)
+    exact = index.kind in EXACT_KINDS
+    target = 1.0 if exact else options.recall_target
+    recall, scatter = float(np.mean(recalls)), float(np.std(recalls) / len(recalls) ** 0.5)
+    if recall + (0 if exact else 2 * scatter) < target:
+        raise ValueError(
+            f"{name}: {index.kind} finds {recall:.4f} of the best {k}; expected {target:g}"
+            + ("" if exact else " (pipeline.index.recall_target); pipeline.index.kind exact finds all")
+        )
 
 
 def _check_close(what: str, found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:

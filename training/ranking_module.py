@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from engine.history import left_padded
 from ranking.encoders.sasrec import SASRec
@@ -35,6 +36,7 @@ class RankingModule(L.LightningModule):
             50,000 items.
         num_negatives: of the sampled loss.
         learning_rate: of Adam.
+        schedule: "linear" lets the learning rate fall to zero over the epochs; "constant" does not.
         dropout: on graph vectors and on the fusion's output.
     """
 
@@ -47,11 +49,13 @@ class RankingModule(L.LightningModule):
         loss: Literal["auto", "full", "sampled"] = "auto",
         num_negatives: int = 4096,
         learning_rate: float = 1e-3,
+        schedule: Literal["constant", "linear"] = "constant",
         dropout: float = 0.5,
     ) -> None:
         super().__init__()
         self.make_encoder, self.embeddings, self.dropout = encoder, embeddings, dropout
         self.loss, self.num_negatives, self.learning_rate = loss, num_negatives, learning_rate
+        self.schedule = schedule
 
     @property
     def data(self) -> RankingData:
@@ -77,9 +81,19 @@ class RankingModule(L.LightningModule):
             dropout=self.dropout,
         )
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return Adam over the ranker's parameters."""
-        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+    def configure_optimizers(self) -> Any:
+        """Return Adam over the ranker's parameters, and its schedule."""
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+        if self.schedule == "constant":
+            return optimizer
+        num_epochs = self.trainer.max_epochs or 0
+        if num_epochs < 1:
+            raise ValueError(
+                f"max_epochs is {self.trainer.max_epochs}; a schedule other than constant expects 1 or more"
+            )
+        # A step an epoch: how many batches there are is known when they have been made.
+        schedule = LambdaLR(optimizer, lambda epoch: max(0.0, 1.0 - epoch / num_epochs))
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def training_step(self, batch: SequenceBatch, batch_index: int) -> Tensor:
         """Return the loss over all places of a batch that have something to predict."""

@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from engine.arguments import SuggestKeys
 
-MONITOR = {"retrieval": "val_recall@20", "ranking": "val_ndcg@10"}  # what each stage keeps the best of
+MONITOR = {"retrieval": "val_ndcg@20", "ranking": "val_ndcg@10"}  # what each stage keeps the best of
 
 
 class EpochReport(Callback):

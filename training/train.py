@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from engine.pipeline import check_settings
 from ranking.ranker import HybridRanker
+from retrieval.item_index import IndexOptions
 from training.data.dataset import Dataset
 from training.data.modules import RankingData, RetrievalData
 from training.data.splits import SplitData, SplitOptions, load_split
@@ -59,6 +60,8 @@ class PipelineOptions:
             where a type is missing.
         half_life_events: after how many further events one counts half; null lets the order play no part.
         half_life_days: the same in days, where the data has times.
+        index: the kind of index to search with, and how much of the best it must find; there is one over the
+            graph vectors and one over the ranker's. A k of null is num_candidates.
         num_neighbours: how many neighbours the bundle holds of each item.
         popular_window_days: popular is what is popular in the last days of the training data; null, and data
             without times, count all of it.
@@ -72,6 +75,7 @@ class PipelineOptions:
     event_weights: dict[str, float] = field(default_factory=dict)
     half_life_events: float | None = 3.0
     half_life_days: float | None = None
+    index: IndexOptions = field(default_factory=IndexOptions)
     num_neighbours: int = 200
     popular_window_days: float | None = 30.0
     policy: list[dict[str, Any]] = field(default_factory=lambda: [dict(rule) for rule in DEFAULT_POLICY])
@@ -96,14 +100,15 @@ def build_parser() -> LightningArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="Of everything random.")
     parser.add_class_arguments(SplitOptions, "split")
-    for stage, module, data in (
-        ("retrieval", RetrievalModule, RetrievalData),
-        ("ranking", RankingModule, RankingData),
+    for stage, module, data, patience in (
+        # What a falling learning rate settles in the last epochs is worth having, and stage one's are short.
+        ("retrieval", RetrievalModule, RetrievalData, RETRIEVAL_EPOCHS),
+        ("ranking", RankingModule, RankingData, 4),
     ):
         parser.add_argument(
             f"--{stage}.patience",
             type=int,
-            default=4,
+            default=patience,
             help="Validations, 50 steps apart at least, without a better one until the end.",
         )
         parser.add_class_arguments(module, f"{stage}.model", skip={"embeddings"})

@@ -105,6 +105,7 @@ def test_damage_is_refused_by_name(copy: Path, name: str) -> None:
         (lambda manifest: manifest["ranker"].update(history_length=7), "history_length is 6; expected 7"),
         (lambda manifest: manifest["pipeline"].update(num_ranked=0), "pipeline.num_ranked is 0"),
         (lambda manifest: manifest["pipeline"].pop("sources"), "pipeline.sources is missing"),
+        (lambda manifest: manifest["pipeline"].update(index=[]), "pipeline.index is no dict"),
         (lambda manifest: manifest["data"].pop("clock"), "data.clock is missing"),
     ],
 )
@@ -128,6 +129,16 @@ def test_a_file_that_nobody_named(copy: Path) -> None:
     (copy / "weights.bin").write_bytes(b"external data")
     with pytest.raises(BundleError, match=r"weights\.bin does not belong to the bundle"):
         Bundle.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("index", "kind"), [({}, "flat"), ({"kind": "auto"}, "flat"), ({"kind": "exact"}, "exact")]
+)
+def test_plain_vectors_are_searched_as_the_recipe_says(make_bundle, index: dict, kind: str) -> None:
+    bundle = Bundle.load(make_bundle(index=index), num_threads=2)
+    assert bundle.ranker_index is not None
+    for found in (bundle.index, bundle.ranker_index):
+        assert (found.kind, found.num_threads) == (kind, 2)
 
 
 def test_parts_that_contradict_each_other(tmp_path: Path, fill: Fill) -> None:

@@ -10,10 +10,18 @@ from engine.bundle import RANKER_FILES, RANKER_INDEX, RANKER_SCORES, RANKER_STAT
 from ranking.encoders.sasrec import SASRec
 from ranking.onnx_scorer import OnnxScorer
 from ranking.ranker import HybridRanker
-from retrieval.item_index import ItemIndex
+from retrieval.item_index import EXACT_KINDS, KINDS, IndexOptions, ItemIndex
 from training.data.dataset import ITEM_SCHEMA
 from training.data.interactions import Interactions
-from training.export import content_features, export_ranker, recent_popularity, with_new_items
+from training.export import (
+    _check_index,
+    content_features,
+    export_ranker,
+    index_options,
+    recent_popularity,
+    with_new_items,
+    write_index,
+)
 
 NUM_ITEMS, LENGTH, DIM = 60, 6, 16
 
@@ -134,6 +142,61 @@ def test_the_index_holds_what_the_ranker_scores_with(exported):
     history = histories(3, 4)
     scores = scorer.score(history, np.arange(1, NUM_ITEMS + 1)[None])
     np.testing.assert_allclose(index.scores(scorer.user_states(history))[:, 1:], scores, atol=1e-4)
+
+
+def clustered(num_items=3000, num_queries=384):
+    rng = np.random.default_rng(0)
+    means = rng.standard_normal((30, 16))
+    vectors = means[rng.integers(0, 30, num_items + 1)] + 0.5 * rng.standard_normal((num_items + 1, 16))
+    queries = means[rng.integers(0, 30, num_queries)] + 0.5 * rng.standard_normal((num_queries, 16))
+    return vectors.astype(np.float32), queries.astype(np.float32)
+
+
+def test_options_of_a_recipe():
+    assert index_options({"num_candidates": 7}) == IndexOptions(k=7)
+    settings = {"kind": "ivf", "k": None, "recall_target": 0.9}
+    assert index_options({"num_candidates": 7, "index": settings}).k == 7
+    assert index_options({"num_candidates": 7, "index": settings | {"k": 3}}).k == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_index_is_written_and_checked_whatever_its_kind(kind, tmp_path):
+    vectors, queries = clustered()
+    options = IndexOptions(kind=kind, k=50, recall_target=0.95)
+    told = write_index(tmp_path / "index.faiss", vectors, options, queries)
+    index = ItemIndex.load(tmp_path / "index.faiss", kind=kind)
+    _check_index("index", index, queries[:40], vectors, options)
+    assert (told["kind"], told["setting"]) == (index.kind, index.setting) == (kind, told["setting"])
+    if kind in EXACT_KINDS:
+        assert "recall" not in told
+    else:
+        assert told["k"] == 50
+        assert told["recall"] == round(index.recall(queries[256:], 50), 5) >= 0.95
+    with pytest.raises(ValueError, match=f"index: scores of {kind} differ from brute force by "):
+        _check_index("index", index, queries[:40], vectors[::-1].copy(), options)
+
+
+def test_an_index_that_misses_too_much_is_refused(tmp_path):
+    vectors, queries = clustered()
+    options = IndexOptions(kind="ivf", k=50, num_probes=1)
+    told = write_index(tmp_path / "index.faiss", vectors, options, queries)
+    assert told["recall"] < 0.96
+    index = ItemIndex.load(tmp_path / "index.faiss")
+    with pytest.raises(ValueError, match=r"ivf finds 0\.\d+ of the best 50; expected 0\.99 \(pipeline"):
+        _check_index("index", index, queries, vectors, options)
+    exact = ItemIndex.build(vectors)
+    exact.remove([int(exact.search(queries[:1], 1)[0][0, 0])])
+    with pytest.raises(ValueError, match=r"flat finds 0\.\d+ of the best 50; expected 1$"):
+        _check_index("index", exact, queries[:1], vectors, options)
+
+
+def test_without_examples_items_stand_in(tmp_path):
+    vectors, _ = clustered(500)
+    options = IndexOptions(kind="sq8", k=20)
+    told = write_index(tmp_path / "index.faiss", vectors, options, np.zeros((0, 16), np.float32))
+    assert told["recall"] >= 0.99
+    nothing = write_index(tmp_path / "none.faiss", vectors[:1], options, np.zeros((0, 16), np.float32))
+    assert nothing["kind"] == "flat"
 
 
 @pytest.mark.parametrize(("length", "with_graph"), [(1, True), (2, False)])

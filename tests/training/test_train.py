@@ -13,8 +13,9 @@ from benchmarks import sources
 from engine.bundle import Bundle, resolve_bundle
 from engine.cli import main
 from engine.history import EMPTY_HISTORY
-from engine.pipeline import RecommendationPipeline, Visitor
+from engine.pipeline import RecommendationPipeline, Visitor, query_vector
 from training import train
+from training.export import folded_in
 from training.ranking_module import RankingModule
 
 FAST = [
@@ -57,6 +58,40 @@ def test_train_publishes_one_verified_bundle_and_leaves_logs(shop: Path) -> None
     (run,) = (shop / "runs").iterdir()
     assert list(run.glob("ranking/csv/*/metrics.csv"))
     assert list(run.glob("ranking/tensorboard/*/events.out.*"))
+
+
+def test_an_index_of_another_kind(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ["--pipeline.num_candidates=15", "--pipeline.index.kind=hnsw", "--out", str(tmp_path)]
+    assert _train(shop, *wanted, "--retrieval.trainer.max_epochs=1", "--ranking.trainer.max_epochs=1") == 0
+    bundle = Bundle.load(resolve_bundle(tmp_path), num_threads=2)
+    assert bundle.ranker_index is not None
+    for name, index in (("item_index.faiss", bundle.index), ("ranker_index.faiss", bundle.ranker_index)):
+        told = bundle.manifest["indexes"][name]
+        assert (told["kind"], told["setting"]) == (index.kind, index.setting)
+        assert index.kind == "hnsw"
+        assert index.num_threads == 2
+        assert told["k"] == 15
+        assert told["recall"] >= 0.99
+    answer = RecommendationPipeline(bundle).recommend(Visitor(bundle.users.get("17")), 5)
+    assert len(answer.items) == 5
+    assert not answer.trace.degraded_stages
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "indexes.item_index.faiss.kind" in (shown := capsys.readouterr().out)
+    assert "efSearch" in shown
+    with pytest.raises(SystemExit):
+        _train(shop, "--pipeline.index.kind=annoy")
+    assert _train(shop, "--pipeline.index.recall_target=2") == 2
+    assert "recall_target is 2.0; expected more than 0, up to 1" in capsys.readouterr().err
+
+
+def test_the_indexes_are_tuned_on_what_the_pipeline_asks(shop: Path) -> None:
+    bundle = Bundle.load(resolve_bundle(shop / "bundles"))
+    histories = [bundle.users.get(str(user)) for user in range(1, 9)]
+    vectors = {"item_vectors": bundle.item_vectors, "item_degrees": bundle.item_degrees}
+    asked = folded_in(vectors, [EMPTY_HISTORY, *histories], bundle.manifest["pipeline"], "unix")
+    expected = [query_vector(bundle, Visitor(history)) for history in histories]
+    np.testing.assert_array_equal(asked, [vector for vector in expected if vector is not None])
 
 
 def test_evaluate_writes_every_metric_of_every_stage(shop: Path, tmp_path: Path) -> None:
