@@ -93,6 +93,10 @@ class RecentEvents:
         """Return the user's events by time; those of one time as they were added."""
         return self._of_user.get(user_id, ())
 
+    def knows(self, event: UserEvent) -> bool:
+        """Return whether the user has an event of this id."""
+        return event.event_id in [other.event_id for other in self.get(event.user_id)]
+
     def timed(self, event: UserEvent, now_ms: int) -> UserEvent:
         """Return the event with a time: where it has none, now, yet not before the user's newest event."""
         if event.timestamp:
@@ -103,7 +107,7 @@ class RecentEvents:
     def add(self, event: UserEvent) -> bool:
         """Add an event that has a time; return False where its id is known."""
         events = self.get(event.user_id)
-        if any(other.event_id == event.event_id for other in events):
+        if self.knows(event):
             return False
         place = bisect_right(events, event.timestamp, key=lambda other: other.timestamp)
         kept = (*events[:place], event, *events[place:])[-self._max_per_user :]
@@ -235,8 +239,7 @@ class LocalEventStore:
             fresh: list[UserEvent] = []
             for event in events:
                 key = (event.user_id, event.event_id)
-                of_user = self._recent.get(event.user_id)
-                if key in known or any(other.event_id == event.event_id for other in of_user):
+                if key in known or self._recent.knows(event):
                     continue
                 known.add(key)
                 timed = self._recent.timed(event, max(now_ms, latest.get(event.user_id, 0)))

@@ -159,7 +159,7 @@ def _handler(channel: grpc.aio.Channel, method: MethodDescriptor) -> Handler:
                 HTTP_STATUS.get(error.code(), 500),
                 error.code().name,
                 error.details() or "",
-                error.trailing_metadata() or (),
+                error.trailing_metadata() or (),  # type: ignore[arg-type]  # pairs, unlike the stubs say
             )
         text = json_format.MessageToJson(response, preserving_proto_field_name=True, indent=None)
         return web.Response(text=text, content_type="application/json")
@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
         made = gateway(channel)
 
         async def close(_: web.Application) -> None:
-            await channel.close()
+            await channel.close(None)
 
         made.on_cleanup.append(close)
         return made
