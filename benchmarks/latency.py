@@ -1,4 +1,5 @@
-"""How long a request takes: `python -m benchmarks.latency bundles/beauty`.
+"""How long a request takes: `python -m benchmarks.latency bundles/beauty`; re-ranking alone, on a simulated
+shop: `python -m benchmarks.latency reranking` (benchmarks/reranking_latency.py).
 
 Starts `trirank serve` in a process of its own and sends `Recommend` calls one after the other, for users of
 the bundle in a fixed random order. Prints what the client saw and what the server says of its stages.
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks import reranking_latency
 from engine.arguments import ArgumentParser
 from engine.bundle import resolve_bundle
 from engine.client import RecommenderClient, visitor
@@ -73,6 +75,9 @@ def measure(bundle: Path, num_requests: int, limit: int) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark: a table on stdout, or JSON with --json."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["reranking"]:
+        return reranking_latency.main(argv[1:])
     parser = ArgumentParser(prog="python -m benchmarks.latency", description=__doc__)
     parser.add_argument("bundle", type=Path, help="A bundle, or a directory of bundles: the newest one.")
     parser.add_argument("--requests", type=int, default=1000, help="Calls to measure, after a warm-up.")

@@ -5,7 +5,8 @@
       catalog.parquet           the items, by row (engine/catalog.py)
       users.parquet             the users and what they did, by row (engine/history.py)
       item_index.faiss          nearest items to a query vector (retrieval/item_index.py)
-      embeddings.safetensors    item_vectors [I+1,D], user_vectors [U+1,D], item_degrees [I+1]; float32
+      embeddings.safetensors    item_vectors [I+1,D], user_vectors [U+1,D], item_degrees [I+1],
+                                content_vectors [I+1,C] of texts and attributes; float32
       sources.safetensors       what other candidate sources know: neighbours of each item as a sparse matrix
                                 (neighbour_offsets [I+2] int64, neighbour_rows [N] int32, neighbour_weights
                                 [N] float32), recent_popularity [I+1] int64
@@ -44,7 +45,7 @@ from ranking.onnx_scorer import OnnxScorer
 from retrieval.item_index import EXACT_KINDS, ItemIndex
 from retrieval.sparse import SparseRows
 
-BUNDLE_FORMAT = 2
+BUNDLE_FORMAT = 3
 
 MANIFEST = "manifest.json"
 ITEM_INDEX = "item_index.faiss"
@@ -79,6 +80,7 @@ class Bundle:
     item_vectors: NDArray[np.float32]  # [I+1, D], row 0 zeros
     user_vectors: NDArray[np.float32]  # [U+1, D], row 0 zeros
     item_degrees: NDArray[np.float32]  # [I+1] training users of each item
+    content_vectors: NDArray[np.float32]  # [I+1, C] of texts and attributes; row 0 and what has none zeros
     neighbours: SparseRows  # [I+1, I+1]
     recent_popularity: NDArray[np.int64]  # [I+1] training users of each item in the recent window
     users: HistoryStore
@@ -130,6 +132,7 @@ class Bundle:
                 "item_vectors": ((num_items + 1, dim), "float32"),
                 "user_vectors": ((len(users) + 1, dim), "float32"),
                 "item_degrees": ((num_items + 1,), "float32"),
+                "content_vectors": ((num_items + 1, None), "float32"),
             },
         )
         sources = _arrays(
@@ -165,6 +168,7 @@ class Bundle:
             vectors["item_vectors"],
             vectors["user_vectors"],
             vectors["item_degrees"],
+            vectors["content_vectors"],
             neighbours,
             sources["recent_popularity"],
             users,
@@ -208,7 +212,7 @@ def write_bundle(
     Args:
         root: where the bundles stand; made where it is missing.
         fill: writes the files of FILES (and RANKER_FILES) into the directory it is given, and returns the
-            manifest's fields: data, ranker, pipeline, policy, and whatever else should be recorded.
+            manifest's fields: data, ranker, pipeline, policies, and whatever else should be recorded.
         verify: raises where the opened bundle is not fit to be published.
     """
     root = Path(root)
@@ -279,14 +283,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if found != BUNDLE_FORMAT:
         raise BundleError(
             f"{file}: the bundle has format {found}; this trirank reads format {BUNDLE_FORMAT}, which holds "
-            "more (item neighbours, the ranker's item vectors): train it again with `trirank train`"
+            "more (named policies, content vectors): train it again with `trirank train`"
         )
     for key, kind in {
         "version": str,
         "data": dict,
         "ranker": dict,
         "pipeline": dict,
-        "policy": list,
+        "policies": dict,
         "files": dict,
     }.items():
         if not isinstance(manifest.get(key), kind):

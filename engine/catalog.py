@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ CATALOG_SCHEMA: dict[str, pl.DataType] = {
     "price": pl.Float64(),
     "margin": pl.Float64(),
     "available_from": pl.Int64(),
+    "available_until": pl.Int64(),
+    "stock": pl.Int64(),
     "attributes": pl.List(pl.String()),
     "popularity": pl.Int64(),
 }
@@ -36,8 +39,14 @@ class Catalog:
         ids: item id of each row; "" at row 0.
         titles: title of each row; "" where there is none.
         prices: [I+1] float64; NaN where there is none.
+        margins: [I+1] float64, share of the price; NaN where there is none.
         available_from: [I+1] int64, the data set's clock; 0 where unknown.
+        available_until: [I+1] int64, the same clock: from then on not on sale any more; 0 where unknown.
+        stock: [I+1] int64, pieces; -1 where unknown.
         popularity: [I+1] int64, training events of each item.
+        having: "category" (any level of the path), "brand", "seller_id" or "attribute" -> value -> the rows
+            that have it, int32.
+        names: "brand" or "seller_id" -> what each number of `codes` stands for; "" at 0.
     """
 
     def __init__(self, items: pl.DataFrame) -> None:
@@ -54,11 +63,20 @@ class Catalog:
         self.ids: list[str] = ["", *items["item_id"].fill_null("").to_list()]
         self.titles: list[str] = ["", *items["title"].fill_null("").to_list()]
         self.prices = _column(items["price"], np.nan, np.float64)
+        self.margins = _column(items["margin"], np.nan, np.float64)
         self.available_from = _column(items["available_from"], 0, np.int64)
+        self.available_until = _column(items["available_until"], 0, np.int64)
+        self.stock = _column(items["stock"], -1, np.int64)
         self.popularity = _column(items["popularity"], 0, np.int64)
         self._groups = items.select(GROUP_FIELDS)
-        self._rows_having = {field: _rows_by_value(items[field]) for field in GROUP_FIELDS}
+        # What items have -> value -> the rows that have it; a category is any level of the path.
+        self.having = {field: _rows_by_value(items[field]) for field in GROUP_FIELDS}
+        self.having["attribute"] = _rows_by_value(items["attributes"])
 
+        self.names = {
+            field: ["", *self._groups[field].replace("", None).drop_nulls().unique().sort()]
+            for field in ("brand", "seller_id")
+        }
         self._row_of = {item_id: row for row, item_id in enumerate(self.ids) if row}
         if "" in self._row_of:
             raise ValueError("the catalog has an item without an item_id; every item needs one")
@@ -74,6 +92,17 @@ class Catalog:
     def rows(self, ids: Iterable[str]) -> NDArray[np.int32]:
         """Return the row of each id, [N] int32; 0 for an id that is not in the catalog."""
         return np.fromiter((self._row_of.get(item_id, 0) for item_id in ids), np.int32)
+
+    @property
+    def category_depth(self) -> int:
+        """The number of levels of the longest category path; 0 where no item has a category."""
+        depths = self._groups["category"].list.len().fill_null(0).to_numpy()
+        return int(depths.max(initial=0))
+
+    @property
+    def row_of(self) -> Mapping[str, int]:
+        """The row of every item id."""
+        return MappingProxyType(self._row_of)
 
     def codes(self, field: str, level: int | None = None) -> NDArray[np.int32]:
         """Return a number for each item's category, brand or seller: [I+1] int32, 0 where it has none.
@@ -117,7 +146,7 @@ class Catalog:
             if wanted:
                 having = np.zeros_like(mask)
                 for value in wanted:
-                    having[self._rows_having[field].get(value, [])] = True
+                    having[self.having[field].get(value, [])] = True
                 mask &= having
         if min_price is not None:
             mask &= self.prices >= min_price

@@ -22,6 +22,8 @@ COMMANDS = {
     "recommend": ("engine.commands:recommend", "ask a server for recommendations"),
     "similar": ("engine.commands:similar", "ask a server for items like an item"),
     "rank": ("engine.commands:rank", "ask a server to rank your own candidates"),
+    "explain": ("engine.explain:main", "show why a slate is what it is: the funnel of one request"),
+    "policy": ("engine.commands:policy", "check a file of re-ranking policies"),
 }
 
 

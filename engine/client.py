@@ -37,10 +37,23 @@ class RecommenderClient:
         limit: int | None = None,
         exclude_item_ids: Sequence[str] = (),
         filters: pb.Filters | None = None,
+        policy: str = "",
+        overrides: Mapping[str, float] | None = None,
+        seed: int | None = None,
+        now_ms: int | None = None,
+        explain: bool = False,
     ) -> pb.RecommendResponse:
         """Return the best items for a visitor."""
         request = pb.RecommendRequest(
-            visitor=visitor, limit=limit, exclude_item_ids=exclude_item_ids, filters=filters
+            visitor=visitor,
+            limit=limit,
+            exclude_item_ids=exclude_item_ids,
+            filters=filters,
+            policy=policy,
+            overrides=overrides,
+            seed=seed,
+            now_ms=now_ms,
+            explain=explain,
         )
         return self._stub.Recommend(request, timeout=self._timeout_s)
 
@@ -51,10 +64,19 @@ class RecommenderClient:
         limit: int | None = None,
         exclude_item_ids: Sequence[str] = (),
         filters: pb.Filters | None = None,
+        policy: str = "",
+        now_ms: int | None = None,
+        context: Mapping[str, str] | None = None,
     ) -> pb.SimilarItemsResponse:
         """Return the items nearest to an item."""
         request = pb.SimilarItemsRequest(
-            item_id=item_id, limit=limit, exclude_item_ids=exclude_item_ids, filters=filters
+            item_id=item_id,
+            limit=limit,
+            exclude_item_ids=exclude_item_ids,
+            filters=filters,
+            policy=policy,
+            now_ms=now_ms,
+            context=context,
         )
         return self._stub.SimilarItems(request, timeout=self._timeout_s)
 

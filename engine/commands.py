@@ -1,4 +1,4 @@
-"""The commands around a bundle and a running server: serve, inspect, recommend, similar, rank.
+"""The commands around a bundle and a running server: serve, inspect, policy, recommend, similar, rank.
 
 Each takes its arguments and returns an exit code: 0 done, 1 the server failed, 2 what was asked for is wrong,
 3 the server does not answer. Results go to stdout, all else to stderr.
@@ -11,9 +11,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 from google.protobuf.json_format import MessageToDict
@@ -25,8 +25,11 @@ from engine.arguments import ArgumentParser
 from engine.bundle import Bundle, BundleError, resolve_bundle, verify_files
 from engine.client import RecommenderClient, visitor
 from engine.pipeline import RecommendationPipeline
+from engine.policy_files import PolicyFiles
+from engine.server import log_policies
 from engine.server import serve as run_server
 from protos.trirank.v1 import recommender_pb2 as pb
+from reranking.families import settings_of
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
@@ -56,6 +59,13 @@ def serve(argv: list[str]) -> int:
         help="threads of the ranker, and of an index, for one request",
     )
     parser.add_argument(
+        "--policies",
+        type=Path | None,
+        default=None,
+        help="policies instead of the bundle's own: a YAML file, or a directory of such files; "
+        "what changes is loaded again, at once on SIGHUP",
+    )
+    parser.add_argument(
         "--drain_s", type=float, default=10.0, help="seconds that requests under way get after SIGTERM"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON line to stdout when ready")
@@ -66,7 +76,9 @@ def serve(argv: list[str]) -> int:
             if args[name] < 1:
                 raise ValueError(f"{name} is {args[name]}; expected at least 1")
         bundle = Bundle.load(resolve_bundle(args.bundle), num_threads=args.num_threads)
-        pipeline = RecommendationPipeline(bundle)
+        policies = PolicyFiles(args.policies) if args.policies else None
+        pipeline = RecommendationPipeline(bundle, policies.load() if policies else None)
+        log_policies(pipeline, str(args.policies or bundle.path))
 
         def on_ready(address: str) -> None:
             stderr.print(f"listening on {address}, bundle {bundle.version}", markup=False)
@@ -75,12 +87,65 @@ def serve(argv: list[str]) -> int:
 
         asyncio.run(
             run_server(
-                pipeline, args.address, num_workers=args.num_workers, drain_s=args.drain_s, on_ready=on_ready
+                pipeline,
+                args.address,
+                num_workers=args.num_workers,
+                drain_s=args.drain_s,
+                on_ready=on_ready,
+                policies=policies,
             )
         )
-    except ValueError as error:  # a BundleError, an AddressError, or a wrong argument
+    except (ValueError, OSError) as error:  # such as a BundleError, a PolicyError, an AddressError
         return _fail(str(error), 2)
     return 0
+
+
+def policy(argv: list[str]) -> int:
+    """Check policies as `trirank serve --policies` would, and print what each of them does."""
+    parser = ArgumentParser(prog="trirank policy", description=policy.__doc__)
+    parser.add_argument("action", type=Literal["check"], help="check")
+    parser.add_argument("policies", type=Path, help="a YAML file of policies, or a directory of such files")
+    parser.add_argument(
+        "--bundle",
+        type=Path | None,
+        default=None,
+        help="check what they name against the catalog of this bundle, or of the newest in this directory",
+    )
+    args = parser.parse_args(argv)
+    try:
+        policies = PolicyFiles(args.policies).load()
+        warnings = []
+        if args.bundle:
+            bundle = Bundle.load(resolve_bundle(args.bundle))
+            warnings = RecommendationPipeline(bundle, policies).reranker.warnings
+    except (ValueError, OSError) as error:
+        return _fail(str(error), 2)
+    table = Table("policy", "rule", "settings", "overrides")
+    for name, one in policies.by_name.items():
+        for number, rule in enumerate(one.rules):
+            title = "" if number else name + (" (default)" if name == policies.default else "")
+            bounds = {
+                key.removeprefix(f"{rule.name}."): f"{bound.min:g} to {bound.max:g}"
+                for key, bound in one.overrides.items()
+                if key.startswith(f"{rule.name}.")
+            }
+            settings = {s.name: getattr(rule, s.name) for s in settings_of(type(rule))}
+            given = {key: value for key, value in settings.items() if value not in (None, ())}
+            table.add_row(_plain(title), _plain(rule.name), *(_plain(_pairs(d)) for d in (given, bounds)))
+        table.add_section()
+    stdout.print(table)
+    for warning in warnings:
+        stderr.print(f"note: {warning}", markup=False)
+    checked = f"against {bundle.version}" if args.bundle else "without a catalog (--bundle)"
+    stderr.print(f"{len(policies.by_name)} policies are right, checked {checked}", markup=False)
+    return 0
+
+
+def _pairs(values: Mapping[str, object]) -> str:
+    def shown(value: object) -> str:
+        return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    return "; ".join(f"{key} {shown(value)}" for key, value in values.items())
 
 
 def inspect(argv: list[str]) -> int:
@@ -110,19 +175,13 @@ def inspect(argv: list[str]) -> int:
 def recommend(argv: list[str]) -> int:
     """Ask a running server for the best items for a visitor."""
     parser = ArgumentParser(prog="trirank recommend", description=recommend.__doc__)
-    _add_visitor_arguments(parser)
-    _add_slate_arguments(parser)
-    _add_client_arguments(parser)
-    args = parser.parse_args(argv)
-    return _ask(
-        args,
-        lambda client: client.recommend(
-            visitor(args.user, args.history, _context(args.context)),
-            limit=args.limit,
-            exclude_item_ids=args.exclude,
-            filters=_filters(args),
-        ),
+    add_recommend_arguments(parser)
+    parser.add_argument(
+        "--explain", action="store_true", help="say of every item which rules moved it (see trirank explain)"
     )
+    add_client_arguments(parser)
+    args = parser.parse_args(argv)
+    return ask(args, lambda client: client.recommend(**recommend_arguments(args), explain=args.explain))
 
 
 def similar(argv: list[str]) -> int:
@@ -130,12 +189,19 @@ def similar(argv: list[str]) -> int:
     parser = ArgumentParser(prog="trirank similar", description=similar.__doc__)
     parser.add_argument("item", type=str, help="id of the item")
     _add_slate_arguments(parser)
-    _add_client_arguments(parser)
+    _add_context_argument(parser)
+    add_client_arguments(parser)
     args = parser.parse_args(argv)
-    return _ask(
+    return ask(
         args,
         lambda client: client.similar_items(
-            args.item, limit=args.limit, exclude_item_ids=args.exclude, filters=_filters(args)
+            args.item,
+            limit=args.limit,
+            exclude_item_ids=args.exclude,
+            filters=_filters(args),
+            policy=args.policy,
+            now_ms=args.now_ms,
+            context=_context(args.context),
         ),
     )
 
@@ -145,9 +211,9 @@ def rank(argv: list[str]) -> int:
     parser = ArgumentParser(prog="trirank rank", description=rank.__doc__)
     parser.add_argument("candidates", type=str, nargs="+", help="ids of the items to put in order")
     _add_visitor_arguments(parser)
-    _add_client_arguments(parser)
+    add_client_arguments(parser)
     args = parser.parse_args(argv)
-    return _ask(
+    return ask(
         args,
         lambda client: client.rank(visitor(args.user, args.history, _context(args.context)), args.candidates),
     )
@@ -162,9 +228,43 @@ def _add_visitor_arguments(parser: ArgumentParser) -> None:
         default=[],
         help="ids of items that the visitor just touched, oldest first: --history B01 B02",
     )
+    _add_context_argument(parser)
+
+
+def _add_context_argument(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--context", type=str, nargs="+", default=[], help="what else is known: --context hour=9 device=phone"
+        "--context", type=str, nargs="+", default=[], help="what else is known: --context region=DE age=30"
     )
+
+
+def add_recommend_arguments(parser: ArgumentParser) -> None:
+    """Add what `recommend_arguments` reads: the question of Recommend."""
+    _add_visitor_arguments(parser)
+    _add_slate_arguments(parser)
+    parser.add_argument(
+        "--override",
+        type=str,
+        nargs="+",
+        default=[],
+        help="numbers of the policy to change, within its bounds: --override mmr.relevance_weight=0.7",
+    )
+    parser.add_argument(
+        "--seed", type=int | None, default=None, help="of all that is random (default: the visitor)"
+    )
+
+
+def recommend_arguments(args: Any) -> dict[str, Any]:
+    """Return the question as keywords of RecommenderClient.recommend; ValueError where it cannot be read."""
+    return {
+        "visitor": visitor(args.user, args.history, _context(args.context)),
+        "limit": args.limit,
+        "exclude_item_ids": args.exclude,
+        "filters": _filters(args),
+        "policy": args.policy,
+        "overrides": _overrides(args.override),
+        "seed": args.seed,
+        "now_ms": args.now_ms,
+    }
 
 
 def _add_slate_arguments(parser: ArgumentParser) -> None:
@@ -179,9 +279,19 @@ def _add_slate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seller", type=str, nargs="+", default=[], help="only these sellers")
     parser.add_argument("--min_price", type=float | None, default=None, help="lowest price, inclusive")
     parser.add_argument("--max_price", type=float | None, default=None, help="highest price, inclusive")
+    parser.add_argument(
+        "--policy", type=str, default="", help="name of the policy (default: the default one)"
+    )
+    parser.add_argument(
+        "--now_ms",
+        type=int | None,
+        default=None,
+        help="time of the request, milliseconds since 1970 (default: now)",
+    )
 
 
-def _add_client_arguments(parser: ArgumentParser) -> None:
+def add_client_arguments(parser: ArgumentParser) -> None:
+    """Add what `ask` reads: where the server is, and how to print its answer."""
     parser.add_argument("--address", type=str, default=DEFAULT_ADDRESS, help="host:port of the server")
     parser.add_argument("--timeout_s", type=float, default=5.0, help="how long to wait for the answer")
     parser.add_argument("--json", action="store_true", help="print the whole answer as JSON")
@@ -207,8 +317,31 @@ def _context(pairs: list[str]) -> dict[str, str]:
     return context
 
 
-def _ask(args: Any, call: Callable[[RecommenderClient], Response]) -> int:
-    """Make one call and print its answer, or one line about what went wrong."""
+def _overrides(pairs: list[str]) -> dict[str, float]:
+    overrides = {}
+    for pair in pairs:
+        key, equals, value = pair.rpartition("=")
+        try:
+            overrides[key] = float(value)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise ValueError(f"override is {pair!r}; expected rule.setting=number")
+    return overrides
+
+
+def ask(
+    args: Any,
+    call: Callable[[RecommenderClient], Response],
+    show: Callable[[Any], None] | None = None,
+) -> int:
+    """Make one call and print its answer, or one line about what went wrong.
+
+    Args:
+        args: what `add_client_arguments` added.
+        call: makes the call.
+        show: prints the answer where JSON is not asked for; as a table of items where None.
+    """
     try:
         with RecommenderClient(args.address, timeout_s=args.timeout_s) as client:
             response = call(client)
@@ -226,25 +359,24 @@ def _ask(args: Any, call: Callable[[RecommenderClient], Response]) -> int:
     if args.json:
         stdout.print_json(data=MessageToDict(response, preserving_proto_field_name=True))
     else:
-        _print_answer(response)
+        (show or _print_answer)(response)
     return 0
 
 
 def _print_answer(response: Response) -> None:
-    items = Table("", "item", "title", "source", "score")
+    has_reasons = any(item.HasField("reasons") for item in response.items)
+    items = Table("", "item", "title", "source", "score", *(["moved by"] if has_reasons else []))
     for place, item in enumerate(response.items, start=1):
-        items.add_row(str(place), _plain(item.item_id), _plain(item.title), item.source, f"{item.score:.4g}")
+        moves = [_plain(moves_of(item))] if has_reasons else []
+        score = f"{item.score:.4g}"
+        items.add_row(str(place), _plain(item.item_id), _plain(item.title), item.source, score, *moves)
     stdout.print(items)
     trace = response.trace
-    timings = Table("stage", "ms", "items in", "items out")
-    for timing in trace.timings:
-        duration = f"{timing.duration_us / 1000:.2f}"
-        timings.add_row(timing.stage, duration, f"{timing.num_in:,}", f"{timing.num_out:,}")
-    timings.add_row("total", f"{trace.total_us / 1000:.2f}", "", "")
-    stdout.print(timings)
+    stdout.print(timings_table(trace))
     kind = pb.VisitorKind.Name(trace.visitor_kind).removeprefix("VISITOR_KIND_").lower().replace("_", " ")
     notes = {
         "bundle": trace.bundle_version,
+        "policy": response.arrangement.policy if isinstance(response, pb.RecommendResponse) else "",
         "visitor": ("" if kind == "unspecified" else kind)
         + (" (the user id is unknown: treated as new)" if trace.unknown_user else ""),
         "degraded stages": ", ".join(trace.degraded_stages),
@@ -256,6 +388,27 @@ def _print_answer(response: Response) -> None:
     for name, text in notes.items():
         if text:
             stdout.print(f"{name}: {text}", markup=False)
+
+
+def timings_table(trace: pb.Trace) -> Table:
+    """Return the stages of a request with their times and counts."""
+    timings = Table("stage", "ms", "items in", "items out")
+    for timing in trace.timings:
+        duration = f"{timing.duration_us / 1000:.2f}"
+        timings.add_row(timing.stage, duration, f"{timing.num_in:,}", f"{timing.num_out:,}")
+    timings.add_row("total", f"{trace.total_us / 1000:.2f}", "", "")
+    return timings
+
+
+def moves_of(item: pb.ScoredItem) -> str:
+    """Return how rules moved an item, such as "max_sum 14 > 3, pin@1 3 > 4"."""
+
+    def place(move: pb.Move, field: Literal["from_place", "to_place"]) -> str:
+        return str(getattr(move, field)) if move.HasField(field) else "-"
+
+    return ", ".join(
+        f"{move.rule} {place(move, 'from_place')} > {place(move, 'to_place')}" for move in item.reasons.moves
+    )
 
 
 def _flattened(prefix: str, content: object) -> list[tuple[str, str]]:

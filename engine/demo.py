@@ -63,6 +63,8 @@ def _serve_and_ask(bundles: str, data: str) -> None:
         _heading("A known user")
         known, clicked = _known_user_and_clicks(data)
         _run([*ask, "--user", known])
+        _heading("Why these, and why in this order")
+        _run(["explain", *ask[1:], "--user", known])
         _heading("A brand-new visitor with three clicks")
         _run([*ask, "--history", *clicked])
         _heading("A visitor with nothing")

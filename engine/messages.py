@@ -6,11 +6,14 @@ Nothing behind this file sees a request that breaks the contract of protos/trira
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 
 from engine.catalog import Catalog
 from engine.history import EVENT_CODE, EVENT_TYPES
-from engine.pipeline import MAX_LIMIT, Event, Filters, ItemList
+from engine.item_list import ItemList
+from engine.pipeline import MAX_LIMIT, Event, Filters
+from engine.policies import Arrangement, Explanation, ItemReasons
 from engine.trace import Trace
 from protos.trirank.v1 import recommender_pb2 as pb
 
@@ -18,6 +21,7 @@ MAX_CANDIDATES = 10_000
 MAX_EXCLUDED = 10_000
 MAX_FILTER_VALUES = 1_000
 MAX_CONTEXT_KEYS = 64
+MAX_OVERRIDES = 64
 MAX_CHARACTERS = 256  # of an id, a filter value, a context key or value
 MAX_MESSAGE_BYTES = 16 << 20  # a history of 100,000 events takes 3 to 5 MB
 
@@ -56,13 +60,6 @@ def read_visitor(visitor: pb.Visitor) -> tuple[str, list[Event]]:
         if event.timestamp_ms < 0:
             raise InvalidRequestError(f"{field}.timestamp_ms", event.timestamp_ms, "0 or more")
         events.append(Event(event.item_id, event_type, event.timestamp_ms))
-    if len(visitor.context) > MAX_CONTEXT_KEYS:
-        raise InvalidRequestError(
-            "number of keys in visitor.context", len(visitor.context), f"at most {MAX_CONTEXT_KEYS}"
-        )
-    for key, value in visitor.context.items():
-        _check_id("key of visitor.context", key)
-        _check_length(f"visitor.context[{key!r}]", value)
     return user_id, events
 
 
@@ -88,6 +85,47 @@ def read_filters(filters: pb.Filters) -> Filters:
         min_price=min_price,
         max_price=max_price,
     )
+
+
+def read_policy(request: pb.RecommendRequest | pb.SimilarItemsRequest) -> str:
+    """Return the policy that is asked for; "" for the default one."""
+    _check_length("policy", request.policy)
+    return request.policy
+
+
+def read_overrides(request: pb.RecommendRequest) -> dict[str, float]:
+    """Return the numbers of the policy that are to be others; whether they may be, the policy says."""
+    if len(request.overrides) > MAX_OVERRIDES:
+        raise InvalidRequestError("number of overrides", len(request.overrides), f"at most {MAX_OVERRIDES}")
+    for key in request.overrides:
+        _check_id("key of overrides", key)
+    return dict(request.overrides)
+
+
+def read_seed(request: pb.RecommendRequest) -> int:
+    """Return the seed of what is random; the visitor is one, so that a retry shows the same page."""
+    if request.HasField("seed"):
+        return request.seed
+    return zlib.crc32(request.visitor.SerializeToString(deterministic=True))
+
+
+def read_now(request: pb.RecommendRequest | pb.SimilarItemsRequest) -> int | None:
+    """Return the time of the request in ms; None where it does not say."""
+    if not request.HasField("now_ms"):
+        return None
+    if request.now_ms <= 0:
+        raise InvalidRequestError("now_ms", request.now_ms, "milliseconds since 1970, more than 0")
+    return request.now_ms
+
+
+def read_context(context: Mapping[str, str], field: str = "visitor.context") -> dict[str, str]:
+    """Return what else is known of the request."""
+    if len(context) > MAX_CONTEXT_KEYS:
+        raise InvalidRequestError(f"number of keys in {field}", len(context), f"at most {MAX_CONTEXT_KEYS}")
+    for key, value in context.items():
+        _check_id(f"key of {field}", key)
+        _check_length(f"{field}[{key!r}]", value)
+    return dict(context)
 
 
 def read_excluded(request: pb.RecommendRequest | pb.SimilarItemsRequest) -> Sequence[str]:
@@ -117,12 +155,75 @@ def read_candidates(request: pb.RankRequest) -> Sequence[str]:
     return ids
 
 
-def write_items(items: ItemList, catalog: Catalog) -> Iterable[pb.ScoredItem]:
-    """Yield the items of an answer, best first."""
+def write_items(
+    items: ItemList, catalog: Catalog, explanation: Explanation | None = None
+) -> Iterable[pb.ScoredItem]:
+    """Yield the items of an answer, best first; each with its reasons where there is an explanation."""
     for row, score, source in zip(
         items.rows.tolist(), items.scores.tolist(), items.sources.tolist(), strict=True
     ):
-        yield pb.ScoredItem(item_id=catalog.ids[row], score=score, source=source, title=catalog.titles[row])
+        yield pb.ScoredItem(
+            item_id=catalog.ids[row],
+            score=score,
+            source=source,
+            title=catalog.titles[row],
+            reasons=_reasons(explanation.items[row]) if explanation else None,
+        )
+
+
+def write_arrangement(arrangement: Arrangement, catalog: Catalog) -> pb.Arrangement:
+    """Return how a slate was arranged."""
+    written = pb.Arrangement(
+        policy=arrangement.policy,
+        seed=arrangement.seed,
+        now_ms=arrangement.now_ms,
+        yielded=arrangement.yields,
+        exposure=[
+            pb.Exposure(rule=one.rule, group=one.group, due=one.due, given=one.given)
+            for one in arrangement.exposure
+        ],
+    )
+    explanation = arrangement.explanation
+    if explanation:
+        written.filters.extend(
+            pb.FilterEffect(rule=one.rule, num_in=one.num_in, num_out=one.num_out)
+            for one in explanation.filters
+        )
+        written.rules.extend(
+            pb.RuleEffect(
+                rule=one.rule,
+                num_entered=one.num_entered,
+                num_left=one.num_left,
+                num_moved=one.num_moved,
+                num_yielded=one.num_yielded,
+            )
+            for one in explanation.effects
+        )
+        for row in explanation.displaced:
+            reasons = explanation.items[row]
+            written.displaced.add(
+                item_id=catalog.ids[row],
+                score=reasons.ranking_score or 0.0,
+                source=reasons.source,
+                title=catalog.titles[row],
+                reasons=_reasons(reasons),
+            )
+    return written
+
+
+def _reasons(reasons: ItemReasons) -> pb.Reasons:
+    return pb.Reasons(
+        retrieval_place=reasons.retrieval_place,
+        retrieval_score=reasons.retrieval_score,
+        ranking_place=reasons.ranking_place,
+        ranking_score=reasons.ranking_score,
+        relevance=reasons.relevance,
+        adjusted_relevance=reasons.adjusted_relevance,
+        moves=[
+            pb.Move(rule=move.rule, from_place=move.from_place, to_place=move.to_place)
+            for move in reasons.moves
+        ],
+    )
 
 
 def write_trace(trace: Trace, context: Iterable[str] = ()) -> pb.Trace:
@@ -130,7 +231,7 @@ def write_trace(trace: Trace, context: Iterable[str] = ()) -> pb.Trace:
 
     Args:
         trace: what the pipeline recorded.
-        context: the context keys of the request; no ranker of bundle format 2 uses any.
+        context: the context keys of the request that nobody read.
     """
     return pb.Trace(
         bundle_version=trace.bundle_version,

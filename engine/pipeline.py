@@ -9,10 +9,12 @@ Shape legend: I items, H events of a history, N items of a list, D dimension.
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,10 +29,14 @@ from engine.history import (
     History,
     left_padded,
 )
+from engine.item_list import ItemList, Ranked
+from engine.policies import Arrangement, Filtered, explanation, exposure_of, item_facts
 from engine.sources import check_sources, choice, is_number, sources_from_config
 from engine.trace import Trace, VisitorKind
-from reranking.rerank import rerank
-from reranking.rules import RankedItems, rules_from_config
+from reranking.constraints import DropSeen
+from reranking.items import Request
+from reranking.policy import Policies, Policy, policies_from_config
+from reranking.reranker import NO_PURCHASES, Funnel, Purchases, Reranker
 from retrieval.fold_in import event_weights, fold_in
 from retrieval.sources import Candidates, EmbeddingSource, Query, merge
 
@@ -79,33 +85,8 @@ class Filters:
 
 
 NO_FILTERS = Filters()
+NO_CONTEXT: Mapping[str, str] = MappingProxyType({})
 NOBODY = Visitor(EMPTY_HISTORY)
-
-
-@dataclass(frozen=True)
-class ItemList:
-    """Items between two stages, best first: three arrays of one length."""
-
-    rows: NDArray[np.int32]  # [N] 1..I, none twice
-    scores: NDArray[np.float32]  # [N] descending
-    sources: NDArray[np.str_]  # [N] the candidate source that found each item
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def take(self, positions: NDArray[np.int64] | slice) -> ItemList:
-        """Return the items at these positions, in that order."""
-        return ItemList(self.rows[positions], self.scores[positions], self.sources[positions])
-
-    def ordered_by(self, scores: NDArray[np.float32], num_kept: int) -> ItemList:
-        """Return the items with the best new scores [N], best first; equal scores keep their order.
-
-        Raises ValueError where there is not one finite score for each item.
-        """
-        if scores.shape != self.rows.shape or not np.isfinite(scores).all():
-            raise ValueError(f"scores {scores.shape} for {len(self)} items; expected one finite score each")
-        kept = largest(scores, num_kept)
-        return ItemList(self.rows[kept], scores[kept], self.sources[kept])
 
 
 class Answer(NamedTuple):
@@ -118,21 +99,37 @@ class Answer(NamedTuple):
 class RecommendationPipeline:
     """The funnel over one bundle. Holds no state of a request: any number of threads may call it at once."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, policies: Policies | None = None) -> None:
+        """Take a bundle, and the policies to arrange slates by: the bundle's own where None.
+
+        Raises ValueError where the bundle's settings are wrong, PolicyError where a policy does not fit it.
+        """
         self.bundle = bundle
-        catalog = bundle.catalog
         settings = bundle.manifest["pipeline"]
-        check_settings(settings, bundle.manifest["policy"])
+        check_settings(settings)
         self.sources, self.quotas = sources_from_config(settings["sources"], bundle)
-        self.rules = rules_from_config(bundle.manifest["policy"])
-        self.groups = {field: catalog.codes(field) for field in ("category", "brand", "seller_id")}
+        facts = item_facts(bundle.catalog, bundle.item_vectors, bundle.content_vectors)
+        self.reranker = Reranker(policies or policies_from_config(bundle.manifest["policies"]), facts)
         self.norms = np.linalg.norm(bundle.item_vectors, axis=1)  # [I+1]
         self.num_candidates: int = settings["num_candidates"]
         self.num_ranked: int = settings["num_ranked"]
         self.default_limit: int = settings["default_limit"]
         # Where people return to the same items (groceries, sessions), no item counts as seen.
-        drops_seen = any(rule.name == "drop_seen" for rule in self.rules)
-        self.drops_seen = drops_seen and not bundle.manifest["data"].get("repeats", False)
+        self.has_repeats: bool = bundle.manifest["data"].get("repeats", False)
+        self.has_clock = bundle.manifest["data"]["time"] == "unix"
+
+    def with_policies(self, policies: Policies) -> RecommendationPipeline:
+        """Return a pipeline over the same bundle with other policies; this one stays as it is.
+
+        Raises PolicyError where a policy does not fit the bundle.
+        """
+        other = copy.copy(self)
+        other.reranker = Reranker(policies, self.reranker.facts)
+        return other
+
+    def policy(self, name: str = "", overrides: Mapping[str, float] | None = None) -> Policy:
+        """Return a policy for `recommend`; the default one for "". PolicyError where there is no such."""
+        return self.reranker.policy(name, overrides)
 
     # The three questions.
 
@@ -145,12 +142,18 @@ class RecommendationPipeline:
         excluded: NDArray[np.int32] = NO_ROWS,
         deadline: float | None = None,
         now: int | None = None,
+        policy: Policy | None = None,
+        seed: int = 0,
+        context: Mapping[str, str] = NO_CONTEXT,
+        explain: bool = False,
     ) -> Answer:
         """Return the slate: the `limit` best items, fewer only where fewer are eligible.
 
-        Filters and exclusions are hard. What the visitor has seen is left out while `limit` other items are
-        eligible. A stage that fails, or would start after the deadline (on the clock of time.perf_counter()),
-        is passed over, and the trace says so; a candidate source that fails is passed over alone.
+        Filters, those of the policy too, and exclusions are hard: they are taken before all other stages, so
+        that no stage, failing or not, can show what they forbid. Where the policy drops what the visitor has
+        seen, it is left out while `limit` other items are eligible. A stage that fails, or would start after
+        the deadline (on the clock of time.perf_counter()), is passed over, and the trace says so; a candidate
+        source that fails is passed over alone.
 
         Args:
             visitor: who asks.
@@ -160,16 +163,26 @@ class RecommendationPipeline:
             deadline: see above.
             now: time of the request on the data set's clock, which decides what is fresh and what is not on
                 sale yet; the time of the newest training event where it is not given.
+            policy: one that `policy` returned, of this pipeline; the default one where None.
+            seed: of all that is random; the same question with the same seed gets the same slate.
+            context: what else is known, such as {"region": "DE", "age": "17"}.
+            explain: whether to work out the reasons (trace.arrangement.explanation).
         """
         _check_limit(limit)
         trace = self._trace(visitor, deadline)
         query = self.query(visitor, now)
         num_items = self.bundle.catalog.num_items
+        request = Request(now_ms=query.now if self.has_clock else None, seed=seed, context=context)
+        ask = _Ask(policy or self.policy(), request, _purchases(visitor.history), explain)
+        trace.arrangement = Arrangement(ask.policy.name, seed, request.now_ms)
 
         eligible = trace.run(
-            "filtering", lambda: self._eligible(filters, excluded), num_in=num_items, size=np.count_nonzero
+            "filtering",
+            lambda: self._eligible(filters, excluded, ask),
+            num_in=num_items,
+            size=np.count_nonzero,
         )
-        seen = self._seen(visitor)
+        seen = self._seen(visitor, ask.policy)
         candidates = trace.run(
             "retrieval",
             lambda: self._retrieve(query, eligible, seen, limit, trace),
@@ -180,14 +193,15 @@ class RecommendationPipeline:
         ranked = trace.run(
             "ranking",
             lambda: self._rank(query, candidates, num_ranked),
-            otherwise=lambda: candidates.take(slice(num_ranked)),
+            otherwise=lambda: Ranked.as_they_are(candidates, num_ranked),
             num_in=len(candidates),
+            size=lambda found: len(found.items),
         )
         slate = trace.run(
             "reranking",
-            lambda: self._rerank(ranked, seen, limit, trace),
-            otherwise=lambda: ranked.take(slice(limit)),
-            num_in=len(ranked),
+            lambda: self._rerank(ask, candidates, ranked, eligible, seen, limit, trace),
+            otherwise=lambda: ranked.items.take(slice(limit)),
+            num_in=len(ranked.items),
         )
         return Answer(slate, trace)
 
@@ -199,25 +213,31 @@ class RecommendationPipeline:
         filters: Filters = NO_FILTERS,
         excluded: NDArray[np.int32] = NO_ROWS,
         deadline: float | None = None,
+        now: int | None = None,
+        policy: Policy | None = None,
+        context: Mapping[str, str] = NO_CONTEXT,
     ) -> Answer:
         """Return the items whose vectors have the largest cosine with an item's; never the item itself.
 
-        An item without a vector, new and like no other, has no direction: popular items stand in.
+        An item without a vector, new and like no other, has no direction: popular items stand in. Of the
+        policy only the hard filters count. The arguments are those of `recommend`.
         """
         _check_limit(limit)
         if not 1 <= item_row <= self.bundle.catalog.num_items:
             raise ValueError(f"item_row is {item_row}; expected 1 to {self.bundle.catalog.num_items}")
         trace = Trace(self.bundle.version, deadline=deadline)
+        request = Request(now_ms=self.query(NOBODY, now).now if self.has_clock else None, context=context)
+        ask = _Ask(policy or self.policy(), request)
         eligible = trace.run(
             "filtering",
-            lambda: self._eligible(filters, np.append(excluded, np.int32(item_row))),
+            lambda: self._eligible(filters, np.append(excluded, np.int32(item_row)), ask),
             num_in=self.bundle.catalog.num_items,
             size=np.count_nonzero,
         )
         items = trace.run(
             "retrieval",
             lambda: self._nearest(item_row, eligible, limit, trace),
-            otherwise=lambda: self._find(self.query(NOBODY), eligible, limit, trace),
+            otherwise=lambda: self._find(self.query(NOBODY), eligible, limit, trace).with_falling_scores(),
             num_in=trace.timings[-1].num_out,
         )
         return Answer(items, trace)
@@ -229,10 +249,10 @@ class RecommendationPipeline:
         trace = self._trace(visitor, deadline)
         popularity = self.bundle.catalog.popularity[candidates].astype(np.float32)
         asked = ItemList(candidates, popularity, np.full(len(candidates), "caller"))
-        by_popularity = asked.ordered_by(popularity, len(asked))
+        by_popularity = asked.ordered_by(popularity, len(asked)).items
         items = trace.run(
             "ranking",
-            lambda: self._rank(self.query(visitor), by_popularity, len(asked)),
+            lambda: self._rank(self.query(visitor), by_popularity, len(asked)).items,
             otherwise=lambda: by_popularity,
             num_in=len(asked),
         )
@@ -281,17 +301,26 @@ class RecommendationPipeline:
 
     # The stages.
 
-    def _eligible(self, filters: Filters, excluded: NDArray[np.int32]) -> NDArray[np.bool_]:
+    def _eligible(self, filters: Filters, excluded: NDArray[np.int32], ask: _Ask) -> NDArray[np.bool_]:
         """Return which items may be shown at all: [I+1] bool. No later stage can bring one back."""
         eligible = self.bundle.catalog.matching(
             filters.categories, filters.brands, filters.seller_ids, filters.min_price, filters.max_price
         )
         eligible[excluded] = False
+        counts = [("request", np.count_nonzero(eligible))] if ask.explain else []
+        for name, allowed in self.reranker.filters(ask.policy, ask.request, ask.purchases):
+            eligible &= allowed
+            if ask.explain:
+                counts.append((name, np.count_nonzero(eligible)))
+        num_in = self.bundle.catalog.num_items
+        for name, num_out in counts:
+            ask.filtered.append(Filtered(name, num_in, int(num_out)))
+            num_in = int(num_out)
         return eligible
 
-    def _seen(self, visitor: Visitor) -> NDArray[np.bool_]:
+    def _seen(self, visitor: Visitor, policy: Policy) -> NDArray[np.bool_]:
         seen = np.zeros(self.bundle.catalog.num_items + 1, np.bool_)
-        if self.drops_seen:
+        if not self.has_repeats and any(isinstance(rule, DropSeen) for rule in policy.rules):
             seen[visitor.history.items] = True
         return seen
 
@@ -302,7 +331,7 @@ class RecommendationPipeline:
         unseen = self._find(query, eligible & ~seen, max(self.num_candidates, limit), trace)
         if len(unseen) >= limit or not seen.any():
             return unseen
-        return _joined(unseen, self._find(query, eligible & seen, limit - len(unseen), trace))
+        return unseen.followed_by(self._find(query, eligible & seen, limit - len(unseen), trace))
 
     def _find(self, query: Query, allowed: NDArray[np.bool_], limit: int, trace: Trace) -> ItemList:
         """Ask every source, each of which may fail alone, and merge what they found."""
@@ -316,12 +345,13 @@ class RecommendationPipeline:
             for source in self.sources
         ]
         rows, scores, source_of = merge(parts, self.quotas, limit)
-        found = ItemList(rows, _descending(scores), np.array([part.source for part in parts])[source_of])
+        found = ItemList(rows, scores, np.array([part.source for part in parts])[source_of])
         if len(found) == limit:
             return found
         # Too few items are allowed, or popular failed, which knows all of them.
         rest = np.setdiff1d(np.flatnonzero(allowed), rows)[: limit - len(found)].astype(np.int32)
-        return _joined(found, ItemList(rest, np.zeros(len(rest), np.float32), np.full(len(rest), "catalog")))
+        others = ItemList(rest, np.zeros(len(rest), np.float32), np.full(len(rest), "catalog"))
+        return found.followed_by(others)
 
     def _nearest(self, item_row: int, eligible: NDArray[np.bool_], limit: int, trace: Trace) -> ItemList:
         """Return the items of the largest cosine, by one exact product with all vectors.
@@ -329,16 +359,16 @@ class RecommendationPipeline:
         Not by the index: it ranks by inner product, which favours the long vectors of popular items.
         """
         if not self.norms[item_row]:
-            return self._find(self.query(NOBODY), eligible, limit, trace)
+            return self._find(self.query(NOBODY), eligible, limit, trace).with_falling_scores()
         rows = np.flatnonzero(eligible).astype(np.int32)
         vectors = self.bundle.item_vectors
         products = vectors @ vectors[item_row]
         norms = self.norms * self.norms[item_row]
         cosines = np.divide(products, norms, out=np.zeros_like(products), where=norms > 0)
         found = ItemList(rows, cosines[rows], np.full(len(rows), EmbeddingSource.name))
-        return found.ordered_by(found.scores, limit)
+        return found.ordered_by(found.scores, limit).items
 
-    def _rank(self, query: Query, items: ItemList, num_kept: int) -> ItemList:
+    def _rank(self, query: Query, items: ItemList, num_kept: int) -> Ranked:
         """Return the best items by the ranker; without one by the query vector; without that as they are."""
         if self.bundle.scorer:
             scores = self.bundle.scorer.score_states(query.state()[np.newaxis], items.rows[np.newaxis])[0]
@@ -347,19 +377,46 @@ class RecommendationPipeline:
         vector = fold_in(vectors, degrees, query.items, query.weights)
         if vector.any():
             return items.ordered_by(vectors[items.rows] @ vector, num_kept)
-        return items.take(slice(num_kept))
+        return Ranked.as_they_are(items, num_kept)
 
-    def _rerank(self, ranked: ItemList, seen: NDArray[np.bool_], limit: int, trace: Trace) -> ItemList:
-        items = RankedItems(
-            rows=ranked.rows,
-            scores=ranked.scores,
-            vectors=self.bundle.item_vectors[ranked.rows],
-            groups={field: codes[ranked.rows] for field, codes in self.groups.items()},
-            seen=seen[ranked.rows],
+    def _rerank(
+        self,
+        ask: _Ask,
+        candidates: ItemList,
+        ranked: Ranked,
+        eligible: NDArray[np.bool_],
+        seen: NDArray[np.bool_],
+        limit: int,
+        trace: Trace,
+    ) -> ItemList:
+        """Return the slate that the policy makes, and tell the trace how."""
+        funnel = Funnel(
+            rows=ranked.items.rows,
+            scores=ranked.items.scores,
+            reserve_rows=ranked.reserve.rows,
+            reserve_scores=ranked.reserve.scores,
+            seen=seen,
+            eligible=eligible,
+            purchases=ask.purchases,
         )
-        slate = rerank(items, self.rules, limit)
-        trace.relaxed_rules = slate.relaxed
-        return ranked.take(slate.order)
+        arranged = self.reranker.slate(ask.policy, funnel, limit, ask.request, explain=ask.explain)
+        trace.relaxed_rules = arranged.relaxed
+        trace.arrangement = Arrangement(
+            ask.policy.name,
+            ask.request.seed,
+            ask.request.now_ms,
+            arranged.yields,
+            exposure_of(ask.policy, arranged, self.bundle.catalog),
+            explanation(arranged, ask.filtered, candidates, ranked),
+        )
+        order, num_ranked = arranged.order, len(ranked.items)
+        if (order >= 0).all() and (order < num_ranked).all():
+            return ranked.items.take(order)
+        # Some come from the reserve, some are shown for a pin's sake alone.
+        pinned = arranged.rows[order < 0]
+        pins = ItemList(pinned, np.zeros(len(pinned), np.float32), np.full(len(pinned), "pin"))
+        found = ranked.items.followed_by(ranked.reserve).followed_by(pins)
+        return found.take(np.array([(found.rows == row).argmax() for row in arranged.rows], np.int64))
 
     def _trace(self, visitor: Visitor, deadline: float | None) -> Trace:
         return Trace(
@@ -372,13 +429,28 @@ class RecommendationPipeline:
         )
 
 
-def check_settings(pipeline: Mapping[str, Any], policy: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError where nothing could be served with these parts of a manifest.
+@dataclass(frozen=True)
+class _Ask:
+    """What a request asks of the rules."""
+
+    policy: Policy
+    request: Request
+    purchases: Purchases = NO_PURCHASES
+    explain: bool = False
+    filtered: list[Filtered] = field(default_factory=list)  # filled where explain is
+
+
+def _purchases(history: History) -> Purchases:
+    bought = history.event_types == EVENT_CODE["purchase"]
+    return Purchases(history.items[bought], history.timestamps[bought])
+
+
+def check_settings(pipeline: Mapping[str, Any]) -> None:
+    """Raise ValueError where nothing could be served with these settings.
 
     Args:
-        pipeline: the fields of training.train.PipelineOptions, but for the policy; one that may be null may
+        pipeline: the fields of training.train.PipelineOptions, but for the policies; one that may be null may
             be missing.
-        policy: the rules, in order.
     """
     for name, highest in {
         "num_candidates": MAX_CANDIDATES,
@@ -398,7 +470,6 @@ def check_settings(pipeline: Mapping[str, Any], policy: Sequence[Mapping[str, An
         if length is not None and not (is_number(length) and length > 0):
             raise ValueError(f"pipeline.{name} is {length!r}; expected a number above 0, or null")
     check_sources(pipeline["sources"])
-    rules_from_config(policy)
 
 
 def history_weights(bundle: Bundle, history: History) -> NDArray[np.float32]:
@@ -434,32 +505,6 @@ def query_vector(bundle: Bundle, visitor: Visitor) -> NDArray[np.float32] | None
     weights = history_weights(bundle, visitor.history)
     folded = fold_in(bundle.item_vectors, bundle.item_degrees, visitor.history.wanted, weights)
     return folded if folded.any() else None
-
-
-def largest(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    """Return the positions of the k largest scores, the largest first; equal scores keep their order."""
-    num_lower = len(scores) - k
-    if num_lower <= 0:
-        return np.argsort(-scores, kind="stable")
-    bar = np.partition(scores, num_lower)[
-        num_lower
-    ]  # the k-th largest; where it is shared, the first ones get in
-    above = np.flatnonzero(scores > bar)
-    at_bar = np.flatnonzero(scores == bar)[: k - len(above)]
-    return np.concatenate([above[np.argsort(-scores[above], kind="stable")], at_bar])
-
-
-def _joined(first: ItemList, second: ItemList) -> ItemList:
-    return ItemList(
-        np.concatenate([first.rows, second.rows]),
-        _descending(np.concatenate([first.scores, second.scores])),
-        np.concatenate([first.sources, second.sources]),
-    )
-
-
-def _descending(scores: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return scores that fall with the order: sources score on scales of their own, only order compares."""
-    return np.minimum.accumulate(scores)
 
 
 def _check_limit(limit: int) -> None:

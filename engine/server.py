@@ -6,6 +6,7 @@ Standard services beside our own: grpc.health.v1 and server reflection.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import time
@@ -20,8 +21,10 @@ from grpc_reflection.v1alpha import reflection
 
 from engine import messages
 from engine.pipeline import RecommendationPipeline
+from engine.policy_files import PolicyFiles
 from protos.trirank.v1 import recommender_pb2 as pb
 from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
+from reranking.policy import PolicyError
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,7 @@ SERVICE = pb.DESCRIPTOR.services_by_name["RecommenderService"].full_name
 STATUSES = health_pb2.HealthCheckResponse
 # The share of a caller's deadline after which no new stage starts: the rest is for the way back.
 DEADLINE_SHARE = 0.8
+POLL_S = 1.0  # how often the files of policies are looked at
 
 
 class AddressError(ValueError):
@@ -79,7 +83,7 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._pool, call, self.pipeline, request, deadline)
-        except messages.InvalidRequestError as error:
+        except (messages.InvalidRequestError, PolicyError) as error:
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except UnknownItemError as error:
             await _abort(context, grpc.StatusCode.NOT_FOUND, str(error))
@@ -95,17 +99,30 @@ def recommend(
     """Answer Recommend."""
     limit = messages.read_limit(request, pipeline.default_limit)
     user_id, events = messages.read_visitor(request.visitor)
+    context = messages.read_context(request.visitor.context)
     filters = messages.read_filters(request.filters)
     excluded = messages.read_excluded(request)
+    policy = pipeline.policy(messages.read_policy(request), messages.read_overrides(request))
 
     catalog = pipeline.bundle.catalog
     visitor = pipeline.resolve_visitor(user_id, events)
     items, trace = pipeline.recommend(
-        visitor, limit, filters=filters, excluded=catalog.rows(excluded), deadline=deadline
+        visitor,
+        limit,
+        filters=filters,
+        excluded=catalog.rows(excluded),
+        deadline=deadline,
+        now=_now(pipeline, request),
+        policy=policy,
+        seed=messages.read_seed(request),
+        context=context,
+        explain=request.explain,
     )
+    assert trace.arrangement is not None
     return pb.RecommendResponse(
-        items=messages.write_items(items, catalog),
-        trace=messages.write_trace(trace, request.visitor.context),
+        items=messages.write_items(items, catalog, trace.arrangement.explanation),
+        trace=messages.write_trace(trace, context.keys() - policy.context_keys),
+        arrangement=messages.write_arrangement(trace.arrangement, catalog),
     )
 
 
@@ -117,16 +134,26 @@ def similar_items(
     item_id = messages.read_item_id(request)
     filters = messages.read_filters(request.filters)
     excluded = messages.read_excluded(request)
+    context = messages.read_context(request.context, "context")
+    policy = pipeline.policy(messages.read_policy(request))
 
     catalog = pipeline.bundle.catalog
     row = int(catalog.rows([item_id])[0])
     if not row:
         raise UnknownItemError(f"item_id is {item_id!r}; expected an item of the catalog")
     items, trace = pipeline.similar(
-        row, limit, filters=filters, excluded=catalog.rows(excluded), deadline=deadline
+        row,
+        limit,
+        filters=filters,
+        excluded=catalog.rows(excluded),
+        deadline=deadline,
+        now=_now(pipeline, request),
+        policy=policy,
+        context=context,
     )
     return pb.SimilarItemsResponse(
-        items=messages.write_items(items, catalog), trace=messages.write_trace(trace)
+        items=messages.write_items(items, catalog),
+        trace=messages.write_trace(trace, context.keys() - policy.context_keys),
     )
 
 
@@ -135,6 +162,7 @@ def rank(
 ) -> pb.RankResponse:
     """Answer Rank."""
     user_id, events = messages.read_visitor(request.visitor)
+    context = messages.read_context(request.visitor.context)
     candidate_ids = messages.read_candidates(request)
 
     catalog = pipeline.bundle.catalog
@@ -144,8 +172,18 @@ def rank(
     return pb.RankResponse(
         items=messages.write_items(items, catalog),
         unknown_item_ids=[item_id for item_id, row in zip(candidate_ids, rows, strict=True) if not row],
-        trace=messages.write_trace(trace, request.visitor.context),
+        trace=messages.write_trace(trace, context),
     )
+
+
+def _now(
+    pipeline: RecommendationPipeline, request: pb.RecommendRequest | pb.SimilarItemsRequest
+) -> int | None:
+    """Return the time of a request; None for that of the bundle's newest event, where a shop has no now."""
+    now = messages.read_now(request)
+    if not pipeline.has_clock or pipeline.bundle.manifest["data"]["simulated"]:
+        return now if pipeline.has_clock else None
+    return round(time.time() * 1000) if now is None else now
 
 
 async def serve(
@@ -155,6 +193,7 @@ async def serve(
     num_workers: int,
     drain_s: float,
     on_ready: Callable[[str], None],
+    policies: PolicyFiles | None = None,
 ) -> None:
     """Answer requests until SIGTERM or SIGINT, then finish what is under way and return.
 
@@ -164,6 +203,8 @@ async def serve(
         num_workers: requests that are worked on at once.
         drain_s: how long requests under way may take after the signal.
         on_ready: called with the address in use once requests are answered.
+        policies: where the pipeline's policies came from; they are loaded again when they change, and on
+            SIGHUP. None where they are the bundle's own.
 
     Raises:
         AddressError: the address is taken, or is none.
@@ -176,7 +217,8 @@ async def serve(
                 ("grpc.so_reuseport", 0),
             ]
         )
-        pb_grpc.add_RecommenderServiceServicer_to_server(RecommenderService(pipeline, pool), server)
+        service = RecommenderService(pipeline, pool)
+        pb_grpc.add_RecommenderServiceServicer_to_server(service, server)
         servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in the stubs
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -191,15 +233,60 @@ async def serve(
         loop = asyncio.get_running_loop()
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signal_number, stop.set)
+        following = None
+        if policies is not None:
+            hangup = asyncio.Event()
+            loop.add_signal_handler(signal.SIGHUP, hangup.set)
+            following = asyncio.create_task(follow_policies(service, policies, hangup))
         await server.start()
-        for service in (health.OVERALL_HEALTH, SERVICE):
-            await servicer.set(service, STATUSES.SERVING)
+        for name in (health.OVERALL_HEALTH, SERVICE):
+            await servicer.set(name, STATUSES.SERVING)
         on_ready(f"{address.rpartition(':')[0]}:{port}")
 
         await stop.wait()
         logger.info("draining: no new requests, up to %g s for those under way", drain_s)
         await servicer.enter_graceful_shutdown()
         await server.stop(drain_s)
+        if following is not None:
+            following.cancel()
+
+
+async def follow_policies(
+    service: RecommenderService, policies: PolicyFiles, hangup: asyncio.Event, poll_s: float = POLL_S
+) -> None:
+    """Load policies again whenever their files change, and at once when `hangup` is set, for ever.
+
+    Policies that are wrong, or do not fit the bundle, replace nothing; the log says why. A request keeps the
+    policies that it began with.
+    """
+    while True:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(hangup.wait(), poll_s)
+        if not (hangup.is_set() or await asyncio.to_thread(policies.changed)):
+            continue
+        hangup.clear()
+        try:
+            loaded = await asyncio.to_thread(policies.load)
+            while True:
+                before = service.pipeline
+                pipeline = await asyncio.to_thread(before.with_policies, loaded)
+                if service.pipeline is before:  # no other bundle came meanwhile
+                    break
+            service.pipeline = pipeline
+        except (PolicyError, OSError) as error:
+            logger.error("the policies in use stay: %s", error)
+        except Exception:
+            logger.exception("the policies in use stay")
+        else:
+            log_policies(pipeline, str(policies.path))
+
+
+def log_policies(pipeline: RecommendationPipeline, source: str) -> None:
+    """Tell which policies are in use, and what the catalog lacks that they read."""
+    policies = pipeline.reranker.policies
+    logger.info("policies of %s: %s; default %s", source, ", ".join(policies.by_name), policies.default)
+    for warning in pipeline.reranker.warnings:
+        logger.warning("%s", warning)
 
 
 async def _abort(context: pb_grpc._ServicerContext, code: grpc.StatusCode, message: str) -> NoReturn:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
 
+from engine.policies import Arrangement
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -48,6 +50,7 @@ class Trace:
     timings: list[StageTiming] = field(default_factory=list)
     degraded_stages: list[str] = field(default_factory=list)
     relaxed_rules: list[str] = field(default_factory=list)
+    arrangement: Arrangement | None = None  # of a slate
     started: float = field(default_factory=time.perf_counter)
     total_us: int = 0  # so far
 

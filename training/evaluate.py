@@ -1,7 +1,8 @@
 """`trirank evaluate`: what the served artefacts find, stage by stage, ranked among all items.
 
-The questions come from the data set, split as the bundle was trained; the answers come from the bundle alone:
-its FAISS vectors, its ONNX ranker, its pipeline. Nothing of torch takes part.
+The questions come from the data set, split as the bundle was trained; the answers come from the bundle: its
+FAISS vectors, its ONNX ranker, its pipeline. Nothing of torch takes part. What the bundle has learned from is
+its protocol, "strict" or "refit" (training/data/splits.py); every table and every JSON says which.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +24,18 @@ from rich.table import Table
 from engine.arguments import ArgumentParser
 from engine.bundle import Bundle, resolve_bundle
 from engine.history import left_padded
+from engine.item_list import largest
 from engine.pipeline import RecommendationPipeline, Visitor, query_vector
+from engine.policies import item_facts
+from engine.policy_files import PolicyFiles
 from training import metrics
 from training.data.dataset import fingerprint
-from training.data.splits import Holdout, Split, SplitOptions, load_split
+from training.data.splits import Holdout, Protocol, Split, SplitOptions, load_split, split_as_trained
+from training.slices import DEFINITIONS, target_slices
 
 SLATE_LENGTH = 50  # items that the pipeline is asked for
-LIST_LENGTH = 10  # of the lists that coverage, diversity and novelty look at
+LIST_LENGTH = 10  # of the lists that coverage, diversity and the like look at
+HALF_LIFE_DAYS = 30.0  # of freshness
 SCORES_AT_ONCE = 20_000_000  # 80 MB of float32 scores
 
 STAGES = ("popularity", "retrieval", "ranking", "slate")
@@ -41,6 +47,10 @@ def evaluate(
     part: Literal["test", "validation"] = "test",
     max_users: int | None = None,
     stages: Sequence[str] = STAGES,
+    policies: PolicyFiles | None = None,
+    policy: str = "",
+    *,
+    slices: bool = False,
 ) -> dict[str, Any]:
     """Return the metrics of every stage, as `trirank evaluate --json` writes them.
 
@@ -53,17 +63,24 @@ def evaluate(
         part: the questions to ask.
         max_users: ask this many, drawn with a fixed seed; all where None.
         stages: which to measure; ranking is left out where the bundle has no ranker.
+        policies: to arrange slates by; the bundle's own where None.
+        policy: which of them; "" for the default one.
+        slices: whether to measure each slice of training/slices.py too.
 
     Raises:
-        ValueError: the directory holds other data than the bundle was trained on.
+        ValueError: the directory holds other data than the bundle was trained on, the bundle has learned
+            from what the questions ask for, or there is no such policy.
     """
     split, holdout = load_questions(bundle, data, part, max_users)
     manifest = bundle.manifest
+    pipeline = RecommendationPipeline(bundle, policies.load() if policies else None)
+    chosen = pipeline.policy(policy)
+    parts = target_slices(split.train, holdout) if slices else {}
     answers_of: dict[str, Callable[[_Questions], _Answers]] = {
         "popularity": lambda q: _ranked(q, _popularity_scores(bundle, q)),
         "retrieval": lambda q: _ranked(q, _retrieval_scores(bundle, q)),
         "ranking": lambda q: _ranked(q, _ranking_scores(bundle, q)),
-        "slate": _slate_answers(RecommendationPipeline(bundle)),
+        "slate": _slate_answers(pipeline, policy),
     }
     if bundle.scorer is None:
         del answers_of["ranking"]
@@ -73,40 +90,71 @@ def evaluate(
     console = Console(stderr=True)
     columns = TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     results: dict[str, Any] = {}
+    by_slice: dict[str, dict[str, Any]] = {name: _size(mask, holdout) for name, mask in parts.items()}
     with Progress(*columns, console=console) as progress:
         for name in stages:
             if name not in answers_of:
                 continue
             task = progress.add_task(name, total=len(holdout))
             totals: list[dict[str, float]] = []
-            lists: list[NDArray[np.int32]] = []
+            totals_of: dict[str, list[dict[str, float]]] = {name: [] for name in parts}
+            lists: list[_List] = []
             for questions in _blocks(holdout, bundle.catalog.num_items, split.repeats):
                 answers = answers_of[name](questions)
-                totals += [metrics.accuracy(places, cutoffs) for places in answers.places]
-                lists += answers.lists
+                accuracies = [metrics.accuracy(places, cutoffs) for places in answers.places]
+                totals += accuracies
+                for slice_name, mask in parts.items():
+                    for row, places, whole in zip(questions.rows, answers.places, accuracies, strict=True):
+                        inside = mask[holdout.target_offsets[row] : holdout.target_offsets[row + 1]]
+                        if inside.all():
+                            totals_of[slice_name].append(whole)
+                        elif inside.any():
+                            some = metrics.Places(places.first[inside], places.width[inside])
+                            totals_of[slice_name].append(metrics.accuracy(some, cutoffs))
+                lists += map(_List, answers.lists, questions.targets, questions.times)
                 progress.advance(task, len(questions.histories))
-            results[name] = _means(totals, lists, bundle, split.train.num_users)
+            results[name] = _mean_of_each(totals) | _list_metrics(lists, bundle, split.train.num_users)
+            for slice_name, found in totals_of.items():
+                by_slice[slice_name][name] = _mean_of_each(found) or None
     return {
         "split": split.name,
+        "protocol": protocol_of(bundle),
         "part": part,
         "num_users": len(holdout),
         "num_items": bundle.catalog.num_items,
         "history_excluded": not split.repeats,
         "slate_length": SLATE_LENGTH,
-        "rules": [rule["rule"] for rule in manifest["policy"]],
+        "policy": chosen.name,
+        "rules": [rule.name for rule in chosen.rules],
         "num_candidates": manifest["pipeline"]["num_candidates"],
         "bundle": bundle.version,
         "data": manifest["data"],
         "stages": list(results),
         **{name: results.get(name) for name in STAGES},
+        **({"slices": by_slice} if slices else {}),
     }
+
+
+def protocol_of(bundle: Bundle) -> Protocol:
+    """Return what a bundle was trained on: "strict" or "refit"."""
+    # Bundles that do not say were written before there was a refit.
+    protocol: Protocol = bundle.manifest.get("training", {}).get("protocol", "strict")
+    return protocol
 
 
 def load_questions(
     bundle: Bundle, data: Path, part: Literal["test", "validation"], max_users: int | None
 ) -> tuple[Split, Holdout]:
-    """Return the split that a bundle was trained on, and the questions of one part of it; see evaluate."""
+    """Return the split that a bundle was trained on, and the questions of one part of it; see evaluate.
+
+    The split's `train` is all that the bundle has learned from.
+    """
     manifest = bundle.manifest
+    if part == "validation" and protocol_of(bundle) == "refit":
+        raise ValueError(
+            f"part is 'validation', but {bundle.path} was fitted again on validation and knows the answers; "
+            "expected test, or a bundle of `trirank train --no-refit`"
+        )
     if "split" not in manifest.get("recipe", {}):
         raise ValueError(f"{bundle.path} does not say how its data was split; expected recipe.split")
     loaded = load_split(data, SplitOptions(**manifest["recipe"]["split"]))
@@ -120,7 +168,7 @@ def load_questions(
     holdout = loaded.split.test if part == "test" else loaded.split.validation
     if max_users is not None and max_users < len(holdout):
         holdout = holdout.take(np.sort(np.random.default_rng(0).permutation(len(holdout))[:max_users]))
-    return loaded.split, holdout
+    return split_as_trained(loaded, protocol_of(bundle)), holdout
 
 
 def served_with(bundle: Bundle, *, rules: bool = True, num_candidates: int | None = None) -> Bundle:
@@ -133,7 +181,7 @@ def served_with(bundle: Bundle, *, rules: bool = True, num_candidates: int | Non
     """
     manifest = dict(bundle.manifest)
     if not rules:
-        manifest["policy"] = [{"rule": "drop_seen"}]
+        manifest["policies"] = {"policies": {"no rules": {"rules": [{"rule": "drop_seen"}]}}}
     if num_candidates is not None:
         manifest["pipeline"] = manifest["pipeline"] | {"num_candidates": num_candidates}
     return dataclasses.replace(bundle, manifest=manifest)
@@ -143,6 +191,7 @@ class _Questions:
     """Some questions of a holdout, as the stages take them."""
 
     def __init__(self, holdout: Holdout, rows: NDArray[np.int64], repeats: bool) -> None:
+        self.rows = rows
         # A visitor asks when the first event to come is about to happen.
         self.times = holdout.events.timestamps[holdout.ends[rows]].tolist()
         self.users = holdout.users[rows]
@@ -203,16 +252,22 @@ def _ranked(questions: _Questions, scores: NDArray[np.float32]) -> _Answers:
     length = min(LIST_LENGTH, scores.shape[1] - 1)
     top = np.argpartition(-scores, length - 1, axis=1)[:, :length].astype(np.int32)
     best = np.take_along_axis(scores, top, axis=1)
+    order = np.argsort(-best, axis=1, kind="stable")
+    top, best = np.take_along_axis(top, order, axis=1), np.take_along_axis(best, order, axis=1)
     return _Answers(places, [rows[np.isfinite(s)] for rows, s in zip(top, best, strict=True)])
 
 
-def _slate_answers(pipeline: RecommendationPipeline) -> Callable[[_Questions], _Answers]:
-    has_times = pipeline.bundle.manifest["data"]["time"] == "unix"
+def _slate_answers(pipeline: RecommendationPipeline, policy: str) -> Callable[[_Questions], _Answers]:
+    chosen = pipeline.policy(policy)
 
     def answer(questions: _Questions) -> _Answers:
         slates = [
             pipeline.recommend(
-                Visitor(history, user_row=int(user)), SLATE_LENGTH, now=now if has_times else None
+                Visitor(history, user_row=int(user)),
+                SLATE_LENGTH,
+                now=now if pipeline.has_clock else None,
+                policy=chosen,
+                seed=int(user),
             ).items.rows
             for user, history, now in zip(
                 questions.users, questions.visitor_histories, questions.times, strict=True
@@ -224,33 +279,68 @@ def _slate_answers(pipeline: RecommendationPipeline) -> Callable[[_Questions], _
     return answer
 
 
-def _means(
-    totals: list[dict[str, float]], lists: list[NDArray[np.int32]], bundle: Bundle, num_users: int
-) -> dict[str, float]:
-    means = {key: float(np.mean([t[key] for t in totals])) for key in totals[0]} if totals else {}
-    diversity = [metrics.diversity(rows, bundle.item_vectors) for rows in lists]
-    novelty = [metrics.novelty(rows, bundle.catalog.popularity, num_users) for rows in lists]
-    return means | {
-        f"coverage@{LIST_LENGTH}": metrics.coverage(lists, bundle.catalog.num_items),
-        f"diversity@{LIST_LENGTH}": float(np.mean(diversity)) if diversity else 0.0,
-        f"novelty@{LIST_LENGTH}": float(np.mean(novelty)) if novelty else 0.0,
+class _List(NamedTuple):
+    """The first items that one question was answered with."""
+
+    rows: NDArray[np.int32]  # best first
+    targets: NDArray[np.int32]
+    now: int
+
+
+def _list_metrics(lists: Sequence[_List], bundle: Bundle, num_users: int) -> dict[str, float]:
+    """Return what the lists are like, whatever they hit; what the catalog does not know has no metric."""
+    facts = item_facts(bundle.catalog)
+    shown = [one.rows for one in lists]
+    popularity = bundle.catalog.popularity.astype(np.float32)
+    expected = (largest(popularity[1:], LIST_LENGTH) + 1).astype(np.int32)  # what anyone would show
+    values = {
+        "coverage": metrics.coverage(shown, facts.num_items),
+        "gini": metrics.gini(metrics.exposure(shown, facts.num_items)[1:]),
+        "diversity": _mean(metrics.diversity(rows, bundle.item_vectors) for rows in shown),
+        "novelty": _mean(metrics.novelty(rows, bundle.catalog.popularity, num_users) for rows in shown),
+        "serendipity": _mean(metrics.serendipity(one.rows, one.targets, expected) for one in lists),
     }
+    for field in ("category", "brand", "seller_id"):
+        groups = facts.groups[field]
+        if groups.any():
+            values[f"{field}_coverage"] = metrics.group_coverage(shown, groups)
+            values[f"{field}_entropy"] = _mean(metrics.group_entropy(rows, groups) for rows in shown)
+    margins, since = facts.margins, facts.available_from
+    if margins is not None:
+        values["margin"] = _mean(metrics.expected_margin(rows, margins) for rows in shown)
+    if since is not None and bundle.manifest["data"]["time"] == "unix":
+        values["freshness"] = _mean(
+            metrics.freshness(one.rows, since, one.now, HALF_LIFE_DAYS) for one in lists
+        )
+    return {f"{name}@{LIST_LENGTH}": value for name, value in values.items()}
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(found)) if (found := list(values)) else 0.0
+
+
+def _mean_of_each(totals: list[dict[str, float]]) -> dict[str, float]:
+    return {key: float(np.mean([t[key] for t in totals])) for key in totals[0]} if totals else {}
+
+
+def _size(mask: NDArray[np.bool_], holdout: Holdout) -> dict[str, Any]:
+    """Return of how many questions and targets a slice is made."""
+    questions = np.repeat(np.arange(len(holdout)), np.diff(holdout.target_offsets))
+    return {"num_users": len(np.unique(questions[mask])), "num_targets": int(mask.sum())}
 
 
 def print_table(results: dict[str, Any], console: Console) -> None:
-    """Print the stages side by side."""
+    """Print the stages side by side, and then each slice, where there are any."""
     simulated = ", SIMULATED data" if results["data"]["simulated"] else ""
-    table = Table(
-        title=f"{results['data']['name']}{simulated}: {results['split']}, {results['part']}, "
-        f"{results['num_users']:,} users, all {results['num_items']:,} items ranked"
+    title = (
+        f"{results['data']['name']}{simulated}: {results['split']}, {results['protocol']}, "
+        f"{results['part']}, {results['num_users']:,} users, all {results['num_items']:,} items ranked"
     )
+    table = Table(title=title)
     table.add_column("stage")
     largest = max(int(key.split("@")[1]) for key in results["popularity"])
     shown = ["recall@10", "ndcg@10", "mrr@10", "recall@20", "recall@500", f"recall@{largest}"]
     shown = [key for key in dict.fromkeys(shown) if key in results["popularity"]]
-    shown += [
-        key for key in results["popularity"] if key.split("@")[0] in ("coverage", "diversity", "novelty")
-    ]
     for key in shown:
         table.add_column(key, justify="right")
     for stage in results["stages"]:
@@ -259,6 +349,32 @@ def print_table(results: dict[str, Any], console: Console) -> None:
         cells = (f"{results[stage][k]:.4f}" if int(k.split("@")[1]) <= longest else "-" for k in shown)
         table.add_row(stage, *cells)
     console.print(table)
+    lists = Table(title=f"lists of {LIST_LENGTH}; slates by policy {results['policy']}")
+    lists.add_column("")
+    for stage in results["stages"]:
+        lists.add_column(stage, justify="right")
+    for key in results["popularity"]:
+        if key.split("@")[0] not in metrics.METRICS:
+            lists.add_row(key, *(f"{results[stage][key]:.4f}" for stage in results["stages"]))
+    console.print(lists)
+    if "slices" in results:
+        _print_slices(results, title, console)
+
+
+def _print_slices(results: dict[str, Any], title: str, console: Console) -> None:
+    shown = ("recall@10", "ndcg@10", "recall@20")
+    table = Table(title=title)
+    for heading in ("slice", "users", "stage", *shown):
+        table.add_column(heading, justify="left" if heading in ("slice", "stage") else "right")
+    for name, found in results["slices"].items():
+        for place, stage in enumerate(results["stages"]):
+            figures = found[stage]
+            cells = [f"{figures[key]:.4f}" if figures else "-" for key in shown]
+            first = (name, f"{found['num_users']:,}") if not place else ("", "")
+            table.add_row(*first, stage, *cells, end_section=place == len(results["stages"]) - 1)
+    console.print(table)
+    for name, definition in DEFINITIONS.items():
+        console.print(f"{name}: {definition}", highlight=False)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -270,25 +386,56 @@ def main(argv: list[str] | None = None) -> int:
         "--json", type=str, default=None, help="File for all metrics; - for stdout, no table."
     )
     parser.add_argument(
-        "--part", type=Literal["test", "validation"], default="test", help="Tune on validation, report test."
+        "--part",
+        type=Literal["test", "validation"],
+        default="test",
+        help="Tune on validation (of --no-refit), report test.",
+    )
+    parser.add_argument(
+        "--policy",
+        type=str,
+        default="",
+        help="The policy that arranges the slates (default: the default one).",
+    )
+    parser.add_argument(
+        "--policies",
+        type=Path | None,
+        default=None,
+        help="Policies instead of the bundle's own: a YAML file, or a directory of such files.",
     )
     parser.add_argument(
         "--rules",
         type=Literal["on", "off"],
         default="on",
-        help="off: slates without the bundle's rules; what a user has seen stays left out.",
+        help="off: slates without any rules; what a user has seen stays left out.",
     )
     parser.add_argument(
         "--num_candidates", type=int | None, default=None, help="Of retrieval (default: the bundle's own)."
     )
     parser.add_argument("--max_users", type=int, default=None, help="Ask a fixed random part of the users.")
+    parser.add_argument(
+        "--slices",
+        action="store_true",
+        help="Measure slices too: new users, short histories, new items, tail and head items.",
+    )
     options = parser.parse_args(argv)
     try:
         if options.max_users is not None and options.max_users < 1:
             raise ValueError(f"max_users is {options.max_users}; expected 1 or more")
         bundle = Bundle.load(resolve_bundle(options.bundle), num_threads=os.cpu_count() or 1)
         bundle = served_with(bundle, rules=options.rules == "on", num_candidates=options.num_candidates)
-        results = evaluate(bundle, options.data, options.part, options.max_users)
+        if options.rules == "off" and (options.policy or options.policies):
+            raise ValueError("rules is off; expected it without policy and policies")
+        policies = PolicyFiles(options.policies) if options.policies else None
+        results = evaluate(
+            bundle,
+            options.data,
+            options.part,
+            options.max_users,
+            policies=policies,
+            policy=options.policy,
+            slices=options.slices,
+        )
     except (ValueError, OSError) as error:
         print(f"trirank evaluate: {error}", file=sys.stderr)
         return 2

@@ -23,6 +23,7 @@ from engine.history import EMPTY_HISTORY, USERS_SCHEMA, History, left_padded
 from engine.pipeline import DAY_MS, RecommendationPipeline, Visitor, weights_by_settings
 from ranking.ranker import HybridRanker
 from retrieval.fold_in import fold_in
+from retrieval.graph_matrix import truncated_svd
 from retrieval.item_index import DEFAULT_K, EXACT_KINDS, TUNING_QUERIES, IndexOptions, ItemIndex
 from retrieval.neighbours import item_neighbours
 from retrieval.new_items import content_vectors, tfidf
@@ -36,13 +37,25 @@ NUM_CHECKED = 64  # histories that the published index is checked with
 NUM_EXAMPLES = 3 * TUNING_QUERIES  # histories that an index is tuned on, and a third that tells its recall
 MAX_SCORE_DIFFERENCE = 1e-4  # torch against ONNX, float32, relative to the largest score where that is over 1
 
-# What a bundle serves with unless the recipe says otherwise. A later rule overrules an earlier one.
-DEFAULT_POLICY: list[dict[str, Any]] = [
-    {"rule": "mmr", "relevance_weight": 0.9},
-    {"rule": "cap", "field": "category", "max_items": 5},
-    {"rule": "cap", "field": "seller_id", "max_items": 10},
-    {"rule": "drop_seen"},
-]
+# What a bundle serves with unless the recipe says otherwise, in the form of a policies file. Variety where
+# the ranker is not sure costs no NDCG@10 on Amazon Beauty's validation split (benchmarks/results/README.md).
+DEFAULT_POLICIES: dict[str, Any] = {
+    "default": "standard",
+    "policies": {
+        "standard": {
+            "rules": [
+                {"rule": "in_stock"},
+                {"rule": "available"},
+                {"rule": "max_sum", "relevance_weight": 0.985},
+                {"rule": "cap", "field": "seller_id", "max_items": 8, "window": 10},
+                {"rule": "cap", "field": "category", "max_items": 6, "window": 10},
+                {"rule": "drop_seen"},
+            ],
+            "overrides": {"max_sum.relevance_weight": {"min": 0.9, "max": 1}},
+        }
+    },
+}
+CONTENT_DIM = 64
 
 
 # Where a bundle's candidates come from unless the recipe says otherwise. A first guess, not tuned: merged so,
@@ -224,7 +237,8 @@ def export_bundle(
     ranker: HybridRanker | None,
     *,
     pipeline: dict[str, Any],
-    policy: list[dict[str, Any]],
+    policies: dict[str, Any],
+    training: dict[str, Any],
     recipe: dict[str, Any],
     metrics: dict[str, Any],
 ) -> Path:
@@ -233,11 +247,12 @@ def export_bundle(
     Args:
         root: the directory of bundles.
         dataset: the data set directory, for the catalog.
-        data: its events and split.
+        data: its events, and a split whose `train` is what the model has learned from.
         vectors: item_vectors [I+1, D], user_vectors [U+1, D] and item_degrees [I+1] of stage one.
         ranker: of stage two; None where the data has no order to learn from.
-        pipeline: the fields of training.train.PipelineOptions, but for the policy.
-        policy: the rules, in order.
+        pipeline: the fields of training.train.PipelineOptions, but for the policies.
+        policies: what a file of policies holds (reranking/policy.py).
+        training: the protocol ("strict" or "refit") and the epochs of each stage, for the record.
         recipe: the settings of the training run, for the record.
         metrics: validation metrics, for the record.
 
@@ -247,7 +262,8 @@ def export_bundle(
     items, train = dataset.items.collect(), data.split.train
     clock = int(train.timestamps.max(initial=0)) if data.info.time == "unix" else 0
     vectors = vectors | {
-        "item_vectors": with_new_items(items, vectors["item_vectors"], vectors["item_degrees"], clock)
+        "item_vectors": with_new_items(items, vectors["item_vectors"], vectors["item_degrees"], clock),
+        "content_vectors": content_embedding(content_features(items)),
     }
 
     options = index_options(pipeline)
@@ -288,7 +304,8 @@ def export_bundle(
             },
             "pipeline": pipeline,
             "indexes": indexes,
-            "policy": policy,
+            "policies": policies,
+            "training": training,
             "recipe": recipe,
             "metrics": metrics,
             "shapes": {name: list(array.shape) for name, array in vectors.items()},
@@ -347,6 +364,36 @@ def content_features(items: pl.DataFrame) -> SparseRows:
     features = pl.concat(described)
     codes = features["feature"].rank("dense").cast(pl.Int32).to_numpy() - 1
     return tfidf(features["row"].to_numpy(), codes, items.height, int(codes.max(initial=-1)) + 1)
+
+
+def content_embedding(features: SparseRows, dim: int = CONTENT_DIM) -> NDArray[np.float32]:
+    """Return what items are described by as short vectors [I+1, C], C at most `dim`; no features give zeros.
+
+    Latent semantic analysis (Deerwester et al. 1990): the leading singular vectors of the TF-IDF matrix, each
+    times its singular value, so that cosines of rows are close to those of the features.
+
+    Args:
+        features: [I+1, F], rows of length 1 or empty (`content_features`).
+        dim: C, where there are as many items and features.
+    """
+    rank = min(dim, len(features), features.num_columns)
+    if not rank:
+        return np.zeros((len(features), 1), np.float32)
+    with warnings.catch_warnings():  # "CSR is in beta"
+        warnings.simplefilter("ignore", UserWarning)
+        matrix = torch.sparse_csr_tensor(
+            torch.from_numpy(features.offsets),
+            torch.from_numpy(features.columns.astype(np.int64)),
+            torch.from_numpy(features.values),
+            (len(features), features.num_columns),
+        )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.manual_seed(0)
+        left, values, _ = truncated_svd(matrix, rank)
+    vectors = np.ascontiguousarray((left * values).numpy(), np.float32)
+    vectors[np.diff(features.offsets) == 0] = 0  # not just nearly: a rule for variety looks at directions
+    return vectors
 
 
 def recent_popularity(train: Interactions, window_days: float | None) -> NDArray[np.int64]:
@@ -440,7 +487,11 @@ def _check_close(what: str, found: NDArray[np.float32], expected: NDArray[np.flo
 
 
 def _users_table(data: SplitData) -> pl.DataFrame:
-    """Every user's events, in user-row order, oldest first: what serving starts from."""
+    """Every user's events, in user-row order, oldest first: what serving starts from.
+
+    All of the log, test events too: nothing is learned from these, the evaluation asks with histories of its
+    own, and a shop would not forget what was bought last.
+    """
     events = data.log.events
     frame = pl.DataFrame(
         {

@@ -147,6 +147,100 @@ def novelty(ranked: NDArray[np.int32], popularity: NDArray[np.int64], num_users:
     return float(np.mean(-np.log2(share)))
 
 
+def group_coverage(lists: Iterable[NDArray[np.int32]], groups: NDArray[np.int32]) -> float:
+    """Return the share of the catalog's groups (categories, brands, sellers) that stand in any of the lists.
+
+    Args:
+        lists: item rows.
+        groups: [I+1] number of each item's group, 0 where it has none; a catalog without groups gives 0.
+    """
+    known = np.unique(groups[groups > 0])
+    shown = {int(group) for ranked in lists for group in groups[ranked] if group}
+    return len(shown) / len(known) if len(known) else 0.0
+
+
+def group_entropy(ranked: NDArray[np.int32], groups: NDArray[np.int32]) -> float:
+    """Return the Shannon entropy in bits of a list's groups: 0 for one group, log2(L) for L different ones.
+
+    Args:
+        ranked: [L] item rows; those without a group are left out, and nothing left gives 0.
+        groups: [I+1] number of each item's group, 0 where it has none.
+    """
+    found = groups[ranked]
+    _, counts = np.unique(found[found > 0], return_counts=True)
+    share = counts / max(counts.sum(), 1)
+    return float(-(share * np.log2(share)).sum()) + 0.0  # never -0
+
+
+def attention(length: int) -> NDArray[np.float64]:
+    """Return the attention that each place gets, [length] float64: 1 / log2(place + 1), place 1 the top."""
+    return 1.0 / np.log2(np.arange(2, length + 2))
+
+
+def exposure(lists: Iterable[NDArray[np.int32]], num_items: int) -> NDArray[np.float64]:
+    """Return the attention that each item gets in all lists, [I+1] float64 (Singh and Joachims 2018)."""
+    total = np.zeros(num_items + 1)
+    for ranked in lists:
+        np.add.at(total, ranked, attention(len(ranked)))
+    return total
+
+
+def gini(amounts: FloatArray) -> float:
+    """Return the Gini coefficient of some amounts: 0 where all are equal, (n - 1) / n where one has all.
+
+    Args:
+        amounts: [n] at least 0, such as exposure(...)[1:]; none, or nothing but zeros, gives 0.
+    """
+    ordered = np.sort(amounts.astype(np.float64))
+    count, total = len(ordered), ordered.sum()
+    if not total:
+        return 0.0
+    return float((2 * np.arange(1, count + 1) - count - 1) @ ordered / (count * total))
+
+
+def serendipity(ranked: NDArray[np.int32], targets: NDArray[np.int32], expected: NDArray[np.int32]) -> float:
+    """Return the share of a list that is wanted and not expected (Ge et al. 2010).
+
+    Args:
+        ranked: [L] item rows; an empty list gives 0.
+        targets: item rows that the user wants.
+        expected: item rows that a plain recommender shows to everybody, such as the L most popular.
+    """
+    if not len(ranked):
+        return 0.0
+    return float(np.mean(np.isin(ranked, targets) & ~np.isin(ranked, expected)))
+
+
+def expected_margin(ranked: NDArray[np.int32], margins: FloatArray) -> float:
+    """Return the mean margin of a list, in the unit of the margins, each place weighed by its attention.
+
+    Args:
+        ranked: [L] item rows; an empty list gives 0.
+        margins: [I+1], shares of the price or amounts of money; NaN counts as 0.
+    """
+    if not len(ranked):
+        return 0.0
+    return float(np.average(np.nan_to_num(margins[ranked], nan=0.0), weights=attention(len(ranked))))
+
+
+def freshness(
+    ranked: NDArray[np.int32], available_from: NDArray[np.int64], now_ms: int, half_life_days: float
+) -> float:
+    """Return the mean of 2^(-age / half-life): 1 where all came today, 1/2 where all are one half-life old.
+
+    Args:
+        ranked: [L] item rows; an empty list gives 0.
+        available_from: [I+1] ms; 0 is unknown and counts as infinitely old.
+        now_ms: on the same clock; what comes later counts as new.
+        half_life_days: above 0.
+    """
+    if not len(ranked):
+        return 0.0
+    since = available_from[ranked]
+    age_days = np.maximum(now_ms - since, 0) / 86_400_000
+    return float(np.mean(np.where(since == 0, 0.0, np.exp2(-age_days / half_life_days))))
+
+
 def mean_accuracy(
     scores: NDArray[np.float32],
     histories: Sequence[NDArray[np.int32]],

@@ -73,7 +73,11 @@ def catalog_frame(num_items: int) -> pl.DataFrame:
             "price": [None if number % 6 == 0 else float(number) for number in numbers],
             "margin": [0.1 for _ in numbers],
             "available_from": [number * 1000 if number % 3 else 0 for number in numbers],
-            "attributes": [[] for _ in numbers],
+            "available_until": [None for _ in numbers],
+            "stock": [None if number % 9 else number % 2 for number in numbers],
+            "attributes": [
+                ["age:18"] if number == 8 else ["region:DE"] * (number % 10 == 4) for number in numbers
+            ],
             "popularity": rng.integers(0, 30, num_items),
         },
         schema=CATALOG_SCHEMA,
@@ -143,7 +147,8 @@ def fill_bundle(
     num_items: int = 40,
     ranker: str = "ordered",
     repeats: bool = False,
-    policy: list[dict[str, Any]] = POLICY,
+    policy: Sequence[dict[str, Any]] = POLICY,
+    policies: dict[str, Any] | None = None,
     num_candidates: int = 20,
     num_ranked: int = 10,
     sources: Sequence[dict[str, Any]] = SOURCES,
@@ -166,6 +171,7 @@ def fill_bundle(
             "item_vectors": vectors,
             "user_vectors": user_vectors,
             "item_degrees": np.concatenate([[0], items["popularity"]]).astype(np.float32),
+            "content_vectors": np.roll(vectors, 1, axis=1),
         },
         directory / "embeddings.safetensors",
     )
@@ -206,7 +212,7 @@ def fill_bundle(
             "popular_window_days": None,
         }
         | settings,
-        "policy": policy,
+        "policies": policies or {"policies": {"toy": {"rules": list(policy)}}},
         "recipe": {},
         "metrics": {},
         "shapes": {},

@@ -90,13 +90,13 @@ def test_damage_is_refused_by_name(copy: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda manifest: manifest.update(format_version=3), "has format 3, newer than 2"),
+        (lambda manifest: manifest.update(format_version=4), "has format 4, newer than 3"),
         (
             lambda manifest: manifest.update(format_version=1),
-            "has format 1; this trirank reads format 2.*train",
+            "has format 1; this trirank reads format 3.*train",
         ),
         (lambda manifest: manifest.pop("format_version"), "format_version is missing"),
-        (lambda manifest: manifest.pop("policy"), "policy is missing"),
+        (lambda manifest: manifest.pop("policies"), "policies is missing"),
         (lambda manifest: manifest.update(files=[]), "files is missing or is no dict"),
         (lambda manifest: manifest["files"].update({"../secret": {}}), "files names"),
         (lambda manifest: manifest["files"].pop("users.parquet"), "files names"),

@@ -95,3 +95,26 @@ def test_bad_tables() -> None:
         Catalog(pl.DataFrame({"item_id": ["a", None]}))
     with pytest.raises(ValueError, match="column 'price' is String; expected Float64"):
         Catalog(pl.DataFrame({"item_id": ["a"], "price": ["1"]}))
+
+
+def test_what_rules_ask_for(items: pl.DataFrame) -> None:
+    catalog = Catalog(
+        items.with_columns(
+            stock=pl.Series([0, None, 7, 2]),
+            margin=pl.Series([0.5, None, 0.0, 1.0]),
+            available_until=pl.Series([2**60 + 1, None, 3, 4]),
+            attributes=pl.Series([["age:18", "vegan"], [], None, ["vegan"]], dtype=pl.List(pl.String)),
+        )
+    )
+    assert catalog.stock.tolist() == [-1, 0, -1, 7, 2]
+    np.testing.assert_array_equal(catalog.margins, [np.nan, 0.5, np.nan, 0, 1])
+    assert catalog.available_until.tolist() == [0, 2**60 + 1, 0, 3, 4]
+    assert {tag: rows.tolist() for tag, rows in catalog.having["attribute"].items()} == {
+        "age:18": [1],
+        "vegan": [1, 4],
+    }
+    assert catalog.category_depth == 2
+    assert catalog.names["brand"] == ["", "x"]
+    assert catalog.names["seller_id"] == [""]
+    assert catalog.row_of["🎉"] == 2
+    assert Catalog(items.select("item_id")).category_depth == 0

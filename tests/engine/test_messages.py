@@ -4,11 +4,15 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import polars as pl
 import pytest
 
 from engine import messages
+from engine.catalog import Catalog
+from engine.item_list import ItemList
 from engine.messages import InvalidRequestError
-from engine.pipeline import Event, Filters, ItemList
+from engine.pipeline import Event, Filters
+from engine.policies import Arrangement, Exposure
 from engine.trace import StageTiming, Trace, VisitorKind
 from protos.trirank.v1 import recommender_pb2 as pb
 
@@ -58,17 +62,69 @@ def test_visitor() -> None:
             pb.Visitor(history=[pb.Event(item_id="a", timestamp_ms=-5)]),
             r"visitor.history\[0\].timestamp_ms is -5; expected 0 or more",
         ),
-        (
-            pb.Visitor(context={str(number): "" for number in range(65)}),
-            "number of keys in visitor.context is 65; expected at most 64",
-        ),
-        (pb.Visitor(context={"": "x"}), "key of visitor.context is ''"),
-        (pb.Visitor(context={"hour": "x" * 300}), r"length of visitor.context\['hour'\] is 300"),
     ],
 )
 def test_bad_visitors(visitor: pb.Visitor, message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         messages.read_visitor(visitor)
+
+
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        (
+            {str(number): "" for number in range(65)},
+            "number of keys in visitor.context is 65; expected at most 64",
+        ),
+        ({"": "x"}, "key of visitor.context is ''"),
+        ({"hour": "x" * 300}, r"length of visitor.context\['hour'\] is 300"),
+    ],
+)
+def test_bad_context(context: dict[str, str], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        messages.read_context(pb.Visitor(context=context).context)
+
+
+def test_what_a_request_asks_of_the_rules() -> None:
+    request = pb.RecommendRequest(policy="home", overrides={"mmr.relevance_weight": 0.5}, seed=0, now_ms=7)
+    assert messages.read_policy(request) == "home"
+    assert messages.read_overrides(request) == {"mmr.relevance_weight": 0.5}
+    assert messages.read_seed(request) == 0
+    assert messages.read_now(request) == 7
+    assert messages.read_now(pb.RecommendRequest()) is None
+    asked = [pb.RecommendRequest(visitor=pb.Visitor(user_id=user)) for user in ("a", "a", "b")]
+    seeds = [messages.read_seed(request) for request in asked]
+    assert seeds[0] == seeds[1] != seeds[2]
+
+
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        (lambda: messages.read_policy(pb.RecommendRequest(policy="x" * 300)), "length of policy is 300"),
+        (lambda: messages.read_now(pb.RecommendRequest(now_ms=-1)), "now_ms is -1; expected milliseconds"),
+        (
+            lambda: messages.read_overrides(
+                pb.RecommendRequest(overrides={str(number): 1 for number in range(65)})
+            ),
+            "number of overrides is 65; expected at most 64",
+        ),
+        (lambda: messages.read_overrides(pb.RecommendRequest(overrides={"": 1})), "key of overrides is ''"),
+    ],
+)
+def test_what_a_request_may_not_ask_of_the_rules(read: Callable[[], object], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        read()
+
+
+def test_an_arrangement_without_reasons() -> None:
+    arrangement = Arrangement("home", 5, None, {"drop_seen": 2}, [Exposure("exposure:brand", "", 0, 0.25)])
+    catalog = Catalog(pl.DataFrame({"item_id": ["a"]}))
+    assert messages.write_arrangement(arrangement, catalog) == pb.Arrangement(
+        policy="home",
+        seed=5,
+        yielded={"drop_seen": 2},
+        exposure=[pb.Exposure(rule="exposure:brand", due=0, given=0.25)],
+    )
 
 
 def test_filters() -> None:

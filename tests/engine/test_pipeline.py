@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from engine.bundle import Bundle
 from engine.history import EMPTY_HISTORY, History
+from engine.item_list import largest
 from engine.pipeline import (
     Event,
     Filters,
@@ -20,7 +21,6 @@ from engine.pipeline import (
     Visitor,
     check_settings,
     history_weights,
-    largest,
     query_vector,
 )
 from engine.trace import VisitorKind
@@ -208,7 +208,7 @@ def test_what_was_taken_out_of_the_cart_is_not_searched_for(plain: Recommendatio
 )
 def test_settings_out_of_range(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=rf"pipeline.{name} is {value}; expected 1 to"):
-        check_settings(SETTINGS | {name: value}, [])
+        check_settings(SETTINGS | {name: value})
 
 
 @pytest.mark.parametrize(
@@ -237,9 +237,9 @@ def test_settings_out_of_range(name: str, value: int) -> None:
     ],
 )
 def test_wrong_settings_of_the_sources(changes: dict[str, Any], message: str) -> None:
-    check_settings(SETTINGS, [])
+    check_settings(SETTINGS)
     with pytest.raises(ValueError, match=message):
-        check_settings(SETTINGS | changes, [])
+        check_settings(SETTINGS | changes)
 
 
 def test_a_known_user_without_anything_known(plain: RecommendationPipeline) -> None:
@@ -405,7 +405,7 @@ def test_whatever_is_asked_nothing_forbidden_and_nothing_missing(
         pipeline.sources = [FailingSource(s.name) if s.name == broken else s for s in pipeline.sources]
     elif broken == "rules":
         pipeline = without(pipeline)
-        pipeline.groups = {"brand": np.zeros(0, np.int32)}
+        pipeline.reranker.slate = fail  # type: ignore[method-assign]
     visitor = visitor_of(*history, user_row=user_row)
     ask: dict[str, Any] = {"filters": Filters(**conditions), "excluded": np.array(excluded, np.int32)}
     items, trace = pipeline.recommend(visitor, limit, **ask)
@@ -618,15 +618,13 @@ def test_a_query_vector_that_is_not_finite(plain: RecommendationPipeline) -> Non
     assert len(items) == 10
 
 
+def fail(*arguments: object, **keywords: object) -> Any:
+    raise RuntimeError("no")
+
+
 def test_failing_rules(plain: RecommendationPipeline) -> None:
-    class FailingRule:
-        name = "failing"
-
-        def apply(self, *arguments: object) -> None:
-            raise RuntimeError("no")
-
     broken = without(plain)
-    broken.rules = [FailingRule()]  # type: ignore[list-item]
+    broken.reranker.slate = fail  # type: ignore[method-assign]
     items, trace = broken.recommend(plain.resolve_visitor("loyal"), 10)
     assert trace.degraded_stages == ["reranking"]
     assert items.rows.tolist() == plain.recommend(plain.resolve_visitor("loyal"), 10).items.rows.tolist()

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import asyncio
+import json
 import math
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,9 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from engine.bundle import Bundle
 from engine.client import RecommenderClient, visitor
-from engine.pipeline import Event, RecommendationPipeline
+from engine.pipeline import Event, RecommendationPipeline, Visitor
+from engine.policy_files import PolicyFiles
+from engine.server import RecommenderService, follow_policies, recommend
 from protos.trirank.v1 import recommender_pb2 as pb
 from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
 
@@ -132,6 +139,17 @@ def test_a_history_of_100_000_events(client: RecommenderClient) -> None:
             lambda client: client.recommend(visitor(), filters=pb.Filters(min_price=math.nan)),
             "filters.min_price is nan",
         ),
+        (lambda client: client.recommend(visitor(), policy="tyo"), "policy is 'tyo'; expected toy (did you"),
+        (lambda client: client.similar_items("null", policy="x"), "policy is 'x'; expected toy"),
+        (
+            lambda client: client.recommend(visitor(), overrides={"mmr.relevance_weight": 0.5}),
+            "policy 'toy': override 'mmr.relevance_weight'; expected none, as the policy has none",
+        ),
+        (lambda client: client.recommend(visitor(), now_ms=0), "now_ms is 0; expected milliseconds"),
+        (
+            lambda client: client.similar_items("null", context={"": "x"}),
+            "key of context is ''; expected a non-empty string",
+        ),
         (lambda client: client.rank(visitor(), []), "candidate_item_ids is []"),
         (lambda client: client.rank(visitor(), ["🎉", "🎉"]), "candidate_item_ids[1] is '🎉'"),
     ],
@@ -142,6 +160,59 @@ def test_invalid_arguments(
     code, message = refusal(lambda: call(client))
     assert code == grpc.StatusCode.INVALID_ARGUMENT
     assert message.startswith(details)
+
+
+def test_a_request_chooses_its_policy_and_asks_why(
+    client: RecommenderClient, pipeline: RecommendationPipeline
+) -> None:
+    ids = pipeline.bundle.catalog.ids
+    expected, trace = pipeline.recommend(pipeline.resolve_visitor("loyal"), 7, seed=5, explain=True)
+    response = client.recommend(visitor("loyal"), limit=7, policy="toy", seed=5, explain=True)
+    assert [item.item_id for item in response.items] == [ids[row] for row in expected.rows]
+    arrangement = response.arrangement
+    assert (arrangement.policy, arrangement.seed, arrangement.now_ms) == ("toy", 5, 30_000)
+    assert trace.arrangement is not None
+    explanation = trace.arrangement.explanation
+    assert explanation is not None
+    assert [(one.rule, one.num_in, one.num_out) for one in arrangement.filters] == [("request", 40, 40)]
+    assert [one.rule for one in arrangement.rules] == ["mmr", "cap:brand", "drop_seen"]
+    for item, row in zip(response.items, expected.rows.tolist(), strict=True):
+        reasons = explanation.items[row]
+        assert item.reasons.ranking_place == reasons.ranking_place
+        assert item.reasons.ranking_score == pytest.approx(item.score)
+        assert item.reasons.retrieval_place == reasons.retrieval_place
+        assert [
+            (move.rule, move.from_place, move.to_place if move.HasField("to_place") else None)
+            for move in item.reasons.moves
+        ] == [(move.rule, move.from_place, move.to_place) for move in reasons.moves]
+    assert [item.item_id for item in arrangement.displaced] == [ids[row] for row in explanation.displaced]
+
+    silent = client.recommend(visitor("loyal"), limit=7, seed=5)
+    assert [item.item_id for item in silent.items] == [item.item_id for item in response.items]
+    assert not any(item.HasField("reasons") for item in silent.items)
+    assert not silent.arrangement.filters
+    assert not silent.arrangement.rules
+    assert client.recommend(visitor("loyal"), now_ms=5_000).arrangement.now_ms == 5_000
+
+
+def test_a_retry_has_the_same_seed(client: RecommenderClient) -> None:
+    seeds = [
+        client.recommend(visitor(user, history, context)).arrangement.seed
+        for user, history, context in (
+            ("loyal", ["null"], {"a": "1", "b": "2"}),
+            ("loyal", ["null"], {"b": "2", "a": "1"}),
+            ("reader", ["null"], {"a": "1", "b": "2"}),
+            ("loyal", ["0042"], {"a": "1", "b": "2"}),
+        )
+    ]
+    assert seeds[0] == seeds[1]
+    assert len(set(seeds)) == 3
+
+
+def test_yielded_rules_are_counted(client: RecommenderClient) -> None:
+    response = client.recommend(visitor(), limit=40)
+    assert response.trace.relaxed_rules == ["cap:brand"]
+    assert dict(response.arrangement.yielded) == {"cap:brand": 40 - 10 - 3 * 6}  # ten items have no brand
 
 
 def test_health_and_reflection(server_address: str) -> None:
@@ -204,6 +275,129 @@ def test_failure_and_drain(bundle_path: Path, start_process: Any, tmp_path: Path
             watch.cancel()
             assert len(under_way.result().items) == 10
         assert process.wait(timeout=WAIT_S) == 0
+
+
+# Policies that change while they are served
+
+HOME = "policies: {home: {rules: [{rule: drop_seen}]}}"
+CHEAP = "policies: {cheap: {rules: [{rule: price_range, max_price: 9}]}}"
+
+
+def until(happens: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    while not happens():
+        assert process.poll() is None, "the server ended"
+        time.sleep(0.05)
+
+
+def test_policies_are_loaded_again(bundle_path: Path, start_process: Any, tmp_path: Path) -> None:
+    file, log = tmp_path / "policies.yaml", tmp_path / "stderr.txt"
+    file.write_text(HOME)
+    address = ["--address", "127.0.0.1:0", "--json", "--policies", str(tmp_path)]
+    command = [sys.executable, "-m", "engine.cli", "serve", str(bundle_path), *address]
+    with log.open("w") as errors, start_process(command, errors) as (process, ready):
+        assert ready, log.read_text()
+        with RecommenderClient(json.loads(ready)["address"], timeout_s=WAIT_S) as client:
+
+            def policy() -> str:
+                return client.recommend(visitor("loyal")).arrangement.policy
+
+            assert policy() == "home"
+            file.write_text(CHEAP)
+            until(lambda: policy() == "cheap", process)
+            for wrong, why in (
+                ("policies: {cheap: {rules: [{rule: price_rang}]}}", "did you mean 'price_range'?"),
+                ("policies: {cheap: {rules: [{rule: deny, brand: Acme}]}}", "deny: brand is 'Acme'"),
+            ):
+                file.write_text(wrong)
+                process.send_signal(signal.SIGHUP)
+                until(
+                    lambda why=why: (
+                        "the policies in use stay: " in log.read_text() and why in log.read_text()
+                    ),
+                    process,
+                )  # type: ignore[misc]
+                assert policy() == "cheap"
+            assert len(client.recommend(visitor(), limit=500).items) == 8  # of the ten, two have no price
+            file.write_text(HOME)
+            until(lambda: policy() == "home", process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=WAIT_S) == 0
+    assert "Traceback" not in log.read_text()
+
+
+def test_a_request_keeps_the_policies_it_began_with(bundle_path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "policies.yaml"
+    file.write_text(HOME)
+    files = PolicyFiles(file)
+
+    class Pipeline(RecommendationPipeline):
+        """Waits in the middle of a request until it is let go."""
+
+        begun, go = threading.Event(), threading.Event()
+
+        def resolve_visitor(self, user_id: str, events: Sequence[Event] = ()) -> Visitor:
+            self.begun.set()
+            assert self.go.wait(WAIT_S)
+            return super().resolve_visitor(user_id, events)
+
+    async def scene() -> tuple[str, str]:
+        with ThreadPoolExecutor(2) as pool:
+            pipeline = Pipeline(Bundle.load(bundle_path), files.load())
+            service = RecommenderService(pipeline, pool)
+            hangup = asyncio.Event()
+            following = asyncio.create_task(follow_policies(service, files, hangup, poll_s=0.01))
+            loop = asyncio.get_running_loop()
+            request = pb.RecommendRequest()
+            before = loop.run_in_executor(pool, recommend, service.pipeline, request, None)
+            await asyncio.to_thread(pipeline.begun.wait, WAIT_S)
+            file.write_text(CHEAP)
+            while service.pipeline is pipeline:
+                await asyncio.sleep(0.01)
+            pipeline.go.set()
+            after = loop.run_in_executor(pool, recommend, service.pipeline, request, None)
+            policies = (await before).arrangement.policy, (await after).arrangement.policy
+            following.cancel()
+            return policies
+
+    assert asyncio.run(scene()) == ("home", "cheap")
+
+
+def test_a_newer_bundle_is_not_lost_to_newer_policies(bundle_path: Path, tmp_path: Path) -> None:
+    """Policies that were bound to a bundle which is no longer served are bound again."""
+    file = tmp_path / "policies.yaml"
+    file.write_text(CHEAP)
+    bundle = Bundle.load(bundle_path)
+    newer = RecommendationPipeline(bundle)
+
+    class Pipeline(RecommendationPipeline):
+        def with_policies(self, policies: Any) -> RecommendationPipeline:
+            service.pipeline = newer  # a bundle arrives while policies are being bound
+            return super().with_policies(policies)
+
+    older = Pipeline(bundle)
+    service = RecommenderService(older, ThreadPoolExecutor(1))
+
+    async def scene() -> None:
+        following = asyncio.create_task(
+            follow_policies(service, PolicyFiles(file), asyncio.Event(), poll_s=0.01)
+        )
+        while service.pipeline in (older, newer):
+            await asyncio.sleep(0.01)
+        following.cancel()
+
+    asyncio.run(scene())
+    assert type(service.pipeline) is RecommendationPipeline
+    assert service.pipeline.policy().name == "cheap"
+
+
+def test_serve_refuses_wrong_policies(bundle_path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "policies.yaml"
+    file.write_text("policies: {home: {rules: [{rule: drop_sen}]}}")
+    command = [sys.executable, "-m", "engine.cli", "serve", str(bundle_path), "--policies", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"{file}: policy 'home': rules[0]: rule is 'drop_sen'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("taken", [True, False])

@@ -15,6 +15,7 @@ from training.data.dataset import ITEM_SCHEMA
 from training.data.interactions import Interactions
 from training.export import (
     _check_index,
+    content_embedding,
     content_features,
     export_ranker,
     index_options,
@@ -262,3 +263,28 @@ def test_popularity_of_the_last_days():
     assert recent_popularity(train, None).tolist() == [0, 2, 2]
     assert recent_popularity(train, 3).tolist() == [0, 1, 1]  # 3 days ago is not within 3 days
     assert recent_popularity(train, 4).tolist() == [0, 1, 2]
+
+
+def test_content_vectors_are_as_alike_as_what_they_describe():
+    words = np.random.default_rng(0).integers(0, 30, (40, 5))
+    titles = [" ".join(f"word{word}" for word in row) for row in words]
+    titles[7] = None
+    items = pl.DataFrame({"item_id": [str(n) for n in range(40)], "title": titles})
+    features = content_features(items)
+    dense = np.stack([features.product(np.eye(features.num_columns, dtype=np.float32))])[0]
+    found = content_embedding(features, dim=40)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found @ found.T, dense @ dense.T, atol=1e-4)
+    assert not found[[0, 8]].any()
+    assert np.array_equal(found, content_embedding(features, dim=40))
+    short = content_embedding(features, dim=3)
+    assert short.shape == (41, 3)
+    # The best vectors of 3 numbers: nothing else of that rank is closer to the products.
+    values, vectors = np.linalg.eigh(dense @ dense.T)
+    best = (vectors[:, -3:] * values[-3:]) @ vectors[:, -3:].T
+    np.testing.assert_allclose(short @ short.T, best, atol=1e-3)
+
+
+def test_items_that_say_nothing_have_no_content():
+    items = pl.DataFrame({"item_id": ["a", "b"]})
+    assert not content_embedding(content_features(items)).any()

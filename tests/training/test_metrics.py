@@ -216,3 +216,75 @@ def test_novelty():
     assert novelty(3) == pytest.approx(3)  # nobody counts as one
     assert novelty(1, 2, 4) == pytest.approx((0 + 3 + 2) / 3)
     assert novelty() == 0
+
+
+#                  padding
+GROUPS = np.array([0, 7, 7, 9, 4, 0], np.int32)
+
+
+def rows(*ranked):
+    return np.array(ranked, np.int32)
+
+
+def test_group_coverage():
+    assert metrics.group_coverage([rows(1, 2), rows(3), rows()], GROUPS) == pytest.approx(2 / 3)
+    assert metrics.group_coverage([rows(5)], GROUPS) == 0  # an item without a group
+    assert metrics.group_coverage([rows(1)], np.zeros(6, np.int32)) == 0
+
+
+def test_group_entropy():
+    assert metrics.group_entropy(rows(1, 2), GROUPS) == 0
+    assert metrics.group_entropy(rows(1, 3), GROUPS) == pytest.approx(1)
+    assert metrics.group_entropy(rows(1, 2, 3, 4), GROUPS) == pytest.approx(1 / 2 + 2 * 1 / 4 * 2)
+    assert metrics.group_entropy(rows(1, 3, 5), GROUPS) == pytest.approx(1)  # item 5 has none
+    assert metrics.group_entropy(rows(5), GROUPS) == metrics.group_entropy(rows(), GROUPS) == 0
+
+
+def test_exposure():
+    found = metrics.exposure([rows(2, 1), rows(2), rows()], 3)
+    assert found.tolist() == pytest.approx([0, discount(2), 2 * discount(1), 0])
+
+
+@pytest.mark.parametrize(
+    ("amounts", "expected"),
+    [
+        ([3, 3, 3], 0),
+        ([0, 0, 5], 2 / 3),
+        # mean absolute difference of all pairs, over twice the mean: (0+1+3+1+0+2+3+2+0) / 9 / (2 * 7/3)
+        ([1, 2, 4], 12 / 9 / (14 / 3)),
+        ([4, 1, 2], 12 / 9 / (14 / 3)),
+        ([0, 0], 0),
+        ([], 0),
+    ],
+)
+def test_gini(amounts, expected):
+    assert metrics.gini(np.array(amounts, float)) == pytest.approx(expected)
+
+
+def test_serendipity():
+    # Item 1 is wanted and expected, item 2 wanted, item 3 neither.
+    assert metrics.serendipity(rows(1, 2, 3), rows(1, 2, 9), rows(1, 8)) == pytest.approx(1 / 3)
+    assert metrics.serendipity(rows(1, 2), rows(1, 2), rows()) == 1
+    assert metrics.serendipity(rows(), rows(1), rows()) == 0
+
+
+def test_expected_margin():
+    margins = np.array([9, 0.3, 0.1, np.nan])
+    weights = discount(1) + discount(2) + discount(3)
+    expected = (0.3 * discount(1) + 0.1 * discount(3)) / weights
+    assert metrics.expected_margin(rows(1, 3, 2), margins) == pytest.approx(expected)
+    assert metrics.expected_margin(rows(2), margins) == pytest.approx(0.1)
+    assert metrics.expected_margin(rows(), margins) == 0
+
+
+def test_freshness():
+    day = 86_400_000
+    since = np.array([0, 100 * day, 93 * day, 86 * day, 0, 105 * day])
+
+    def freshness(*ranked):
+        return metrics.freshness(rows(*ranked), since, now_ms=100 * day, half_life_days=7)
+
+    assert freshness(1) == freshness(5) == 1  # today, and not yet
+    assert freshness(2) == pytest.approx(1 / 2)
+    assert freshness(1, 2, 3, 4) == pytest.approx((1 + 1 / 2 + 1 / 4 + 0) / 4)
+    assert freshness() == 0

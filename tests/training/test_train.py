@@ -1,6 +1,8 @@
 """From a data set directory to a bundle and its metrics, through the public commands, on tiny data."""
 
+import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,14 +11,20 @@ import numpy as np
 import polars as pl
 import pytest
 
-from benchmarks import sources
+from benchmarks import latency, quality, reranking_latency, reranking_soundness, sources
 from engine.bundle import Bundle, resolve_bundle
 from engine.cli import main
 from engine.history import EMPTY_HISTORY
 from engine.pipeline import RecommendationPipeline, Visitor, query_vector
+from engine.policy_files import PolicyFiles
+from reranking.rules import RULES
+from retrieval.neighbours import item_neighbours
 from training import train
-from training.export import folded_in
+from training.data.splits import SplitOptions, final_split, load_split
+from training.evaluate import evaluate, load_questions, served_with
+from training.export import folded_in, recent_popularity
 from training.ranking_module import RankingModule
+from training.retrieval_module import RetrievalModule
 
 FAST = [
     "--retrieval.trainer.max_epochs=2",
@@ -37,9 +45,19 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def strict(shop: Path) -> Path:
+    """A bundle of the strict protocol on the same shop."""
+    assert main(["train", str(shop / "data"), *_paths(shop / "strict"), *FAST, "--no-refit"]) == 0
+    return shop / "strict" / "bundles"
+
+
 def _train(root: Path, *options: str) -> int:
-    paths = ["--out", str(root / "bundles"), "--runs", str(root / "runs")]
-    return main(["train", str(root / "data"), *paths, *FAST, *options])
+    return main(["train", str(root / "data"), *_paths(root), *FAST, *options])
+
+
+def _paths(root: Path) -> list[str]:
+    return ["--out", str(root / "bundles"), "--runs", str(root / "runs")]
 
 
 def test_train_publishes_one_verified_bundle_and_leaves_logs(shop: Path) -> None:
@@ -56,12 +74,80 @@ def test_train_publishes_one_verified_bundle_and_leaves_logs(shop: Path) -> None
     assert set(manifest["metrics"]["validation"]) == {"retrieval", "ranking"}
     assert bundle.item_vectors.shape == (101, 16)
     (run,) = (shop / "runs").iterdir()
-    assert list(run.glob("ranking/csv/*/metrics.csv"))
-    assert list(run.glob("ranking/tensorboard/*/events.out.*"))
+    for stage in ("retrieval", "ranking", "refit/retrieval", "refit/ranking"):
+        assert list(run.glob(f"{stage}/csv/*/metrics.csv"))
+        assert list(run.glob(f"{stage}/tensorboard/*/events.out.*"))
+
+
+def test_the_manifest_says_the_protocol_and_what_validation_chose(shop: Path, strict: Path) -> None:
+    for bundles, protocol in ((shop / "bundles", "refit"), (strict, "strict")):
+        manifest = Bundle.load(resolve_bundle(bundles)).manifest
+        assert manifest["training"]["protocol"] == protocol
+        assert manifest["recipe"]["refit"] is (protocol == "refit")
+        assert set(manifest["training"]["epochs"]) == {"retrieval", "ranking"}
+        assert all(epochs in (1, 2) for epochs in manifest["training"]["epochs"].values())
+        assert 0 < manifest["metrics"]["validation"]["ranking"]["val_ndcg@10"] < 1
+        assert 0 < manifest["metrics"]["validation"]["retrieval"]["val_ndcg@20"] < 1
+
+
+def test_a_refitted_bundle_knows_train_and_validation_and_no_more(shop: Path, strict: Path) -> None:
+    data = load_split(shop / "data", SplitOptions())
+    final = final_split(data)
+    for bundles, train_events in ((shop / "bundles", final.train), (strict, data.split.train)):
+        bundle = Bundle.load(resolve_bundle(bundles))
+        # By a plain loop, each user's items once.
+        counts = np.zeros(len(bundle.item_degrees), np.int64)
+        for user in range(1, train_events.num_users + 1):
+            counts[np.unique(train_events.history(user).wanted)] += 1
+        np.testing.assert_array_equal(bundle.item_degrees, counts)
+        np.testing.assert_array_equal(bundle.catalog.popularity, counts)
+        assert bundle.manifest["data"]["clock"] == train_events.timestamps.max()
+        np.testing.assert_array_equal(bundle.recent_popularity, recent_popularity(train_events, 30))
+        edges = train_events.edges()
+        near = item_neighbours(edges.users, edges.items, edges.num_users, edges.num_items, 200)
+        np.testing.assert_array_equal(bundle.neighbours.columns, near.columns)
+        np.testing.assert_allclose(bundle.neighbours.values, near.values)
+        assert (bundle.item_vectors[counts > 0] != 0).any(axis=1).all()
+    assert len(final.train) > len(data.split.train)
+
+
+def test_no_fit_learns_from_what_the_test_asks_for(shop: Path, tmp_path: Path) -> None:
+    """Other test items change nothing in what both stages learn; other validation items do, in a refit."""
+    data = load_split(shop / "data", SplitOptions())
+    events, rng = data.log.events, np.random.default_rng(1)
+    parser = train.build_parser()
+    config = parser.parse_args([str(shop / "data"), *FAST])
+
+    def learned(folder: Path, kept: np.ndarray) -> dict[str, np.ndarray]:
+        """Fit both stages where all events but those kept have another item."""
+        items = np.where(kept, events.items, rng.integers(1, 101, len(events))).astype(np.int32)
+        log = dataclasses.replace(data.log, events=dataclasses.replace(events, items=items))
+        split = final_split(dataclasses.replace(data, log=log))
+        chosen = train.Chosen(1, 0.5)
+        arguments = (lambda: parser.instantiate(config), 0, False, chosen)
+        train.fit_retrieval(shop / "data", split, folder, *arguments)
+        ranker, _ = train.fit_ranking(shop / "data", split, folder / train.EMBEDDINGS, folder, *arguments)
+        return {name: value.numpy() for name, value in ranker.state_dict().items()}
+
+    everything, without_validation = np.ones((2, len(events)), bool)
+    without_validation[data.split.validation.ends] = False  # where its targets stand
+    first = learned(tmp_path / "first", everything)
+    second = learned(tmp_path / "second", data.split.before_test)
+    third = learned(tmp_path / "third", without_validation)
+    assert set(first) == set(second)
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name], err_msg=name)
+    assert any((value != third[name]).any() for name, value in first.items())
 
 
 def test_an_index_of_another_kind(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wanted = ["--pipeline.num_candidates=15", "--pipeline.index.kind=hnsw", "--out", str(tmp_path)]
+    wanted = [
+        "--pipeline.num_candidates=15",
+        "--pipeline.index.kind=hnsw",
+        "--out",
+        str(tmp_path),
+        "--no-refit",
+    ]
     assert _train(shop, *wanted, "--retrieval.trainer.max_epochs=1", "--ranking.trainer.max_epochs=1") == 0
     bundle = Bundle.load(resolve_bundle(tmp_path), num_threads=2)
     assert bundle.ranker_index is not None
@@ -99,11 +185,29 @@ def test_evaluate_writes_every_metric_of_every_stage(shop: Path, tmp_path: Path)
     assert main(["evaluate", str(shop / "bundles"), "--data", str(shop / "data"), "--json", str(out)]) == 0
     results = json.loads(out.read_text())
     assert results["split"] == "leave-one-out"
+    assert results["protocol"] == "refit"
+    assert "slices" not in results
     assert 0 < results["num_users"] <= 200
     names = {f"{metric}@{k}" for metric in ("recall", "ndcg", "mrr", "hit") for k in (5, 10, 20, 1000)}
     for stage in ("retrieval", "ranking", "slate", "popularity"):
         assert names | {"coverage@10", "diversity@10", "novelty@10"} <= set(results[stage])
         assert all(np.isfinite(value) and value >= 0 for value in results[stage].values())
+    lists = {
+        "gini",
+        "serendipity",
+        "margin",
+        "freshness",
+        "category_entropy",
+        "brand_coverage",
+        "seller_id_entropy",
+    }
+    for stage in ("retrieval", "ranking", "slate", "popularity"):
+        assert {f"{name}@10" for name in lists} <= set(results[stage])
+        assert 0 < results[stage]["margin@10"] < 1
+    assert results["slate"]["category_entropy@10"] <= np.log2(10)
+    # Everybody gets much the same from popularity: it shows the fewest items, and nothing unexpected.
+    assert results["popularity"]["gini@10"] > results["ranking"]["gini@10"]
+    assert results["popularity"]["serendipity@10"] < results["ranking"]["serendipity@10"]
     # One target a user: recall is hit, and every list of a catalog of 100 holds it by place 1000.
     assert results["ranking"]["recall@10"] == pytest.approx(results["ranking"]["hit@10"])
     assert results["ranking"]["recall@1000"] == pytest.approx(1.0)
@@ -119,7 +223,8 @@ def test_evaluate_without_rules_and_with_other_candidates(
         assert main([*ask, *options]) == 0
         results.append(json.loads(capsys.readouterr().out))
     with_rules, plain, narrow = results
-    assert with_rules["rules"] == ["mmr", "cap", "cap", "drop_seen"]
+    rules = ["in_stock", "available", "max_sum", "cap:seller_id@10", "cap:category@10", "drop_seen"]
+    assert (with_rules["policy"], with_rules["rules"]) == ("standard", rules)
     assert plain["rules"] == ["drop_seen"]
     # All 100 items are candidates and nothing moves them: the slate is the ranker's full ranking.
     assert plain["slate"]["ndcg@10"] == pytest.approx(plain["ranking"]["ndcg@10"])
@@ -130,8 +235,131 @@ def test_evaluate_without_rules_and_with_other_candidates(
     assert "num_candidates is 0; expected 1 to 10000" in capsys.readouterr().err
 
 
-def test_the_benchmark_of_the_sources(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ask = [str(shop / "bundles"), "--data", str(shop / "data"), "--part", "validation", "--max_users", "50"]
+def test_evaluate_with_other_policies(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "policies.yaml").write_text(
+        "default: plain\npolicies:\n  plain:\n    rules: [{rule: drop_seen}]\n"
+        "  rich:\n    rules: [{rule: margin, of: share, relevance_per_unit: 100}, {rule: drop_seen}]\n"
+    )
+    ask = ["evaluate", str(shop / "bundles"), "--data", str(shop / "data"), "--max_users", "50"]
+    margins = {}
+    for policy in ("", "rich"):
+        policies = ["--policies", str(tmp_path), "--policy", policy]
+        assert main([*ask, *policies, "--json", "-"]) == 0
+        results = json.loads(capsys.readouterr().out)
+        assert results["policy"] == (policy or "plain")
+        margins[policy] = results["slate"]["margin@10"]
+    assert margins["rich"] > margins[""] + 0.05
+    assert main([*ask, *policies]) == 0
+    assert "slates by policy rich" in capsys.readouterr().out
+    assert main([*ask, "--policy", "poor"]) == 2
+    assert "policy is 'poor'; expected standard" in capsys.readouterr().err
+    assert main([*ask, "--policy", "standard", "--rules", "off"]) == 2
+    assert "rules is off" in capsys.readouterr().err
+
+
+def test_the_example_of_all_rules_fits_the_simulated_shop(
+    shop: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = Path(__file__).parents[2] / "docs" / "policies.example.yaml"
+    assert main(["policy", "check", str(example), "--bundle", str(shop / "bundles")]) == 0
+    capsys.readouterr()
+    bundle = Bundle.load(resolve_bundle(shop / "bundles"))
+    pipeline = RecommendationPipeline(bundle, PolicyFiles(example).load())
+    policies = pipeline.reranker.policies.by_name
+    assert {rule.rule for policy in policies.values() for rule in policy.rules} == set(RULES)
+    history = bundle.users.get("17")
+    for name in policies:
+        items, trace = pipeline.recommend(Visitor(history), 20, policy=pipeline.policy(name), explain=True)
+        assert trace.degraded_stages == []
+        assert len(items) == 20
+
+
+def test_the_benchmarks_of_reranking(
+    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = tmp_path / "curve.png"
+    ask = ["--bundle", str(shop / "bundles"), "--data", str(shop / "data"), "--max_users", "20"]
+    assert quality.main(["reranking", *ask, "--json", "-", "--png", str(picture)]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert {"mmr", "dpp", "max_sum", "cap", "margin"} <= set(results["validation"])
+    assert "default policy" in results["test"]
+    assert results["margins_simulated"] is False
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+    for name in reranking_latency.ONE_THREAD:
+        monkeypatch.setenv(name, "1")
+    size = ["--requests", "3", "--rounds", "1", "--num_items", "1500"]
+    assert latency.main(["reranking", *size, "--json"]) == 0
+    timed = json.loads(capsys.readouterr().out)["latency"]
+    assert all(figures["p50_ms"] > 0 for figures in timed.values())
+
+    assert reranking_soundness.main(["--bundle", str(shop / "bundles"), "--requests", "20"]) == 0
+    assert json.loads(capsys.readouterr().out)["faults"] == []
+
+
+def test_a_refitted_bundle_is_not_asked_what_it_was_told(
+    shop: Path, strict: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = ["--data", str(shop / "data"), "--part", "validation", "--max_users", "20", "--json", "-"]
+    assert main(["evaluate", str(shop / "bundles"), *ask]) == 2
+    assert "was fitted again on validation and knows the answers" in capsys.readouterr().err
+    assert main(["evaluate", str(strict), *ask]) == 0
+    assert json.loads(capsys.readouterr().out)["protocol"] == "strict"
+
+
+def test_the_slices_add_up_and_change_nothing_else(
+    shop: Path, strict: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = Bundle.load(resolve_bundle(strict))
+    whole = evaluate(bundle, shop / "data", stages=("popularity", "ranking"))
+    results = evaluate(bundle, shop / "data", stages=("popularity", "ranking"), slices=True)
+    slices = results.pop("slices")
+    assert results == whole
+    # One target a user: new, tail and head items part the users, and the mean over all is theirs.
+    parts = [slices[name] for name in ("new items", "tail items", "head items")]
+    assert sum(part["num_users"] for part in parts) == results["num_users"]
+    for stage in ("popularity", "ranking"):
+        total = sum(part["num_users"] * part[stage]["ndcg@10"] for part in parts if part[stage])
+        assert total / results["num_users"] == pytest.approx(results[stage]["ndcg@10"])
+    # Popularity finds nothing in the tail.
+    assert slices["head items"]["popularity"]["ndcg@10"] > slices["tail items"]["popularity"]["ndcg@10"]
+    assert slices["new users"]["num_users"] == 0
+    assert slices["new users"]["ranking"] is None
+    command = ["evaluate", str(strict), "--data", str(shop / "data"), "--slices", "--max_users", "30"]
+    capsys.readouterr()
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "leave-one-out, strict, test, 30 users" in shown
+    assert "tail items: targets among the least popular items that make 20%" in shown
+
+
+def test_the_global_time_split_is_the_second_protocol(
+    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(shop / "data", tmp_path / "data")
+    assert _train(tmp_path, "--split.name=global-time", "--ranking.trainer.max_epochs=1") == 0
+    ask = ["evaluate", str(tmp_path / "bundles"), "--data", str(tmp_path / "data"), "--slices", "--json", "-"]
+    capsys.readouterr()
+    assert main(ask) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert (results["split"], results["protocol"]) == ("global-time", "refit")
+    bundle = Bundle.load(resolve_bundle(tmp_path / "bundles"))
+    split, holdout = load_questions(bundle, tmp_path / "data", "test", None)
+    # Everybody is asked at one moment, behind all that was learned from, and new users among them.
+    test_start = min(holdout.events.timestamps[holdout.ends])
+    assert split.train.timestamps.max() < test_start
+    assert bundle.manifest["data"]["clock"] == split.train.timestamps.max()
+    num_new = sum(len(history) == 0 for _, history, _ in holdout)
+    assert results["slices"]["new users"]["num_users"] == num_new
+    assert results["slices"]["short histories"]["num_users"] >= num_new
+    num_targets = sum(
+        results["slices"][name]["num_targets"] for name in ("new items", "tail items", "head items")
+    )
+    assert num_targets == len(holdout.targets) > results["num_users"]
+
+
+def test_the_benchmark_of_the_sources(shop: Path, strict: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ask = [str(strict), "--data", str(shop / "data"), "--part", "validation", "--max_users", "50"]
     assert sources.main([*ask, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     names = ["sequence", "embedding", "neighbours", "popular", "fresh", "all, merged"]
@@ -151,8 +379,7 @@ def test_the_benchmark_of_the_sources(shop: Path, capsys: pytest.CaptureFixture[
 
 def test_full_ranking_of_evaluation_agrees_with_the_pipeline_without_rules(shop: Path) -> None:
     bundle = Bundle.load(resolve_bundle(shop / "bundles"))
-    bundle.manifest["policy"][:] = [{"rule": "drop_seen"}]
-    pipeline = RecommendationPipeline(bundle)
+    pipeline = RecommendationPipeline(served_with(bundle, rules=False))
     history = bundle.users.get("17")
     slate = pipeline.recommend(Visitor(history), 10).items
     assert bundle.scorer is not None
@@ -170,30 +397,51 @@ def test_a_visitor_with_nothing_gets_a_full_slate(shop: Path) -> None:
     assert len(pipeline.recommend(Visitor(EMPTY_HISTORY), 10).items) == 10
 
 
-def test_resume_goes_on_where_the_run_was_cut_short(
+def test_resume_goes_on_in_each_of_the_four_fits(
     shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(shop / "data", tmp_path / "data")
+    fit_stage = train.fit_stage
+    monkeypatch.setattr(  # both epochs, whatever validation says: the refit has one to be cut short in
+        train,
+        "fit_stage",
+        lambda *args, **options: dataclasses.replace(fit_stage(*args, **options), epochs=2),
+    )
+    fits = ["retrieval", "ranking", "refit/retrieval", "refit/ranking"]
+    shown = []
+    for number, fit in enumerate([*fits, None]):
 
-    def cut_short(module: L.LightningModule) -> None:
-        if module.current_epoch == 1:
-            raise KeyboardInterrupt
+        def cut_short(module: L.LightningModule, fit: str | None = fit) -> None:
+            folder = module.trainer.checkpoint_callback.dirpath
+            here = fit and folder.endswith(fit) and fit.startswith("refit") == ("/refit/" in folder)
+            if here and module.current_epoch == 1:
+                raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(RankingModule, "on_train_epoch_start", cut_short)
-        assert _train(tmp_path) == 130
-    assert "--resume" in capsys.readouterr().err
-    assert not list(tmp_path.glob("bundles/*"))
-
-    assert _train(tmp_path, "--resume") == 0
-    shown = capsys.readouterr().err
-    assert "retrieval: already trained" in shown
-    assert "ranking epoch 1" in shown
-    assert "ranking epoch 0" not in shown
-    # Both stages' validation metrics are on record, though one was trained before the cut.
-    metrics = Bundle.load(resolve_bundle(tmp_path / "bundles")).manifest["metrics"]["validation"]
-    assert set(metrics) == {"retrieval", "ranking"}
+        for module in (RetrievalModule, RankingModule):
+            monkeypatch.setattr(module, "on_train_epoch_start", cut_short)
+        assert _train(tmp_path, *(["--resume"] if number else [])) == (130 if fit else 0)
+        shown.append(capsys.readouterr().err)
+        assert bool(list(tmp_path.glob("bundles/*"))) == (fit is None)
+        assert fit is None or "--resume" in shown[-1]
+    lines = re.findall(r"^(\w+ (?:refit )?epoch \d)", "\n".join(shown), re.MULTILINE)
+    names = ["retrieval", "ranking", "retrieval refit", "ranking refit"]
+    assert lines == [f"{name} epoch {epoch}" for name in names for epoch in (0, 1)]
+    assert "fit 4 of 4: ranking on train and validation, 2 epochs as chosen" in shown[-1]
+    assert "retrieval: already trained in this run" in shown[-1]
+    assert "ranking: already trained in this run" in shown[-1]
+    # What was found before the cuts is on record.
+    manifest = Bundle.load(resolve_bundle(tmp_path / "bundles")).manifest
+    assert manifest["training"] == {"protocol": "refit", "epochs": {"retrieval": 2, "ranking": 2}}
+    assert manifest["metrics"]["validation"]["retrieval"]["val_ndcg@20"] > 0
+    assert manifest["metrics"]["validation"]["ranking"]["val_ndcg@10"] > 0
     assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_a_refit_repeats_epochs_and_not_steps(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _train(shop, "--ranking.trainer.max_steps=5") == 2
+    shown = capsys.readouterr().err
+    assert "ranking.trainer.max_steps is 5" in shown
+    assert "epoch 0" not in shown
 
 
 def test_resume_without_anything_to_resume_says_so(
@@ -233,10 +481,10 @@ def test_data_without_order_trains_and_serves_retrieval_alone(
     assert result["funnel"]["kept"] == pytest.approx(1.0)
 
 
-def test_the_same_seed_gives_the_same_vectors(shop: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_vectors(shop: Path, strict: Path, tmp_path: Path) -> None:
     shutil.copytree(shop / "data", tmp_path / "data")
-    assert _train(tmp_path) == 0
-    first = Bundle.load(resolve_bundle(shop / "bundles"))
+    assert _train(tmp_path, "--no-refit") == 0
+    first = Bundle.load(resolve_bundle(strict))
     second = Bundle.load(resolve_bundle(tmp_path / "bundles"))
     np.testing.assert_allclose(first.item_vectors, second.item_vectors, atol=1e-5)
 
@@ -288,10 +536,15 @@ def test_unknown_commands_name_the_nearest(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_wrong_policy_is_refused_before_training(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _train(shop, "--pipeline.policy", '[{"rule": "capp"}]') == 2
-    shown = capsys.readouterr().err
-    assert "cap" in shown
-    assert "epoch" not in shown
+    for rule, message in (
+        ('{"rule": "capp"}', "policy 'home': rules[0]: rule is 'capp'"),
+        ('{"rule": "deny", "brand": "No Such"}', "deny: brand is 'No Such'; expected one of the catalog's"),
+    ):
+        policies = f'{{"policies": {{"home": {{"rules": [{rule}]}}}}}}'
+        assert _train(shop, "--pipeline.policies", policies) == 2
+        shown = capsys.readouterr().err
+        assert message in shown
+        assert "epoch" not in shown
 
 
 def test_a_wrong_source_is_refused_before_training(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,6 +42,8 @@ ITEM_SCHEMA: dict[str, pl.DataType] = {
     "price": pl.Float64(),
     "margin": pl.Float64(),  # share of the price, 0 to 1
     "available_from": pl.Int64(),  # same clock as the events' timestamp
+    "available_until": pl.Int64(),  # from then on it is not on sale any more
+    "stock": pl.Int64(),  # pieces, at least 0
     "attributes": pl.List(pl.String()),
 }
 

@@ -350,21 +350,23 @@ def _item_table(items: pl.LazyFrame, source: Source, notes: list[str]) -> pl.Dat
         if name in ("price", "margin"):
             amount = _amount(name)
             facts[name] = pl.when(amount <= 1).then(amount) if name == "margin" else amount
-        elif name == "available_from" and source.time == "unix":
-            facts[name] = _available_from(table[name], source.time_unit)
+        elif name in ("available_from", "available_until") and source.time == "unix":
+            facts[name] = _moment(table[name], source.time_unit)
+        elif name == "stock":
+            facts[name] = _amount(name).round().cast(pl.Int64)
         elif name in ("category", "attributes"):
             facts[name] = _path(pl.col(name), table.schema[name], source)
         elif name in ITEM_FACTS:
             facts[name] = _blank_to_null(name)
     typed = table.select("item_id", **facts)
-    for name in ("price", "margin", "available_from"):
+    for name in ("price", "margin", "available_from", "available_until", "stock"):
         if name in facts:
             unreadable = (typed[name].is_null() & ~table.select(_blank(name)).to_series()).sum()
             _note(notes, int(unreadable), f"values of {name} in the item table cannot be used; left out")
     return typed
 
 
-def _available_from(texts: pl.Series, unit: TimeUnit) -> pl.Expr:
+def _moment(texts: pl.Series, unit: TimeUnit) -> pl.Expr:
     if unit == "auto":
         unit = time_unit_of(texts.drop_nulls().filter(texts.drop_nulls().str.strip_chars() != ""))
     return milliseconds(pl.col(texts.name), unit)

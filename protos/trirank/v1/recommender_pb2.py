@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#protos/trirank/v1/recommender.proto\x12\ntrirank.v1\"B\n\x05\x45vent\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x12\n\nevent_type\x18\x02 \x01(\t\x12\x14\n\x0ctimestamp_ms\x18\x03 \x01(\x03\"\xa1\x01\n\x07Visitor\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\"\n\x07history\x18\x02 \x03(\x0b\x32\x11.trirank.v1.Event\x12\x31\n\x07\x63ontext\x18\x03 \x03(\x0b\x32 .trirank.v1.Visitor.ContextEntry\x1a.\n\x0c\x43ontextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x8d\x01\n\x07\x46ilters\x12\x12\n\ncategories\x18\x01 \x03(\t\x12\x0e\n\x06\x62rands\x18\x02 \x03(\t\x12\x12\n\nseller_ids\x18\x03 \x03(\t\x12\x16\n\tmin_price\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tmax_price\x18\x05 \x01(\x01H\x01\x88\x01\x01\x42\x0c\n\n_min_priceB\x0c\n\n_max_price\"\x96\x01\n\x10RecommendRequest\x12$\n\x07visitor\x18\x01 \x01(\x0b\x32\x13.trirank.v1.Visitor\x12\x12\n\x05limit\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x10\x65xclude_item_ids\x18\x03 \x03(\t\x12$\n\x07\x66ilters\x18\x04 \x01(\x0b\x32\x13.trirank.v1.FiltersB\x08\n\x06_limit\"K\n\nScoredItem\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\r\n\x05title\x18\x04 \x01(\t\"R\n\x0bStageTiming\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x13\n\x0b\x64uration_us\x18\x02 \x01(\x03\x12\x0e\n\x06num_in\x18\x03 \x01(\x05\x12\x0f\n\x07num_out\x18\x04 \x01(\x05\"\x91\x02\n\x05Trace\x12\x16\n\x0e\x62undle_version\x18\x01 \x01(\t\x12-\n\x0cvisitor_kind\x18\x02 \x01(\x0e\x32\x17.trirank.v1.VisitorKind\x12\x17\n\x0f\x64\x65graded_stages\x18\x03 \x03(\t\x12(\n\x07timings\x18\x04 \x03(\x0b\x32\x17.trirank.v1.StageTiming\x12\x10\n\x08total_us\x18\x05 \x01(\x03\x12!\n\x19num_unknown_history_items\x18\x06 \x01(\x05\x12\x1c\n\x14ignored_context_keys\x18\x07 \x03(\t\x12\x15\n\rrelaxed_rules\x18\x08 \x03(\t\x12\x14\n\x0cunknown_user\x18\t \x01(\x08\"\\\n\x11RecommendResponse\x12%\n\x05items\x18\x01 \x03(\x0b\x32\x16.trirank.v1.ScoredItem\x12 \n\x05trace\x18\x02 \x01(\x0b\x32\x11.trirank.v1.Trace\"\x84\x01\n\x13SimilarItemsRequest\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x12\n\x05limit\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x10\x65xclude_item_ids\x18\x03 \x03(\t\x12$\n\x07\x66ilters\x18\x04 \x01(\x0b\x32\x13.trirank.v1.FiltersB\x08\n\x06_limit\"_\n\x14SimilarItemsResponse\x12%\n\x05items\x18\x01 \x03(\x0b\x32\x16.trirank.v1.ScoredItem\x12 \n\x05trace\x18\x02 \x01(\x0b\x32\x11.trirank.v1.Trace\"O\n\x0bRankRequest\x12$\n\x07visitor\x18\x01 \x01(\x0b\x32\x13.trirank.v1.Visitor\x12\x1a\n\x12\x63\x61ndidate_item_ids\x18\x02 \x03(\t\"q\n\x0cRankResponse\x12%\n\x05items\x18\x01 \x03(\x0b\x32\x16.trirank.v1.ScoredItem\x12\x18\n\x10unknown_item_ids\x18\x02 \x03(\t\x12 \n\x05trace\x18\x03 \x01(\x0b\x32\x11.trirank.v1.Trace*\x83\x01\n\x0bVisitorKind\x12\x1c\n\x18VISITOR_KIND_UNSPECIFIED\x10\x00\x12\x1b\n\x17VISITOR_KIND_KNOWN_USER\x10\x01\x12\x1d\n\x19VISITOR_KIND_HISTORY_ONLY\x10\x02\x12\x1a\n\x16VISITOR_KIND_ANONYMOUS\x10\x03\x32\xec\x01\n\x12RecommenderService\x12H\n\tRecommend\x12\x1c.trirank.v1.RecommendRequest\x1a\x1d.trirank.v1.RecommendResponse\x12Q\n\x0cSimilarItems\x12\x1f.trirank.v1.SimilarItemsRequest\x1a .trirank.v1.SimilarItemsResponse\x12\x39\n\x04Rank\x12\x17.trirank.v1.RankRequest\x1a\x18.trirank.v1.RankResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#protos/trirank/v1/recommender.proto\x12\ntrirank.v1\"B\n\x05\x45vent\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x12\n\nevent_type\x18\x02 \x01(\t\x12\x14\n\x0ctimestamp_ms\x18\x03 \x01(\x03\"\xa1\x01\n\x07Visitor\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\"\n\x07history\x18\x02 \x03(\x0b\x32\x11.trirank.v1.Event\x12\x31\n\x07\x63ontext\x18\x03 \x03(\x0b\x32 .trirank.v1.Visitor.ContextEntry\x1a.\n\x0c\x43ontextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x8d\x01\n\x07\x46ilters\x12\x12\n\ncategories\x18\x01 \x03(\t\x12\x0e\n\x06\x62rands\x18\x02 \x03(\t\x12\x12\n\nseller_ids\x18\x03 \x03(\t\x12\x16\n\tmin_price\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tmax_price\x18\x05 \x01(\x01H\x01\x88\x01\x01\x42\x0c\n\n_min_priceB\x0c\n\n_max_price\"\xe5\x02\n\x10RecommendRequest\x12$\n\x07visitor\x18\x01 \x01(\x0b\x32\x13.trirank.v1.Visitor\x12\x12\n\x05limit\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x10\x65xclude_item_ids\x18\x03 \x03(\t\x12$\n\x07\x66ilters\x18\x04 \x01(\x0b\x32\x13.trirank.v1.Filters\x12\x0e\n\x06policy\x18\x05 \x01(\t\x12>\n\toverrides\x18\x06 \x03(\x0b\x32+.trirank.v1.RecommendRequest.OverridesEntry\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x01\x88\x01\x01\x12\x13\n\x06now_ms\x18\x08 \x01(\x03H\x02\x88\x01\x01\x12\x0f\n\x07\x65xplain\x18\t \x01(\x08\x1a\x30\n\x0eOverridesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x08\n\x06_limitB\x07\n\x05_seedB\t\n\x07_now_ms\"q\n\nScoredItem\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\r\n\x05title\x18\x04 \x01(\t\x12$\n\x07reasons\x18\x05 \x01(\x0b\x32\x13.trirank.v1.Reasons\"\x99\x02\n\x07Reasons\x12\x1c\n\x0fretrieval_place\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1c\n\x0fretrieval_score\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x1a\n\rranking_place\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x1a\n\rranking_score\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\trelevance\x18\x05 \x01(\x02\x12\x1a\n\x12\x61\x64justed_relevance\x18\x06 \x01(\x02\x12\x1f\n\x05moves\x18\x07 \x03(\x0b\x32\x10.trirank.v1.MoveB\x12\n\x10_retrieval_placeB\x12\n\x10_retrieval_scoreB\x10\n\x0e_ranking_placeB\x10\n\x0e_ranking_score\"`\n\x04Move\x12\x0c\n\x04rule\x18\x01 \x01(\t\x12\x17\n\nfrom_place\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x15\n\x08to_place\x18\x03 \x01(\x05H\x01\x88\x01\x01\x42\r\n\x0b_from_placeB\x0b\n\t_to_place\"R\n\x0bStageTiming\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x13\n\x0b\x64uration_us\x18\x02 \x01(\x03\x12\x0e\n\x06num_in\x18\x03 \x01(\x05\x12\x0f\n\x07num_out\x18\x04 \x01(\x05\"\x91\x02\n\x05Trace\x12\x16\n\x0e\x62undle_version\x18\x01 \x01(\t\x12-\n\x0cvisitor_kind\x18\x02 \x01(\x0e\x32\x17.trirank.v1.VisitorKind\x12\x17\n\x0f\x64\x65graded_stages\x18\x03 \x03(\t\x12(\n\x07timings\x18\x04 \x03(\x0b\x32\x17.trirank.v1.StageTiming\x12\x10\n\x08total_us\x18\x05 \x01(\x03\x12!\n\x19num_unknown_history_items\x18\x06 \x01(\x05\x12\x1c\n\x14ignored_context_keys\x18\x07 \x03(\t\x12\x15\n\rrelaxed_rules\x18\x08 \x03(\t\x12\x14\n\x0cunknown_user\x18\t \x01(\x08\"\x8a\x01\n\x11RecommendResponse\x12%\n\x05items\x18\x01 \x03(\x0b\x32\x16.trirank.v1.ScoredItem\x12 \n\x05trace\x18\x02 \x01(\x0b\x32\x11.trirank.v1.Trace\x12,\n\x0b\x61rrangement\x18\x03 \x01(\x0b\x32\x17.trirank.v1.Arrangement\"\xd7\x02\n\x0b\x41rrangement\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x13\n\x06now_ms\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x35\n\x07yielded\x18\x04 \x03(\x0b\x32$.trirank.v1.Arrangement.YieldedEntry\x12&\n\x08\x65xposure\x18\x05 \x03(\x0b\x32\x14.trirank.v1.Exposure\x12)\n\x07\x66ilters\x18\x06 \x03(\x0b\x32\x18.trirank.v1.FilterEffect\x12%\n\x05rules\x18\x07 \x03(\x0b\x32\x16.trirank.v1.RuleEffect\x12)\n\tdisplaced\x18\x08 \x03(\x0b\x32\x16.trirank.v1.ScoredItem\x1a.\n\x0cYieldedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x42\t\n\x07_now_ms\"C\n\x08\x45xposure\x12\x0c\n\x04rule\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\x12\x0b\n\x03\x64ue\x18\x03 \x01(\x01\x12\r\n\x05given\x18\x04 \x01(\x01\"=\n\x0c\x46ilterEffect\x12\x0c\n\x04rule\x18\x01 \x01(\t\x12\x0e\n\x06num_in\x18\x02 \x01(\x05\x12\x0f\n\x07num_out\x18\x03 \x01(\x05\"i\n\nRuleEffect\x12\x0c\n\x04rule\x18\x01 \x01(\t\x12\x13\n\x0bnum_entered\x18\x02 \x01(\x05\x12\x10\n\x08num_left\x18\x03 \x01(\x05\x12\x11\n\tnum_moved\x18\x04 \x01(\x05\x12\x13\n\x0bnum_yielded\x18\x05 \x01(\x05\"\xa3\x02\n\x13SimilarItemsRequest\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x12\n\x05limit\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x10\x65xclude_item_ids\x18\x03 \x03(\t\x12$\n\x07\x66ilters\x18\x04 \x01(\x0b\x32\x13.trirank.v1.Filters\x12\x0e\n\x06policy\x18\x05 \x01(\t\x12\x13\n\x06now_ms\x18\x06 \x01(\x03H\x01\x88\x01\x01\x12=\n\x07\x63ontext\x18\x07 \x03(\x0b\x32,.trirank.v1.SimilarItemsRequest.ContextEntry\x1a.\n\x0c\x43ontextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_limitB\t\n\x07_now_ms\"_\n\x14SimilarItemsResponse\x12%\n\x05items\x18\x01 \x03(\x0b\x32\x16.trirank.v1.ScoredItem\x12 \n\x05trace\x18\x02 \x01(\x0b\x32\x11.trirank.v1.Trace\"O\n\x0bRankRequest\x12$\n\x07visitor\x18\x01 \x01(\x0b\x32\x13.trirank.v1.Visitor\x12\x1a\n\x12\x63\x61ndidate_item_ids\x18\x02 \x03(\t\"q\n\x0cRankResponse\x12%\n\x05items\x18\x01 \x03(\x0b\x32\x16.trirank.v1.ScoredItem\x12\x18\n\x10unknown_item_ids\x18\x02 \x03(\t\x12 \n\x05trace\x18\x03 \x01(\x0b\x32\x11.trirank.v1.Trace*\x83\x01\n\x0bVisitorKind\x12\x1c\n\x18VISITOR_KIND_UNSPECIFIED\x10\x00\x12\x1b\n\x17VISITOR_KIND_KNOWN_USER\x10\x01\x12\x1d\n\x19VISITOR_KIND_HISTORY_ONLY\x10\x02\x12\x1a\n\x16VISITOR_KIND_ANONYMOUS\x10\x03\x32\xec\x01\n\x12RecommenderService\x12H\n\tRecommend\x12\x1c.trirank.v1.RecommendRequest\x1a\x1d.trirank.v1.RecommendResponse\x12Q\n\x0cSimilarItems\x12\x1f.trirank.v1.SimilarItemsRequest\x1a .trirank.v1.SimilarItemsResponse\x12\x39\n\x04Rank\x12\x17.trirank.v1.RankRequest\x1a\x18.trirank.v1.RankResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_VISITOR_CONTEXTENTRY']._loaded_options = None
   _globals['_VISITOR_CONTEXTENTRY']._serialized_options = b'8\001'
-  _globals['_VISITORKIND']._serialized_start=1540
-  _globals['_VISITORKIND']._serialized_end=1671
+  _globals['_RECOMMENDREQUEST_OVERRIDESENTRY']._loaded_options = None
+  _globals['_RECOMMENDREQUEST_OVERRIDESENTRY']._serialized_options = b'8\001'
+  _globals['_ARRANGEMENT_YIELDEDENTRY']._loaded_options = None
+  _globals['_ARRANGEMENT_YIELDEDENTRY']._serialized_options = b'8\001'
+  _globals['_SIMILARITEMSREQUEST_CONTEXTENTRY']._loaded_options = None
+  _globals['_SIMILARITEMSREQUEST_CONTEXTENTRY']._serialized_options = b'8\001'
+  _globals['_VISITORKIND']._serialized_start=2958
+  _globals['_VISITORKIND']._serialized_end=3089
   _globals['_EVENT']._serialized_start=51
   _globals['_EVENT']._serialized_end=117
   _globals['_VISITOR']._serialized_start=120
@@ -44,23 +50,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FILTERS']._serialized_start=284
   _globals['_FILTERS']._serialized_end=425
   _globals['_RECOMMENDREQUEST']._serialized_start=428
-  _globals['_RECOMMENDREQUEST']._serialized_end=578
-  _globals['_SCOREDITEM']._serialized_start=580
-  _globals['_SCOREDITEM']._serialized_end=655
-  _globals['_STAGETIMING']._serialized_start=657
-  _globals['_STAGETIMING']._serialized_end=739
-  _globals['_TRACE']._serialized_start=742
-  _globals['_TRACE']._serialized_end=1015
-  _globals['_RECOMMENDRESPONSE']._serialized_start=1017
-  _globals['_RECOMMENDRESPONSE']._serialized_end=1109
-  _globals['_SIMILARITEMSREQUEST']._serialized_start=1112
-  _globals['_SIMILARITEMSREQUEST']._serialized_end=1244
-  _globals['_SIMILARITEMSRESPONSE']._serialized_start=1246
-  _globals['_SIMILARITEMSRESPONSE']._serialized_end=1341
-  _globals['_RANKREQUEST']._serialized_start=1343
-  _globals['_RANKREQUEST']._serialized_end=1422
-  _globals['_RANKRESPONSE']._serialized_start=1424
-  _globals['_RANKRESPONSE']._serialized_end=1537
-  _globals['_RECOMMENDERSERVICE']._serialized_start=1674
-  _globals['_RECOMMENDERSERVICE']._serialized_end=1910
+  _globals['_RECOMMENDREQUEST']._serialized_end=785
+  _globals['_RECOMMENDREQUEST_OVERRIDESENTRY']._serialized_start=707
+  _globals['_RECOMMENDREQUEST_OVERRIDESENTRY']._serialized_end=755
+  _globals['_SCOREDITEM']._serialized_start=787
+  _globals['_SCOREDITEM']._serialized_end=900
+  _globals['_REASONS']._serialized_start=903
+  _globals['_REASONS']._serialized_end=1184
+  _globals['_MOVE']._serialized_start=1186
+  _globals['_MOVE']._serialized_end=1282
+  _globals['_STAGETIMING']._serialized_start=1284
+  _globals['_STAGETIMING']._serialized_end=1366
+  _globals['_TRACE']._serialized_start=1369
+  _globals['_TRACE']._serialized_end=1642
+  _globals['_RECOMMENDRESPONSE']._serialized_start=1645
+  _globals['_RECOMMENDRESPONSE']._serialized_end=1783
+  _globals['_ARRANGEMENT']._serialized_start=1786
+  _globals['_ARRANGEMENT']._serialized_end=2129
+  _globals['_ARRANGEMENT_YIELDEDENTRY']._serialized_start=2072
+  _globals['_ARRANGEMENT_YIELDEDENTRY']._serialized_end=2118
+  _globals['_EXPOSURE']._serialized_start=2131
+  _globals['_EXPOSURE']._serialized_end=2198
+  _globals['_FILTEREFFECT']._serialized_start=2200
+  _globals['_FILTEREFFECT']._serialized_end=2261
+  _globals['_RULEEFFECT']._serialized_start=2263
+  _globals['_RULEEFFECT']._serialized_end=2368
+  _globals['_SIMILARITEMSREQUEST']._serialized_start=2371
+  _globals['_SIMILARITEMSREQUEST']._serialized_end=2662
+  _globals['_SIMILARITEMSREQUEST_CONTEXTENTRY']._serialized_start=235
+  _globals['_SIMILARITEMSREQUEST_CONTEXTENTRY']._serialized_end=281
+  _globals['_SIMILARITEMSRESPONSE']._serialized_start=2664
+  _globals['_SIMILARITEMSRESPONSE']._serialized_end=2759
+  _globals['_RANKREQUEST']._serialized_start=2761
+  _globals['_RANKREQUEST']._serialized_end=2840
+  _globals['_RANKRESPONSE']._serialized_start=2842
+  _globals['_RANKRESPONSE']._serialized_end=2955
+  _globals['_RECOMMENDERSERVICE']._serialized_start=3092
+  _globals['_RECOMMENDERSERVICE']._serialized_end=3328
 # @@protoc_insertion_point(module_scope)

@@ -114,7 +114,9 @@ class Visitor(_message.Message):
 
     @_builtins.property
     def context(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Context such as hour, device or placement. Keys that the ranker does not know are named in the response."""
+        """Context such as region, age or placement. Keys that neither the ranker nor the policy reads are named in
+        the response.
+        """
 
     def __init__(
         self,
@@ -181,18 +183,60 @@ Global___Filters: _TypeAlias = Filters  # noqa: Y015
 class RecommendRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class OverridesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     VISITOR_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
     EXCLUDE_ITEM_IDS_FIELD_NUMBER: _builtins.int
     FILTERS_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    OVERRIDES_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    NOW_MS_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
     limit: _builtins.int
     """1 to 500; 10 where absent."""
+    policy: _builtins.str
+    """The policy that arranges the slate; empty means the default one."""
+    seed: _builtins.int
+    """Of all that is random: the same request with the same seed gets the same slate. Where absent, the visitor
+    is the seed.
+    """
+    now_ms: _builtins.int
+    """When the request is made, milliseconds since 1970 UTC: decides what is fresh, on sale or bought lately.
+    Where absent, the server's clock; where the data is simulated, the time of its newest event. Data whose
+    times are no real times has no clock, and then this is ignored.
+    """
+    explain: _builtins.bool
+    """Say of every item why it stands where it does. Costs time."""
     @_builtins.property
     def visitor(self) -> Global___Visitor: ...
     @_builtins.property
     def exclude_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def filters(self) -> Global___Filters: ...
+    @_builtins.property
+    def overrides(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Numbers of the policy's rules to change, as far as its bounds allow: {"mmr.relevance_weight": 0.9}."""
+
     def __init__(
         self,
         *,
@@ -200,14 +244,28 @@ class RecommendRequest(_message.Message):
         limit: _builtins.int | None = ...,
         exclude_item_ids: _abc.Iterable[_builtins.str] | None = ...,
         filters: Global___Filters | None = ...,
+        policy: _builtins.str = ...,
+        overrides: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        seed: _builtins.int | None = ...,
+        now_ms: _builtins.int | None = ...,
+        explain: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "filters", b"filters", "limit", b"limit", "visitor", b"visitor"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "_now_ms", b"_now_ms", "_seed", b"_seed", "filters", b"filters", "limit", b"limit", "now_ms", b"now_ms", "seed", b"seed", "visitor", b"visitor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "exclude_item_ids", b"exclude_item_ids", "filters", b"filters", "limit", b"limit", "visitor", b"visitor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "_now_ms", b"_now_ms", "_seed", b"_seed", "exclude_item_ids", b"exclude_item_ids", "explain", b"explain", "filters", b"filters", "limit", b"limit", "now_ms", b"now_ms", "overrides", b"overrides", "policy", b"policy", "seed", b"seed", "visitor", b"visitor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__limit: _TypeAlias = _typing.Literal["limit"]  # noqa: Y015
     _WhichOneofArgType__limit: _TypeAlias = _typing.Literal["_limit", b"_limit"]  # noqa: Y015
+    _WhichOneofReturnType__now_ms: _TypeAlias = _typing.Literal["now_ms"]  # noqa: Y015
+    _WhichOneofArgType__now_ms: _TypeAlias = _typing.Literal["_now_ms", b"_now_ms"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__limit) -> _WhichOneofReturnType__limit | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__now_ms) -> _WhichOneofReturnType__now_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
 
 Global___RecommendRequest: _TypeAlias = RecommendRequest  # noqa: Y015
 
@@ -219,14 +277,20 @@ class ScoredItem(_message.Message):
     SCORE_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     TITLE_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
     score: _builtins.float
     source: _builtins.str
     """The candidate source that found the item: sequence, embedding, neighbours,
-    popular, fresh; "catalog" where none was left to ask; "caller" in Rank.
+    popular, fresh; "catalog" where none was left to ask; "pin" where only a pin named it (its score is then
+    0); "caller" in Rank.
     """
     title: _builtins.str
     """Empty where the catalog has none."""
+    @_builtins.property
+    def reasons(self) -> Global___Reasons:
+        """Only where the request asks to explain."""
+
     def __init__(
         self,
         *,
@@ -234,14 +298,108 @@ class ScoredItem(_message.Message):
         score: _builtins.float = ...,
         source: _builtins.str = ...,
         title: _builtins.str = ...,
+        reasons: Global___Reasons | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reasons", b"reasons"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_id", b"item_id", "score", b"score", "source", b"source", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_id", b"item_id", "reasons", b"reasons", "score", b"score", "source", b"source", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ScoredItem: _TypeAlias = ScoredItem  # noqa: Y015
+
+@_typing.final
+class Reasons(_message.Message):
+    """Why an item stands where it does. Places count from 1; what is absent did not come that far."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RETRIEVAL_PLACE_FIELD_NUMBER: _builtins.int
+    RETRIEVAL_SCORE_FIELD_NUMBER: _builtins.int
+    RANKING_PLACE_FIELD_NUMBER: _builtins.int
+    RANKING_SCORE_FIELD_NUMBER: _builtins.int
+    RELEVANCE_FIELD_NUMBER: _builtins.int
+    ADJUSTED_RELEVANCE_FIELD_NUMBER: _builtins.int
+    MOVES_FIELD_NUMBER: _builtins.int
+    retrieval_place: _builtins.int
+    retrieval_score: _builtins.float
+    """On the scale of the item's source."""
+    ranking_place: _builtins.int
+    ranking_score: _builtins.float
+    relevance: _builtins.float
+    """The ranking's score on a scale from 0, the worst ranked item, to 1, the best; and what rules made of it."""
+    adjusted_relevance: _builtins.float
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___Move]:
+        """From the place in the ranking to the place on the slate, without a gap."""
+
+    def __init__(
+        self,
+        *,
+        retrieval_place: _builtins.int | None = ...,
+        retrieval_score: _builtins.float | None = ...,
+        ranking_place: _builtins.int | None = ...,
+        ranking_score: _builtins.float | None = ...,
+        relevance: _builtins.float = ...,
+        adjusted_relevance: _builtins.float = ...,
+        moves: _abc.Iterable[Global___Move] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ranking_place", b"_ranking_place", "_ranking_score", b"_ranking_score", "_retrieval_place", b"_retrieval_place", "_retrieval_score", b"_retrieval_score", "ranking_place", b"ranking_place", "ranking_score", b"ranking_score", "retrieval_place", b"retrieval_place", "retrieval_score", b"retrieval_score"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ranking_place", b"_ranking_place", "_ranking_score", b"_ranking_score", "_retrieval_place", b"_retrieval_place", "_retrieval_score", b"_retrieval_score", "adjusted_relevance", b"adjusted_relevance", "moves", b"moves", "ranking_place", b"ranking_place", "ranking_score", b"ranking_score", "relevance", b"relevance", "retrieval_place", b"retrieval_place", "retrieval_score", b"retrieval_score"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__ranking_place: _TypeAlias = _typing.Literal["ranking_place"]  # noqa: Y015
+    _WhichOneofArgType__ranking_place: _TypeAlias = _typing.Literal["_ranking_place", b"_ranking_place"]  # noqa: Y015
+    _WhichOneofReturnType__ranking_score: _TypeAlias = _typing.Literal["ranking_score"]  # noqa: Y015
+    _WhichOneofArgType__ranking_score: _TypeAlias = _typing.Literal["_ranking_score", b"_ranking_score"]  # noqa: Y015
+    _WhichOneofReturnType__retrieval_place: _TypeAlias = _typing.Literal["retrieval_place"]  # noqa: Y015
+    _WhichOneofArgType__retrieval_place: _TypeAlias = _typing.Literal["_retrieval_place", b"_retrieval_place"]  # noqa: Y015
+    _WhichOneofReturnType__retrieval_score: _TypeAlias = _typing.Literal["retrieval_score"]  # noqa: Y015
+    _WhichOneofArgType__retrieval_score: _TypeAlias = _typing.Literal["_retrieval_score", b"_retrieval_score"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ranking_place) -> _WhichOneofReturnType__ranking_place | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ranking_score) -> _WhichOneofReturnType__ranking_score | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__retrieval_place) -> _WhichOneofReturnType__retrieval_place | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__retrieval_score) -> _WhichOneofReturnType__retrieval_score | None: ...
+
+Global___Reasons: _TypeAlias = Reasons  # noqa: Y015
+
+@_typing.final
+class Move(_message.Message):
+    """What one rule did to one item. Places go on beyond the slate; an absent one means "not to be shown"."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RULE_FIELD_NUMBER: _builtins.int
+    FROM_PLACE_FIELD_NUMBER: _builtins.int
+    TO_PLACE_FIELD_NUMBER: _builtins.int
+    rule: _builtins.str
+    from_place: _builtins.int
+    to_place: _builtins.int
+    def __init__(
+        self,
+        *,
+        rule: _builtins.str = ...,
+        from_place: _builtins.int | None = ...,
+        to_place: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_from_place", b"_from_place", "_to_place", b"_to_place", "from_place", b"from_place", "to_place", b"to_place"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_from_place", b"_from_place", "_to_place", b"_to_place", "from_place", b"from_place", "rule", b"rule", "to_place", b"to_place"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__from_place: _TypeAlias = _typing.Literal["from_place"]  # noqa: Y015
+    _WhichOneofArgType__from_place: _TypeAlias = _typing.Literal["_from_place", b"_from_place"]  # noqa: Y015
+    _WhichOneofReturnType__to_place: _TypeAlias = _typing.Literal["to_place"]  # noqa: Y015
+    _WhichOneofArgType__to_place: _TypeAlias = _typing.Literal["_to_place", b"_to_place"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__from_place) -> _WhichOneofReturnType__from_place | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__to_place) -> _WhichOneofReturnType__to_place | None: ...
+
+Global___Move: _TypeAlias = Move  # noqa: Y015
 
 @_typing.final
 class StageTiming(_message.Message):
@@ -307,7 +465,7 @@ class Trace(_message.Message):
     def timings(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTiming]: ...
     @_builtins.property
     def ignored_context_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Context keys that the ranker does not use."""
+        """Context keys that neither the ranker nor the policy reads."""
 
     @_builtins.property
     def relaxed_rules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -340,41 +498,250 @@ class RecommendResponse(_message.Message):
 
     ITEMS_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
+    ARRANGEMENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScoredItem]:
         """Best first. Fewer than limit only where fewer items are eligible."""
 
     @_builtins.property
     def trace(self) -> Global___Trace: ...
+    @_builtins.property
+    def arrangement(self) -> Global___Arrangement: ...
     def __init__(
         self,
         *,
         items: _abc.Iterable[Global___ScoredItem] | None = ...,
         trace: Global___Trace | None = ...,
+        arrangement: Global___Arrangement | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["trace", b"trace"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arrangement", b"arrangement", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrangement", b"arrangement", "items", b"items", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RecommendResponse: _TypeAlias = RecommendResponse  # noqa: Y015
 
 @_typing.final
+class Arrangement(_message.Message):
+    """How the slate came to be arranged as it is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class YieldedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    NOW_MS_FIELD_NUMBER: _builtins.int
+    YIELDED_FIELD_NUMBER: _builtins.int
+    EXPOSURE_FIELD_NUMBER: _builtins.int
+    FILTERS_FIELD_NUMBER: _builtins.int
+    RULES_FIELD_NUMBER: _builtins.int
+    DISPLACED_FIELD_NUMBER: _builtins.int
+    policy: _builtins.str
+    seed: _builtins.int
+    """What a request with the same answer would say."""
+    now_ms: _builtins.int
+    @_builtins.property
+    def yielded(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Soft rules that gave way so that the slate was not left short, and at how many places."""
+
+    @_builtins.property
+    def exposure(self) -> _containers.RepeatedCompositeFieldContainer[Global___Exposure]:
+        """Where the policy has an exposure rule."""
+
+    @_builtins.property
+    def filters(self) -> _containers.RepeatedCompositeFieldContainer[Global___FilterEffect]:
+        """The rest only where the request asks to explain: hard filters in their order, "request" (its own filters
+        and exclusions) first,
+        """
+
+    @_builtins.property
+    def rules(self) -> _containers.RepeatedCompositeFieldContainer[Global___RuleEffect]:
+        """then the other rules in the order in which they count,"""
+
+    @_builtins.property
+    def displaced(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScoredItem]:
+        """and items that would be on the slate without rules, and are not, best ranked first."""
+
+    def __init__(
+        self,
+        *,
+        policy: _builtins.str = ...,
+        seed: _builtins.int = ...,
+        now_ms: _builtins.int | None = ...,
+        yielded: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        exposure: _abc.Iterable[Global___Exposure] | None = ...,
+        filters: _abc.Iterable[Global___FilterEffect] | None = ...,
+        rules: _abc.Iterable[Global___RuleEffect] | None = ...,
+        displaced: _abc.Iterable[Global___ScoredItem] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_now_ms", b"_now_ms", "now_ms", b"now_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_now_ms", b"_now_ms", "displaced", b"displaced", "exposure", b"exposure", "filters", b"filters", "now_ms", b"now_ms", "policy", b"policy", "rules", b"rules", "seed", b"seed", "yielded", b"yielded"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__now_ms: _TypeAlias = _typing.Literal["now_ms"]  # noqa: Y015
+    _WhichOneofArgType__now_ms: _TypeAlias = _typing.Literal["_now_ms", b"_now_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__now_ms) -> _WhichOneofReturnType__now_ms | None: ...
+
+Global___Arrangement: _TypeAlias = Arrangement  # noqa: Y015
+
+@_typing.final
+class Exposure(_message.Message):
+    """How a seller or brand fared: shares of the slate's attention, where a place gives 1 / log2(place + 1)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RULE_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
+    DUE_FIELD_NUMBER: _builtins.int
+    GIVEN_FIELD_NUMBER: _builtins.int
+    rule: _builtins.str
+    group: _builtins.str
+    """Its id or name; empty for items without one."""
+    due: _builtins.float
+    """What the rule owed it."""
+    given: _builtins.float
+    """What it got."""
+    def __init__(
+        self,
+        *,
+        rule: _builtins.str = ...,
+        group: _builtins.str = ...,
+        due: _builtins.float = ...,
+        given: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["due", b"due", "given", b"given", "group", b"group", "rule", b"rule"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Exposure: _TypeAlias = Exposure  # noqa: Y015
+
+@_typing.final
+class FilterEffect(_message.Message):
+    """Items of the catalog before and after a hard filter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RULE_FIELD_NUMBER: _builtins.int
+    NUM_IN_FIELD_NUMBER: _builtins.int
+    NUM_OUT_FIELD_NUMBER: _builtins.int
+    rule: _builtins.str
+    num_in: _builtins.int
+    num_out: _builtins.int
+    def __init__(
+        self,
+        *,
+        rule: _builtins.str = ...,
+        num_in: _builtins.int = ...,
+        num_out: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_in", b"num_in", "num_out", b"num_out", "rule", b"rule"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FilterEffect: _TypeAlias = FilterEffect  # noqa: Y015
+
+@_typing.final
+class RuleEffect(_message.Message):
+    """The difference that a rule made to the slate of the rules before it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RULE_FIELD_NUMBER: _builtins.int
+    NUM_ENTERED_FIELD_NUMBER: _builtins.int
+    NUM_LEFT_FIELD_NUMBER: _builtins.int
+    NUM_MOVED_FIELD_NUMBER: _builtins.int
+    NUM_YIELDED_FIELD_NUMBER: _builtins.int
+    rule: _builtins.str
+    num_entered: _builtins.int
+    """Items that came into the slate, went out of it, and changed their place on it."""
+    num_left: _builtins.int
+    num_moved: _builtins.int
+    num_yielded: _builtins.int
+    """Places at which the rule gave way."""
+    def __init__(
+        self,
+        *,
+        rule: _builtins.str = ...,
+        num_entered: _builtins.int = ...,
+        num_left: _builtins.int = ...,
+        num_moved: _builtins.int = ...,
+        num_yielded: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_entered", b"num_entered", "num_left", b"num_left", "num_moved", b"num_moved", "num_yielded", b"num_yielded", "rule", b"rule"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RuleEffect: _TypeAlias = RuleEffect  # noqa: Y015
+
+@_typing.final
 class SimilarItemsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ContextEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     ITEM_ID_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
     EXCLUDE_ITEM_IDS_FIELD_NUMBER: _builtins.int
     FILTERS_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    NOW_MS_FIELD_NUMBER: _builtins.int
+    CONTEXT_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
     limit: _builtins.int
     """1 to 500; 10 where absent."""
+    policy: _builtins.str
+    """As in RecommendRequest. Of the policy, only the hard filters count; context is what they may ask for."""
+    now_ms: _builtins.int
     @_builtins.property
     def exclude_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def filters(self) -> Global___Filters: ...
+    @_builtins.property
+    def context(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
         self,
         *,
@@ -382,14 +749,22 @@ class SimilarItemsRequest(_message.Message):
         limit: _builtins.int | None = ...,
         exclude_item_ids: _abc.Iterable[_builtins.str] | None = ...,
         filters: Global___Filters | None = ...,
+        policy: _builtins.str = ...,
+        now_ms: _builtins.int | None = ...,
+        context: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "filters", b"filters", "limit", b"limit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "_now_ms", b"_now_ms", "filters", b"filters", "limit", b"limit", "now_ms", b"now_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "exclude_item_ids", b"exclude_item_ids", "filters", b"filters", "item_id", b"item_id", "limit", b"limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "_now_ms", b"_now_ms", "context", b"context", "exclude_item_ids", b"exclude_item_ids", "filters", b"filters", "item_id", b"item_id", "limit", b"limit", "now_ms", b"now_ms", "policy", b"policy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__limit: _TypeAlias = _typing.Literal["limit"]  # noqa: Y015
     _WhichOneofArgType__limit: _TypeAlias = _typing.Literal["_limit", b"_limit"]  # noqa: Y015
+    _WhichOneofReturnType__now_ms: _TypeAlias = _typing.Literal["now_ms"]  # noqa: Y015
+    _WhichOneofArgType__now_ms: _TypeAlias = _typing.Literal["_now_ms", b"_now_ms"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__limit) -> _WhichOneofReturnType__limit | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__now_ms) -> _WhichOneofReturnType__now_ms | None: ...
 
 Global___SimilarItemsRequest: _TypeAlias = SimilarItemsRequest  # noqa: Y015
 

@@ -231,6 +231,21 @@ def test_table_of_several_files_with_items(tmp_path):
     ]
 
 
+def test_what_the_item_table_says_of_sales_and_stock(tmp_path, capsys):
+    items = write(
+        tmp_path / "items.csv",
+        "item_id,available_from,available_until,stock\na,2024-01-01,2024-02-01,3\nb,,2024-01-02,0\nc,,,-1\n",
+    )
+    import_table(tmp_path, "user_id,item_id,timestamp\n1,a,1704067200\n", "--items", str(items))
+    _, _, rows = load(tmp_path / "out")
+    assert [(r["available_from"], r["available_until"], r["stock"]) for r in rows] == [
+        (1704067200000, 1706745600000, 3),
+        (None, 1704153600000, 0),
+        (None, None, None),
+    ]
+    assert "1 values of stock in the item table cannot be used" in capsys.readouterr().err
+
+
 def test_what_is_dropped_from_the_item_table_is_counted(tmp_path, capsys):
     items = write(tmp_path / "items.csv", "item_id,price\nb,3\nb,nan\n,1\nc,-1\nd\n")
     import_table(tmp_path, "user_id,item_id\n1,a\n", "--items", str(items))

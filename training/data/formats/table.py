@@ -71,6 +71,8 @@ class ItemColumns:
         price: Its price.
         margin: Share of the price, 0 to 1.
         available_from: When it came on sale, in the unit of --time_unit.
+        available_until: From when on it is not on sale any more, in the same unit.
+        stock: Pieces in stock.
     """
 
     item_id: str | None = None
@@ -81,6 +83,8 @@ class ItemColumns:
     price: str | None = None
     margin: str | None = None
     available_from: str | None = None
+    available_until: str | None = None
+    stock: str | None = None
 
 
 ALL_DEFAULT_EVENTS = EventColumns()

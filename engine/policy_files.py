@@ -1,0 +1,34 @@
+"""Policies that may change while they are served: a file or a directory, and whether it changed since."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from reranking.policy import Policies, load_policies, policy_files
+
+
+class PolicyFiles:
+    """A YAML file of policies, or a directory of such files."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._loaded: object = None
+
+    def load(self) -> Policies:
+        """Read the policies; PolicyError or OSError where that cannot be done."""
+        self._loaded = self._stamp()  # before reading: what changes meanwhile counts as a change
+        return load_policies(self.path)
+
+    def changed(self) -> bool:
+        """Return whether a file was written, replaced, added or taken away since the last load."""
+        return self._stamp() != self._loaded
+
+    def _stamp(self) -> object:
+        try:
+            return [
+                (file.name, stat.st_mtime_ns, stat.st_size, stat.st_ino)
+                for file in policy_files(self.path)
+                for stat in [file.stat()]
+            ]
+        except OSError as error:
+            return type(error).__name__
