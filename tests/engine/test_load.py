@@ -25,8 +25,8 @@ def test_the_command_starts_a_server_and_writes_its_figures(bundle_path: Path, t
     pytest.importorskip("matplotlib")
     out, picture = tmp_path / "load.json", tmp_path / "load.png"
     options = ["--start_rate", "20", "--max_rate", "20", "--load.seconds", "1", "--load.warm_up_s", "0.1"]
-    files = ["--out", str(out), "--plot", str(picture)]
-    assert main([str(bundle_path), *options, "--load.timeout_s", "60", *files]) == 0
+    options += ["--load.timeout_s", "60", "--load.objective_ms", "60000"]  # a starved machine is no failure
+    assert main([str(bundle_path), *options, "--out", str(out), "--plot", str(picture)]) == 0
     content = json.loads(out.read_text())
     (result,) = content["results"]
     assert content["bundle"] == bundle_path.name
