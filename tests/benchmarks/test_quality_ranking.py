@@ -190,18 +190,17 @@ def test_missing_peers_say_what_to_install(directory, tmp_path, monkeypatch):
 
 def test_rectools_is_asked_our_questions(directory, tmp_path, monkeypatch):
     """The stand-in answers with the successors of the last item: what a perfect model would find here."""
-    stand_in = tmp_path / "python"
-    stand_in.write_text(
+    script = tmp_path / "stand_in.py"
+    script.write_text(
         textwrap.dedent(
-            f"""\
-            #!{sys.executable}
+            """\
             import json, sys
             from pathlib import Path
             import numpy as np
             folder, settings, k = Path(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
             given = np.load(folder / "in.npz")
             assert len(given["train_items"]) == 60 * 7 and settings["epochs"] == 4
-            order = {{}}
+            order = {}
             for u in np.unique(given["train_users"]):
                 line = given["train_items"][given["train_users"] == u].tolist()
                 order.update(zip(line, line[1:]))
@@ -218,6 +217,9 @@ def test_rectools_is_asked_our_questions(directory, tmp_path, monkeypatch):
             """
         )
     )
+    stand_in = tmp_path / "python"
+    # A shebang line cannot name an interpreter whose path has a space.
+    stand_in.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')
     stand_in.chmod(0o755)
     monkeypatch.setattr(rectools_sasrec, "check_python", lambda python: None)
     split = final_split(load_split(directory, SplitOptions()))
