@@ -15,6 +15,14 @@ TABLES = {
         "benchmarks.quality_retrieval:main",
         "graph encoders and item-item models, all items ranked",
     ),
+    "ranking": (
+        "benchmarks.quality_ranking:main",
+        "bundles, fusion rows, session baselines and peers, all items ranked",
+    ),
+    "fusion": (
+        "benchmarks.quality_fusion:main",
+        "the ranker with, without and with shuffled graph vectors, over seeds",
+    ),
     "reranking": (
         "benchmarks.quality_reranking:main",
         "NDCG against variety and against margin, by rule: the curve, and a picture of it",

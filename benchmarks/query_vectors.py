@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,8 @@ from rich.table import Table
 from engine.arguments import ArgumentParser
 from engine.bundle import Bundle, resolve_bundle
 from retrieval.fold_in import fold_in
-from training.data.splits import Holdout, SplitOptions, load_split
+from training.data.splits import Holdout
+from training.evaluate import load_questions, protocol_of
 from training.metrics import mean_accuracy
 
 CUTOFFS = (20, 500)
@@ -58,16 +60,21 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         bundle = Bundle.load(resolve_bundle(options.bundle))
-        loaded = load_split(options.data, SplitOptions(**bundle.manifest["recipe"]["split"]))
+        # A refitted bundle has learned from what validation asks for.
+        parts: list[Literal["validation", "test"]] = ["validation", "test"]
+        asked = parts[1:] if protocol_of(bundle) == "refit" else parts
+        questions = {part: load_questions(bundle, options.data, part, None) for part in asked}
     except ValueError as error:
         print(f"benchmarks.query_vectors: {error}", file=sys.stderr)
         return 2
-    table = Table(title=f"{loaded.info.name}, split {loaded.split.name}, all items ranked")
+    split, _ = questions["test"]
+    name = bundle.manifest["data"]["name"]
+    table = Table(title=f"{name}, split {split.name}, {protocol_of(bundle)}, all items ranked")
     columns = [f"{metric}@{k}" for k in CUTOFFS for metric in ("recall", "ndcg")]
     for heading in ("", "", *columns):
         table.add_column(heading)
-    for part, holdout in (("validation", loaded.split.validation), ("test", loaded.split.test)):
-        for name, means in compare(bundle, holdout, loaded.split.repeats).items():
+    for part, (_, holdout) in questions.items():
+        for name, means in compare(bundle, holdout, split.repeats).items():
             table.add_row(part, name, *(f"{means[column]:.4f}" for column in columns))
     Console(width=120).print(table)
     return 0

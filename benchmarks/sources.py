@@ -23,7 +23,7 @@ from engine.arguments import ArgumentParser
 from engine.bundle import Bundle, resolve_bundle
 from engine.pipeline import RecommendationPipeline, Visitor
 from retrieval.sources import Candidates, merge
-from training.evaluate import evaluate, load_questions, served_with
+from training.evaluate import evaluate, load_questions, protocol_of, served_with
 
 CUTOFFS = (500, 1000)
 FUNNEL_CANDIDATES = 500
@@ -69,6 +69,7 @@ def measure(
         "data": bundle.manifest["data"]["name"],
         "bundle": bundle.version,
         "split": split.name,
+        "protocol": protocol_of(bundle),
         "part": part,
         "num_users": len(holdout),
         "num_items": bundle.catalog.num_items,
@@ -93,7 +94,8 @@ def measure(
 
 def print_tables(result: dict[str, Any], console: Console) -> None:
     """Print the sources and the funnel."""
-    title = f"{result['data']}: {result['split']}, {result['part']}, {result['num_users']:,} users"
+    asked = f"{result['split']}, {result['protocol']}, {result['part']}"
+    title = f"{result['data']}: {asked}, {result['num_users']:,} users"
     table = Table(title=f"{title}, {result['num_items']:,} items")
     table.add_column("source")
     for heading in ("quota", f"found of {max(CUTOFFS):,}", "given", *(f"recall@{k}" for k in CUTOFFS)):

@@ -1,5 +1,7 @@
 """How long an epoch of LightGCN takes: `python -m benchmarks.training_speed --data ../shared/data/gowalla`.
 
+Of the ranker: `python -m benchmarks.training_speed ranking --data data/beauty` (training_speed_ranking.py).
+
 Each contender trains in a process of its own, so that peak memories are apart, on the same graph with the
 same batches: as many (user, item) pairs a step and an epoch, the same D and layers, Adam over the embeddings,
 a regulariser on the nodes of the batch. They differ in what they draw against the B pairs of a batch:
@@ -19,6 +21,7 @@ does nothing else gives figures to quote: the load average is printed beside the
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -46,7 +49,6 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.final_fit import final_split
 from engine.arguments import ArgumentParser
 from retrieval.encoders.lightgcn import LightGCN
 from retrieval.graph_matrix import normalized_adjacency
@@ -54,7 +56,7 @@ from training.data.formats import lightgcn
 from training.data.graph import USER_ITEM
 from training.data.importing import import_source
 from training.data.modules import RetrievalData
-from training.data.splits import SplitOptions, load_split
+from training.data.splits import SplitOptions, final_split, load_split
 from training.losses import bpr_loss, embedding_l2
 from training.retrieval_module import RetrievalModule
 from training.stages import keep_freed_memory, quiet_lightning
@@ -373,6 +375,11 @@ def print_table(results: dict[str, Any], console: Console) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark: a table on stdout, or JSON with --json."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["ranking"]:
+        ranking = importlib.import_module("benchmarks.training_speed_ranking")
+        code: int = ranking.main(argv[1:])
+        return code
     parser = ArgumentParser(prog="python -m benchmarks.training_speed", description=__doc__)
     parser.add_argument(
         "--data",

@@ -1,7 +1,8 @@
 """`trirank evaluate`: what the served artefacts find, stage by stage, ranked among all items.
 
-The questions come from the data set, split as the bundle was trained; the answers come from the bundle alone:
-its FAISS vectors, its ONNX ranker, its pipeline. Nothing of torch takes part.
+The questions come from the data set, split as the bundle was trained; the answers come from the bundle: its
+FAISS vectors, its ONNX ranker, its pipeline. Nothing of torch takes part. What the bundle has learned from is
+its protocol, "strict" or "refit" (training/data/splits.py); every table and every JSON says which.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from engine.policies import item_facts
 from engine.policy_files import PolicyFiles
 from training import metrics
 from training.data.dataset import fingerprint
-from training.data.splits import Holdout, Split, SplitOptions, load_split
+from training.data.splits import Holdout, Protocol, Split, SplitOptions, load_split, split_as_trained
+from training.slices import DEFINITIONS, target_slices
 
 SLATE_LENGTH = 50  # items that the pipeline is asked for
 LIST_LENGTH = 10  # of the lists that coverage, diversity and the like look at
@@ -47,6 +49,8 @@ def evaluate(
     stages: Sequence[str] = STAGES,
     policies: PolicyFiles | None = None,
     policy: str = "",
+    *,
+    slices: bool = False,
 ) -> dict[str, Any]:
     """Return the metrics of every stage, as `trirank evaluate --json` writes them.
 
@@ -61,14 +65,17 @@ def evaluate(
         stages: which to measure; ranking is left out where the bundle has no ranker.
         policies: to arrange slates by; the bundle's own where None.
         policy: which of them; "" for the default one.
+        slices: whether to measure each slice of training/slices.py too.
 
     Raises:
-        ValueError: the directory holds other data than the bundle was trained on, or there is no such policy.
+        ValueError: the directory holds other data than the bundle was trained on, the bundle has learned
+            from what the questions ask for, or there is no such policy.
     """
     split, holdout = load_questions(bundle, data, part, max_users)
     manifest = bundle.manifest
     pipeline = RecommendationPipeline(bundle, policies.load() if policies else None)
     chosen = pipeline.policy(policy)
+    parts = target_slices(split.train, holdout) if slices else {}
     answers_of: dict[str, Callable[[_Questions], _Answers]] = {
         "popularity": lambda q: _ranked(q, _popularity_scores(bundle, q)),
         "retrieval": lambda q: _ranked(q, _retrieval_scores(bundle, q)),
@@ -83,22 +90,35 @@ def evaluate(
     console = Console(stderr=True)
     columns = TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     results: dict[str, Any] = {}
+    by_slice: dict[str, dict[str, Any]] = {name: _size(mask, holdout) for name, mask in parts.items()}
     with Progress(*columns, console=console) as progress:
         for name in stages:
             if name not in answers_of:
                 continue
             task = progress.add_task(name, total=len(holdout))
             totals: list[dict[str, float]] = []
+            totals_of: dict[str, list[dict[str, float]]] = {name: [] for name in parts}
             lists: list[_List] = []
             for questions in _blocks(holdout, bundle.catalog.num_items, split.repeats):
                 answers = answers_of[name](questions)
-                totals += [metrics.accuracy(places, cutoffs) for places in answers.places]
+                accuracies = [metrics.accuracy(places, cutoffs) for places in answers.places]
+                totals += accuracies
+                for slice_name, mask in parts.items():
+                    for row, places, whole in zip(questions.rows, answers.places, accuracies, strict=True):
+                        inside = mask[holdout.target_offsets[row] : holdout.target_offsets[row + 1]]
+                        if inside.all():
+                            totals_of[slice_name].append(whole)
+                        elif inside.any():
+                            some = metrics.Places(places.first[inside], places.width[inside])
+                            totals_of[slice_name].append(metrics.accuracy(some, cutoffs))
                 lists += map(_List, answers.lists, questions.targets, questions.times)
                 progress.advance(task, len(questions.histories))
-            means = {key: float(np.mean([t[key] for t in totals])) for key in totals[0]} if totals else {}
-            results[name] = means | _list_metrics(lists, bundle, split.train.num_users)
+            results[name] = _mean_of_each(totals) | _list_metrics(lists, bundle, split.train.num_users)
+            for slice_name, found in totals_of.items():
+                by_slice[slice_name][name] = _mean_of_each(found) or None
     return {
         "split": split.name,
+        "protocol": protocol_of(bundle),
         "part": part,
         "num_users": len(holdout),
         "num_items": bundle.catalog.num_items,
@@ -111,14 +131,30 @@ def evaluate(
         "data": manifest["data"],
         "stages": list(results),
         **{name: results.get(name) for name in STAGES},
+        **({"slices": by_slice} if slices else {}),
     }
+
+
+def protocol_of(bundle: Bundle) -> Protocol:
+    """Return what a bundle was trained on: "strict" or "refit"."""
+    # Bundles that do not say were written before there was a refit.
+    protocol: Protocol = bundle.manifest.get("training", {}).get("protocol", "strict")
+    return protocol
 
 
 def load_questions(
     bundle: Bundle, data: Path, part: Literal["test", "validation"], max_users: int | None
 ) -> tuple[Split, Holdout]:
-    """Return the split that a bundle was trained on, and the questions of one part of it; see evaluate."""
+    """Return the split that a bundle was trained on, and the questions of one part of it; see evaluate.
+
+    The split's `train` is all that the bundle has learned from.
+    """
     manifest = bundle.manifest
+    if part == "validation" and protocol_of(bundle) == "refit":
+        raise ValueError(
+            f"part is 'validation', but {bundle.path} was fitted again on validation and knows the answers; "
+            "expected test, or a bundle of `trirank train --no-refit`"
+        )
     if "split" not in manifest.get("recipe", {}):
         raise ValueError(f"{bundle.path} does not say how its data was split; expected recipe.split")
     loaded = load_split(data, SplitOptions(**manifest["recipe"]["split"]))
@@ -132,7 +168,7 @@ def load_questions(
     holdout = loaded.split.test if part == "test" else loaded.split.validation
     if max_users is not None and max_users < len(holdout):
         holdout = holdout.take(np.sort(np.random.default_rng(0).permutation(len(holdout))[:max_users]))
-    return loaded.split, holdout
+    return split_as_trained(loaded, protocol_of(bundle)), holdout
 
 
 def served_with(bundle: Bundle, *, rules: bool = True, num_candidates: int | None = None) -> Bundle:
@@ -155,6 +191,7 @@ class _Questions:
     """Some questions of a holdout, as the stages take them."""
 
     def __init__(self, holdout: Holdout, rows: NDArray[np.int64], repeats: bool) -> None:
+        self.rows = rows
         # A visitor asks when the first event to come is about to happen.
         self.times = holdout.events.timestamps[holdout.ends[rows]].tolist()
         self.users = holdout.users[rows]
@@ -282,13 +319,24 @@ def _mean(values: Iterable[float]) -> float:
     return float(np.mean(found)) if (found := list(values)) else 0.0
 
 
+def _mean_of_each(totals: list[dict[str, float]]) -> dict[str, float]:
+    return {key: float(np.mean([t[key] for t in totals])) for key in totals[0]} if totals else {}
+
+
+def _size(mask: NDArray[np.bool_], holdout: Holdout) -> dict[str, Any]:
+    """Return of how many questions and targets a slice is made."""
+    questions = np.repeat(np.arange(len(holdout)), np.diff(holdout.target_offsets))
+    return {"num_users": len(np.unique(questions[mask])), "num_targets": int(mask.sum())}
+
+
 def print_table(results: dict[str, Any], console: Console) -> None:
-    """Print the stages side by side."""
+    """Print the stages side by side, and then each slice, where there are any."""
     simulated = ", SIMULATED data" if results["data"]["simulated"] else ""
-    table = Table(
-        title=f"{results['data']['name']}{simulated}: {results['split']}, {results['part']}, "
-        f"{results['num_users']:,} users, all {results['num_items']:,} items ranked"
+    title = (
+        f"{results['data']['name']}{simulated}: {results['split']}, {results['protocol']}, "
+        f"{results['part']}, {results['num_users']:,} users, all {results['num_items']:,} items ranked"
     )
+    table = Table(title=title)
     table.add_column("stage")
     largest = max(int(key.split("@")[1]) for key in results["popularity"])
     shown = ["recall@10", "ndcg@10", "mrr@10", "recall@20", "recall@500", f"recall@{largest}"]
@@ -309,6 +357,24 @@ def print_table(results: dict[str, Any], console: Console) -> None:
         if key.split("@")[0] not in metrics.METRICS:
             lists.add_row(key, *(f"{results[stage][key]:.4f}" for stage in results["stages"]))
     console.print(lists)
+    if "slices" in results:
+        _print_slices(results, title, console)
+
+
+def _print_slices(results: dict[str, Any], title: str, console: Console) -> None:
+    shown = ("recall@10", "ndcg@10", "recall@20")
+    table = Table(title=title)
+    for heading in ("slice", "users", "stage", *shown):
+        table.add_column(heading, justify="left" if heading in ("slice", "stage") else "right")
+    for name, found in results["slices"].items():
+        for place, stage in enumerate(results["stages"]):
+            figures = found[stage]
+            cells = [f"{figures[key]:.4f}" if figures else "-" for key in shown]
+            first = (name, f"{found['num_users']:,}") if not place else ("", "")
+            table.add_row(*first, stage, *cells, end_section=place == len(results["stages"]) - 1)
+    console.print(table)
+    for name, definition in DEFINITIONS.items():
+        console.print(f"{name}: {definition}", highlight=False)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -320,7 +386,10 @@ def main(argv: list[str] | None = None) -> int:
         "--json", type=str, default=None, help="File for all metrics; - for stdout, no table."
     )
     parser.add_argument(
-        "--part", type=Literal["test", "validation"], default="test", help="Tune on validation, report test."
+        "--part",
+        type=Literal["test", "validation"],
+        default="test",
+        help="Tune on validation (of --no-refit), report test.",
     )
     parser.add_argument(
         "--policy",
@@ -344,6 +413,11 @@ def main(argv: list[str] | None = None) -> int:
         "--num_candidates", type=int | None, default=None, help="Of retrieval (default: the bundle's own)."
     )
     parser.add_argument("--max_users", type=int, default=None, help="Ask a fixed random part of the users.")
+    parser.add_argument(
+        "--slices",
+        action="store_true",
+        help="Measure slices too: new users, short histories, new items, tail and head items.",
+    )
     options = parser.parse_args(argv)
     try:
         if options.max_users is not None and options.max_users < 1:
@@ -354,7 +428,13 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("rules is off; expected it without policy and policies")
         policies = PolicyFiles(options.policies) if options.policies else None
         results = evaluate(
-            bundle, options.data, options.part, options.max_users, policies=policies, policy=options.policy
+            bundle,
+            options.data,
+            options.part,
+            options.max_users,
+            policies=policies,
+            policy=options.policy,
+            slices=options.slices,
         )
     except (ValueError, OSError) as error:
         print(f"trirank evaluate: {error}", file=sys.stderr)

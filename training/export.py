@@ -238,6 +238,7 @@ def export_bundle(
     *,
     pipeline: dict[str, Any],
     policies: dict[str, Any],
+    training: dict[str, Any],
     recipe: dict[str, Any],
     metrics: dict[str, Any],
 ) -> Path:
@@ -246,11 +247,12 @@ def export_bundle(
     Args:
         root: the directory of bundles.
         dataset: the data set directory, for the catalog.
-        data: its events and split.
+        data: its events, and a split whose `train` is what the model has learned from.
         vectors: item_vectors [I+1, D], user_vectors [U+1, D] and item_degrees [I+1] of stage one.
         ranker: of stage two; None where the data has no order to learn from.
         pipeline: the fields of training.train.PipelineOptions, but for the policies.
         policies: what a file of policies holds (reranking/policy.py).
+        training: the protocol ("strict" or "refit") and the epochs of each stage, for the record.
         recipe: the settings of the training run, for the record.
         metrics: validation metrics, for the record.
 
@@ -303,6 +305,7 @@ def export_bundle(
             "pipeline": pipeline,
             "indexes": indexes,
             "policies": policies,
+            "training": training,
             "recipe": recipe,
             "metrics": metrics,
             "shapes": {name: list(array.shape) for name, array in vectors.items()},
@@ -484,7 +487,11 @@ def _check_close(what: str, found: NDArray[np.float32], expected: NDArray[np.flo
 
 
 def _users_table(data: SplitData) -> pl.DataFrame:
-    """Every user's events, in user-row order, oldest first: what serving starts from."""
+    """Every user's events, in user-row order, oldest first: what serving starts from.
+
+    All of the log, test events too: nothing is learned from these, the evaluation asks with histories of its
+    own, and a shop would not forget what was bought last.
+    """
     events = data.log.events
     frame = pl.DataFrame(
         {

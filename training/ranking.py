@@ -9,16 +9,15 @@ from __future__ import annotations
 import sys
 
 from training.data.modules import RankingData
-from training.ranking_module import RankingModule
+from training.ranking_module import RANKING_EPOCHS, RankingModule
 from training.stages import StageCLI, default_precision
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     try:
-        StageCLI(
-            "ranking", RankingModule, RankingData, argv, trainer_defaults={"precision": default_precision()}
-        )
+        defaults = {"max_epochs": RANKING_EPOCHS, "precision": default_precision()}
+        StageCLI("ranking", RankingModule, RankingData, argv, defaults)
     except ValueError as error:
         sys.exit(f"training.ranking: {error}")
 

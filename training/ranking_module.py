@@ -22,6 +22,7 @@ from training.metrics import mean_accuracy
 
 # Above this the softmax over the whole catalog costs more than it brings, and negatives are sampled.
 FULL_SOFTMAX_ITEMS = 50_000
+RANKING_EPOCHS = 24  # by default: how long the learning rate takes to fall to zero
 
 
 class RankingModule(L.LightningModule):
@@ -48,8 +49,8 @@ class RankingModule(L.LightningModule):
         embeddings: Path | None = None,
         loss: Literal["auto", "full", "sampled"] = "auto",
         num_negatives: int = 4096,
-        learning_rate: float = 1e-3,
-        schedule: Literal["constant", "linear"] = "constant",
+        learning_rate: float = 2e-3,
+        schedule: Literal["constant", "linear"] = "linear",
         dropout: float = 0.5,
     ) -> None:
         super().__init__()

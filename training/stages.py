@@ -9,13 +9,14 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -77,15 +78,15 @@ class StageCLI(LightningCLI):
     ) -> None:
         quiet_lightning()
         keep_freed_memory()
+        callbacks = default_callbacks(stage, MONITOR[stage], patience=trainer_defaults["max_epochs"])
         super().__init__(
             module,
             data,
             args=argv,
             trainer_defaults={
-                "max_epochs": 60,
                 "enable_model_summary": False,
                 "enable_progress_bar": sys.stderr.isatty(),
-                "callbacks": default_callbacks(stage, MONITOR[stage], patience=4),
+                "callbacks": callbacks,
                 **trainer_defaults,
             },
             seed_everything_default=0,
@@ -127,6 +128,26 @@ class PatientEarlyStopping(EarlyStopping):
         super().load_state_dict(state_dict)
 
 
+class StopAfter(Callback):
+    """Ends a fit after a number of epochs, and leaves max_epochs alone, which says how fast the rate falls.
+
+    A run that validation stopped early had walked only part of its learning-rate schedule; whoever repeats it
+    must walk the same part.
+    """
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Train no further where a resumed fit had reached its end."""
+        done = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+        trainer.should_stop |= done >= self.epochs
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop at the end of the last epoch."""
+        trainer.should_stop |= trainer.current_epoch + 1 >= self.epochs
+
+
 def default_callbacks(
     stage: str, monitor: str, patience: int, directory: Path | None = None
 ) -> list[Callback]:
@@ -157,6 +178,14 @@ def default_precision() -> str:
     return "bf16-mixed" if fast else "32-true"
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What validation chose."""
+
+    epochs: int  # after which the weights were best, 1 for the first
+    metric: float  # MONITOR's, there
+
+
 def fit_stage(
     stage: str,
     module: L.LightningModule,
@@ -166,8 +195,8 @@ def fit_stage(
     *,
     patience: int,
     resume: bool,
-) -> float:
-    """Fit a module, load its best weights into it and return the best validation metric.
+) -> Chosen:
+    """Fit a module, load its best weights into it and return which epoch was the best on validation.
 
     Args:
         stage: name on the progress lines.
@@ -178,11 +207,68 @@ def fit_stage(
         patience: validations without a better one before training stops.
         resume: go on from `last.ckpt` where there is one.
     """
+    callbacks = default_callbacks(stage, MONITOR[stage], patience, directory)
+    trainer = _fit(module, data, directory, trainer_options, callbacks, resume)
+    epochs = load_best(module, trainer)
+    return Chosen(epochs, float(trainer.checkpoint_callback.best_model_score))  # type: ignore[union-attr]
+
+
+def refit_stage(
+    stage: str,
+    module: L.LightningModule,
+    data: L.LightningDataModule,
+    directory: Path,
+    trainer_options: Mapping[str, Any],
+    *,
+    epochs: int,
+    resume: bool,
+) -> None:
+    """Fit a module for a number of epochs without validation; it holds the last weights afterwards.
+
+    A learning-rate schedule over max_epochs falls as it did when the epochs were chosen: it depends on
+    max_epochs and on the steps of an epoch, and only the latter follow the data.
+
+    Args:
+        stage: name on the progress lines.
+        module: a fresh Lightning module.
+        data: its data module.
+        directory: gets `last.ckpt` and the logs.
+        trainer_options: as fit_stage takes them; what would end the fit otherwise, or asks for validation
+            (limits of time and steps, early stopping, other checkpoints), plays no part.
+        epochs: how many.
+        resume: go on from `last.ckpt` where there is one.
+    """
+    unlimited = {"min_epochs": None, "min_steps": None, "max_time": None, "limit_val_batches": 0}
+    others = [
+        callback
+        for callback in trainer_options["callbacks"] or []
+        if not isinstance(callback, (EarlyStopping, Checkpoint))
+    ]
+    callbacks: list[Callback] = [
+        StopAfter(epochs),
+        ModelCheckpoint(
+            dirpath=directory, filename="last", save_on_train_epoch_end=True, enable_version_counter=False
+        ),
+        EpochReport(f"{stage} refit", MONITOR[stage]),
+    ]
+    if sys.stderr.isatty():
+        callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
+    _fit(module, data, directory, {**trainer_options, **unlimited, "callbacks": others}, callbacks, resume)
+    module.cpu().eval()
+
+
+def _fit(
+    module: L.LightningModule,
+    data: L.LightningDataModule,
+    directory: Path,
+    trainer_options: Mapping[str, Any],
+    callbacks: Sequence[Callback],
+    resume: bool,
+) -> L.Trainer:
+    """Run a trainer with these callbacks and the recipe's; see fit_stage."""
     directory.mkdir(parents=True, exist_ok=True)
     options = dict(trainer_options)
-    callbacks = default_callbacks(stage, MONITOR[stage], patience, directory) + list(
-        options.pop("callbacks") or []
-    )
+    callbacks = [*callbacks, *(options.pop("callbacks") or [])]
     loggers = options.pop("logger")
     if loggers is None or loggers is True:
         loggers = [CSVLogger(directory, name="csv"), TensorBoardLogger(directory, name="tensorboard")]
@@ -196,19 +282,21 @@ def fit_stage(
     except SystemExit as stop:  # how Lightning ends on Ctrl-C, to which it then turns a deaf ear
         signal.signal(signal.SIGINT, signal.default_int_handler)
         raise KeyboardInterrupt from stop
-    load_best(module, trainer)
-    best = trainer.checkpoint_callback.best_model_score  # type: ignore[union-attr]
-    return float(best)
+    return trainer
 
 
-def load_best(module: L.LightningModule, trainer: L.Trainer) -> None:
-    """Put the weights of a run's best checkpoint into its module, on the CPU and in evaluation mode."""
+def load_best(module: L.LightningModule, trainer: L.Trainer) -> int:
+    """Put the weights of a run's best checkpoint into its module, on the CPU and in evaluation mode.
+
+    Returns after how many epochs they were the best.
+    """
     checkpoint = trainer.checkpoint_callback
     if not isinstance(checkpoint, ModelCheckpoint) or not checkpoint.best_model_path:
         raise ValueError("the run never reached a validation; max_epochs must be at least 1")
-    state = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
-    module.load_state_dict(state)
+    state = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
+    module.load_state_dict(state["state_dict"])
     module.cpu().eval()
+    return int(state["epoch"]) + 1
 
 
 def keep_freed_memory() -> None:

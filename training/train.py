@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from jsonargparse import ActionYesNo
 from lightning.pytorch.cli import LightningArgumentParser
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -22,28 +25,34 @@ from ranking.ranker import HybridRanker
 from retrieval.item_index import IndexOptions
 from training.data.dataset import Dataset
 from training.data.modules import RankingData, RetrievalData
-from training.data.splits import SplitData, SplitOptions, load_split
+from training.data.splits import Split, SplitOptions, final_split, load_split
 from training.export import DEFAULT_POLICIES, DEFAULT_SOURCES, export_bundle
-from training.ranking_module import RankingModule
+from training.ranking_module import RANKING_EPOCHS, RankingModule
 from training.retrieval_module import RETRIEVAL_EPOCHS, RetrievalModule
 from training.stages import (
     MONITOR,
+    Chosen,
     StageParser,
     default_precision,
     fit_stage,
     keep_freed_memory,
     quiet_lightning,
+    refit_stage,
 )
+
+EMBEDDINGS, CHOSEN = "embeddings.safetensors", "chosen.json"
 
 DESCRIPTION = """\
 Train both stages on a data set directory and publish a bundle.
 
 Stage one fits LightGCN to the graph of training events; stage two fits a Transformer ranker to the histories,
-on the vectors of stage one. Each stage keeps its best epoch on validation; neither learns from test events.
+on the vectors of stage one. Validation chooses the epochs of each; then both are fitted again, for as many
+epochs, on train and validation together. --no-refit leaves that out. No fit learns from test events.
 The bundle is verified (ONNX against torch, FAISS against brute force) before it appears in OUT.
 
   trirank train data/beauty --out bundles
   trirank train data/beauty --out bundles --ranking.model.encoder.dim 64 --ranking.trainer.max_epochs 20
+  trirank train data/beauty --out bundles --no-refit
   trirank train data/beauty --out bundles --print_config > recipe.yaml
   trirank train data/beauty --out bundles --config recipe.yaml
 """
@@ -102,16 +111,22 @@ def build_parser() -> LightningArgumentParser:
         help="Go on with the newest run of the same data set and settings that was cut short.",
     )
     parser.add_argument("--seed", type=int, default=0, help="Of everything random.")
+    parser.add_argument(
+        "--refit",
+        action=ActionYesNo(no_prefix="no-"),
+        default=True,
+        help="Fit both stages again on train and validation, for the epochs that validation chose. "
+        "--no-refit: the strict protocol, where the model never learns from what validation asks for.",
+    )
     parser.add_class_arguments(SplitOptions, "split")
-    for stage, module, data, patience in (
-        # What a falling learning rate settles in the last epochs is worth having, and stage one's are short.
+    for stage, module, data, epochs in (
         ("retrieval", RetrievalModule, RetrievalData, RETRIEVAL_EPOCHS),
-        ("ranking", RankingModule, RankingData, 4),
+        ("ranking", RankingModule, RankingData, RANKING_EPOCHS),
     ):
         parser.add_argument(
             f"--{stage}.patience",
             type=int,
-            default=patience,
+            default=epochs,  # what a falling rate settles in the last epochs is worth having
             help="Validations, 50 steps apart at least, without a better one until the end.",
         )
         parser.add_class_arguments(module, f"{stage}.model", skip={"embeddings"})
@@ -119,7 +134,7 @@ def build_parser() -> LightningArgumentParser:
         parser.add_lightning_class_args(L.Trainer, f"{stage}.trainer")
         parser.set_defaults(
             {
-                f"{stage}.trainer.max_epochs": 60,
+                f"{stage}.trainer.max_epochs": epochs,
                 f"{stage}.trainer.enable_model_summary": False,
                 f"{stage}.trainer.num_sanity_val_steps": 0,
                 f"{stage}.trainer.log_every_n_steps": 1000,
@@ -127,7 +142,6 @@ def build_parser() -> LightningArgumentParser:
         )
     parser.set_defaults(
         {
-            "retrieval.trainer.max_epochs": RETRIEVAL_EPOCHS,
             "retrieval.trainer.precision": default_precision(),
             "ranking.trainer.precision": default_precision(),
         }
@@ -140,18 +154,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run `trirank train`: the bundle's directory on stdout, progress on stderr."""
     parser = build_parser()
     config = parser.parse_args(argv)
-    recipe = json.loads(parser.dump(config, format="json"))
-    # What to run, not where: a run is resumed, and a bundle reproduced, by these alone.
-    recipe = {
-        key: value
-        for key, value in recipe.items()
-        if key not in ("config", "dataset", "out", "runs", "resume")
-    }
+    recipe = recipe_of(parser, config)
     quiet_lightning()
     keep_freed_memory()
     try:
         bundle = train(
-            config.dataset, config.out, config.runs, config.resume, recipe, parser.instantiate(config)
+            config.dataset, config.out, config.runs, config.resume, recipe, lambda: parser.instantiate(config)
         )
     except KeyboardInterrupt:
         _say("interrupted; go on with the same command and --resume")
@@ -163,7 +171,23 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def train(directory: Path, out: Path, runs: Path, resume: bool, recipe: dict[str, Any], options: Any) -> Path:
+def recipe_of(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
+    """Return the settings as plain data: what to run, not where.
+
+    A run is resumed, and a bundle reproduced, by these alone.
+    """
+    settings = json.loads(parser.dump(config, format="json"))
+    where = ("config", "dataset", "out", "runs", "resume")
+    return {key: value for key, value in settings.items() if key not in where}
+
+
+Settings = Callable[[], Any]
+"""Makes the settings as objects, fresh ones at each call: a module and its callbacks serve one fit."""
+
+
+def train(
+    directory: Path, out: Path, runs: Path, resume: bool, recipe: dict[str, Any], settings: Settings
+) -> Path:
     """Train both stages and return the published bundle's directory.
 
     Args:
@@ -172,13 +196,21 @@ def train(directory: Path, out: Path, runs: Path, resume: bool, recipe: dict[str
         runs: directory of runs.
         resume: go on with the newest unfinished run of the same recipe and data.
         recipe: the settings as plain data.
-        options: the settings as objects, as build_parser's parser instantiates them.
+        settings: makes the settings as objects, as build_parser's parser instantiates them.
     """
     # What can be wrong is found before the training, not after it.
     check_settings(recipe["pipeline"])
+    refit: bool = recipe["refit"]
+    for stage in ("retrieval", "ranking") if refit else ():
+        max_steps = recipe[stage]["trainer"]["max_steps"]
+        if max_steps != -1:
+            raise ValueError(
+                f"{stage}.trainer.max_steps is {max_steps}; a refit repeats epochs: expected "
+                f"{stage}.trainer.max_epochs in its place, or --no-refit"
+            )
     dataset = Dataset.open(directory)
     check_policies(recipe["pipeline"]["policies"], Catalog(dataset.items.collect()))
-    data = load_split(directory, options.split)
+    data = load_split(directory, settings().split)
     run = _run_directory(runs, dataset, recipe, resume)
     split = data.split
     _say(
@@ -192,60 +224,146 @@ def train(directory: Path, out: Path, runs: Path, resume: bool, recipe: dict[str
             f"{directory} leaves nobody to validate on: split {split.name} needs users with events behind "
             "those that it trains on (leave-one-out: at least 3 different items)"
         )
-    metrics: dict[str, Any] = {}
 
-    embeddings = run / "embeddings.safetensors"
-    if embeddings.is_file():
-        _say("retrieval: already trained in this run")
-    else:
-        L.seed_everything(recipe["seed"], verbose=False)
-        graph_data: RetrievalData = _with_split(
-            RetrievalData(directory, **options.retrieval.data.as_dict()), data
-        )
-        graph_module = options.retrieval.model
-        best = fit_stage(
-            "retrieval", graph_module, graph_data, run / "retrieval", options.retrieval.trainer.as_dict(),
-            patience=options.retrieval.patience, resume=resume,
-        )  # fmt: skip
-        # A rename, so that the file is whole or not there: it is what tells a resumed run to go on behind it.
-        unfinished = run / ".embeddings.tmp"
-        save_file(graph_module.vectors(), unfinished, metadata={MONITOR["retrieval"]: str(best)})
-        unfinished.rename(embeddings)
-    vectors = load_file(embeddings)
-    with safe_open(embeddings, "numpy") as file:
-        metrics["retrieval"] = {key: float(value) for key, value in file.metadata().items()}
-
+    num_fits = (2 if split.ordered else 1) * (2 if refit else 1)
+    step = iter(f"fit {number} of {num_fits}" for number in range(1, num_fits + 1))
+    chosen: dict[str, Chosen] = {}
     ranker: HybridRanker | None = None
+
+    _say(f"{next(step)}: retrieval on train; validation chooses the epochs")
+    chosen["retrieval"] = fit_retrieval(directory, split, run, settings, recipe["seed"], resume)
     if split.ordered:
-        L.seed_everything(recipe["seed"], verbose=False)
-        ranking_data: RankingData = _with_split(
-            RankingData(directory, **options.ranking.data.as_dict()), data
-        )
-        ranking_module = options.ranking.model
-        ranking_module.embeddings = embeddings
-        best = fit_stage(
-            "ranking", ranking_module, ranking_data, run / "ranking", options.ranking.trainer.as_dict(),
-            patience=options.ranking.patience, resume=resume,
-        )  # fmt: skip
-        metrics["ranking"] = {MONITOR["ranking"]: best}
-        ranker = ranking_module.ranker
+        _say(f"{next(step)}: ranking on train; validation chooses the epochs")
+        before = chosen_before(run) if refit else None
+        if before is not None:
+            _say("ranking: already trained in this run")
+            chosen["ranking"] = before
+        else:
+            ranker, chosen["ranking"] = fit_ranking(
+                directory, split, run / EMBEDDINGS, run, settings, recipe["seed"], resume
+            )
     else:
         _say(f"ranking: left out, split {split.name} leaves the events without an order to learn from")
+
+    vectors = run / EMBEDDINGS
+    if refit:
+        data = dataclasses.replace(data, split=final_split(data))
+        vectors = run / "refit" / EMBEDDINGS
+        for stage, fit in chosen.items():
+            _say(f"{next(step)}: {stage} on train and validation, {fit.epochs} epochs as chosen")
+            if stage == "retrieval":
+                fit_retrieval(directory, data.split, vectors.parent, settings, recipe["seed"], resume, fit)
+            else:
+                ranker, _ = fit_ranking(
+                    directory, data.split, vectors, vectors.parent, settings, recipe["seed"], resume, fit
+                )
 
     _say("export: writing and verifying the bundle")
     pipeline = recipe["pipeline"]
     bundle = export_bundle(
-        out, dataset, data, vectors, ranker,
+        out, dataset, data, load_file(vectors), ranker,
         pipeline={key: value for key, value in pipeline.items() if key != "policies"},
-        policies=pipeline["policies"], recipe=recipe, metrics={"validation": metrics},
+        policies=pipeline["policies"],
+        training={
+            "protocol": "refit" if refit else "strict",
+            "epochs": {stage: fit.epochs for stage, fit in chosen.items()},
+        },
+        recipe=recipe,
+        metrics={"validation": {stage: {MONITOR[stage]: fit.metric} for stage, fit in chosen.items()}},
     )  # fmt: skip
     (run / "bundle.txt").write_text(f"{bundle}\n", encoding="utf-8")
     return bundle
 
 
-def _with_split(data: Any, loaded: SplitData) -> Any:
-    data.split = loaded.split  # read once for both stages
-    return data
+def fit_retrieval(
+    directory: Path,
+    split: Split,
+    folder: Path,
+    settings: Settings,
+    seed: int,
+    resume: bool,
+    chosen: Chosen | None = None,
+) -> Chosen:
+    """Fit stage one, unless folder/embeddings.safetensors is there; leave its vectors in that file.
+
+    Args:
+        directory: data set directory.
+        split: what to learn from, and the questions.
+        folder: gets embeddings.safetensors, and checkpoints and logs in retrieval/.
+        settings: makes the settings.
+        seed: of everything random.
+        resume: go on with a fit that was cut short.
+        chosen: what validation chose before: fit for as many epochs, without validation. None: choose now.
+    """
+    embeddings = folder / EMBEDDINGS
+    if embeddings.is_file():
+        _say("retrieval: already trained in this run")
+        with safe_open(embeddings, "numpy") as file:
+            metadata = file.metadata()
+        return Chosen(int(metadata["epochs"]), float(metadata["metric"]))
+    L.seed_everything(seed, verbose=False)
+    options = settings().retrieval
+    data, module = RetrievalData(directory, **options.data.as_dict()), options.model
+    data.split = split  # read once for all fits
+    trainer = options.trainer.as_dict()
+    if chosen is None:
+        chosen = fit_stage(
+            "retrieval", module, data, folder / "retrieval", trainer, patience=options.patience, resume=resume
+        )
+    else:
+        refit_stage(
+            "retrieval", module, data, folder / "retrieval", trainer, epochs=chosen.epochs, resume=resume
+        )
+    # A rename, so that the file is whole or not there: it is what tells a resumed run to go on behind it.
+    unfinished = folder / ".embeddings.tmp"
+    metadata = {"epochs": str(chosen.epochs), "metric": str(chosen.metric)}
+    save_file(module.vectors(), unfinished, metadata=metadata)
+    unfinished.rename(embeddings)
+    return chosen
+
+
+def fit_ranking(
+    directory: Path,
+    split: Split,
+    embeddings: Path | None,
+    folder: Path,
+    settings: Settings,
+    seed: int,
+    resume: bool,
+    chosen: Chosen | None = None,
+) -> tuple[HybridRanker, Chosen]:
+    """Fit stage two on the vectors of stage one; what validation chose is kept for chosen_before.
+
+    Args:
+        directory: data set directory.
+        split: what to learn from, and the questions.
+        embeddings: file of stage one's vectors; None trains the sequence model alone.
+        folder: gets checkpoints and logs in ranking/.
+        settings: makes the settings.
+        seed: of everything random.
+        resume: go on with a fit that was cut short.
+        chosen: what validation chose before: fit for as many epochs, without validation. None: choose now.
+    """
+    L.seed_everything(seed, verbose=False)
+    options = settings().ranking
+    data, module = RankingData(directory, **options.data.as_dict()), options.model
+    data.split, module.embeddings = split, embeddings
+    trainer = options.trainer.as_dict()
+    if chosen is None:
+        chosen = fit_stage(
+            "ranking", module, data, folder / "ranking", trainer, patience=options.patience, resume=resume
+        )
+        text = json.dumps(dataclasses.asdict(chosen))
+        (folder / "ranking" / CHOSEN).write_text(text + "\n", encoding="utf-8")
+    else:
+        refit_stage("ranking", module, data, folder / "ranking", trainer, epochs=chosen.epochs, resume=resume)
+    return module.ranker, chosen
+
+
+def chosen_before(folder: Path) -> Chosen | None:
+    """Return what validation chose in a fit of stage two that ended in this folder; None where none has."""
+    file = folder / "ranking" / CHOSEN
+    return Chosen(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
 def _run_directory(runs: Path, dataset: Dataset, recipe: dict[str, Any], resume: bool) -> Path:

@@ -42,7 +42,7 @@ class ItemKNN:
             rows = np.repeat(np.arange(near.shape[0]), np.diff(near.indptr))
             near.data /= norms[start + rows] * norms[near.indices] + self.shrink
             near.data[near.indices == start + rows] = 0.0  # an item is no neighbour of its own
-            blocks.append(_largest(near, rows, self.num_neighbours))
+            blocks.append(largest(near, rows, self.num_neighbours))
         # [I+1, I+1]: from an item of a history to those that have it among their nearest.
         self.neighbours = csr_array(csr_array(vstack(blocks)).T)
 
@@ -52,7 +52,7 @@ class ItemKNN:
         return found
 
 
-def _largest(matrix: csr_array, rows: NDArray[np.int64], count: int) -> csr_array:
+def largest(matrix: csr_array, rows: NDArray[np.int64], count: int) -> csr_array:
     """Keep the `count` largest entries of each row; `rows` says whose an entry is."""
     order = np.lexsort((-matrix.data, rows))
     place = np.arange(len(order)) - np.repeat(matrix.indptr[:-1], np.diff(matrix.indptr))

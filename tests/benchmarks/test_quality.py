@@ -6,16 +6,15 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import quality, quality_retrieval
+from benchmarks import full_ranking, quality, quality_retrieval
 from benchmarks.baselines.popularity import Popularity
-from benchmarks.final_fit import final_split
 from benchmarks.quality_retrieval import Recipe
 from retrieval.encoders.lightgcn import LightGCN
 from retrieval.encoders.mf import MF
 from retrieval.encoders.ngcf import NGCF
 from training.data.formats import lightgcn
 from training.data.importing import import_source
-from training.data.splits import SplitOptions, load_split
+from training.data.splits import SplitOptions, final_split, load_split
 from training.metrics import accuracy, places_by_score
 
 NUM_USERS, NUM_ITEMS = 40, 60
@@ -48,7 +47,7 @@ def data(directory):
 
 @pytest.mark.parametrize("questions_at_once", [1, 7, 1000])
 def test_accuracy_is_the_mean_over_questions_however_many_at_once(monkeypatch, data, questions_at_once):
-    monkeypatch.setattr(quality_retrieval, "SCORES_AT_ONCE", questions_at_once * (NUM_ITEMS + 1))
+    monkeypatch.setattr(full_ranking, "SCORES_AT_ONCE", questions_at_once * (NUM_ITEMS + 1))
     table = np.random.default_rng(1).standard_normal((NUM_USERS + 1, NUM_ITEMS + 1)).astype(np.float32)
     split = final_split(data)
     sizes = []
@@ -70,10 +69,10 @@ def test_accuracy_is_the_mean_over_questions_however_many_at_once(monkeypatch, d
 
 def test_the_matrices_hold_the_edges_and_the_histories(data):
     split = final_split(data)
-    touched = quality_retrieval.touched_matrix(split.train).toarray()
+    touched = full_ranking.touched_matrix(split.train).toarray()
     assert touched.sum() == NUM_USERS * 10
     assert set(np.unique(touched)) == {0.0, 1.0}
-    histories = quality_retrieval.history_matrix(split.test).toarray()
+    histories = full_ranking.history_matrix(split.test).toarray()
     np.testing.assert_array_equal(histories, touched[split.test.users])
 
 

@@ -1,6 +1,8 @@
 """From a data set directory to a bundle and its metrics, through the public commands, on tiny data."""
 
+import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,10 +18,13 @@ from engine.history import EMPTY_HISTORY
 from engine.pipeline import RecommendationPipeline, Visitor, query_vector
 from engine.policy_files import PolicyFiles
 from reranking.rules import RULES
+from retrieval.neighbours import item_neighbours
 from training import train
-from training.evaluate import served_with
-from training.export import folded_in
+from training.data.splits import SplitOptions, final_split, load_split
+from training.evaluate import evaluate, load_questions, served_with
+from training.export import folded_in, recent_popularity
 from training.ranking_module import RankingModule
+from training.retrieval_module import RetrievalModule
 
 FAST = [
     "--retrieval.trainer.max_epochs=2",
@@ -40,9 +45,19 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def strict(shop: Path) -> Path:
+    """A bundle of the strict protocol on the same shop."""
+    assert main(["train", str(shop / "data"), *_paths(shop / "strict"), *FAST, "--no-refit"]) == 0
+    return shop / "strict" / "bundles"
+
+
 def _train(root: Path, *options: str) -> int:
-    paths = ["--out", str(root / "bundles"), "--runs", str(root / "runs")]
-    return main(["train", str(root / "data"), *paths, *FAST, *options])
+    return main(["train", str(root / "data"), *_paths(root), *FAST, *options])
+
+
+def _paths(root: Path) -> list[str]:
+    return ["--out", str(root / "bundles"), "--runs", str(root / "runs")]
 
 
 def test_train_publishes_one_verified_bundle_and_leaves_logs(shop: Path) -> None:
@@ -59,12 +74,80 @@ def test_train_publishes_one_verified_bundle_and_leaves_logs(shop: Path) -> None
     assert set(manifest["metrics"]["validation"]) == {"retrieval", "ranking"}
     assert bundle.item_vectors.shape == (101, 16)
     (run,) = (shop / "runs").iterdir()
-    assert list(run.glob("ranking/csv/*/metrics.csv"))
-    assert list(run.glob("ranking/tensorboard/*/events.out.*"))
+    for stage in ("retrieval", "ranking", "refit/retrieval", "refit/ranking"):
+        assert list(run.glob(f"{stage}/csv/*/metrics.csv"))
+        assert list(run.glob(f"{stage}/tensorboard/*/events.out.*"))
+
+
+def test_the_manifest_says_the_protocol_and_what_validation_chose(shop: Path, strict: Path) -> None:
+    for bundles, protocol in ((shop / "bundles", "refit"), (strict, "strict")):
+        manifest = Bundle.load(resolve_bundle(bundles)).manifest
+        assert manifest["training"]["protocol"] == protocol
+        assert manifest["recipe"]["refit"] is (protocol == "refit")
+        assert set(manifest["training"]["epochs"]) == {"retrieval", "ranking"}
+        assert all(epochs in (1, 2) for epochs in manifest["training"]["epochs"].values())
+        assert 0 < manifest["metrics"]["validation"]["ranking"]["val_ndcg@10"] < 1
+        assert 0 < manifest["metrics"]["validation"]["retrieval"]["val_ndcg@20"] < 1
+
+
+def test_a_refitted_bundle_knows_train_and_validation_and_no_more(shop: Path, strict: Path) -> None:
+    data = load_split(shop / "data", SplitOptions())
+    final = final_split(data)
+    for bundles, train_events in ((shop / "bundles", final.train), (strict, data.split.train)):
+        bundle = Bundle.load(resolve_bundle(bundles))
+        # By a plain loop, each user's items once.
+        counts = np.zeros(len(bundle.item_degrees), np.int64)
+        for user in range(1, train_events.num_users + 1):
+            counts[np.unique(train_events.history(user).wanted)] += 1
+        np.testing.assert_array_equal(bundle.item_degrees, counts)
+        np.testing.assert_array_equal(bundle.catalog.popularity, counts)
+        assert bundle.manifest["data"]["clock"] == train_events.timestamps.max()
+        np.testing.assert_array_equal(bundle.recent_popularity, recent_popularity(train_events, 30))
+        edges = train_events.edges()
+        near = item_neighbours(edges.users, edges.items, edges.num_users, edges.num_items, 200)
+        np.testing.assert_array_equal(bundle.neighbours.columns, near.columns)
+        np.testing.assert_allclose(bundle.neighbours.values, near.values)
+        assert (bundle.item_vectors[counts > 0] != 0).any(axis=1).all()
+    assert len(final.train) > len(data.split.train)
+
+
+def test_no_fit_learns_from_what_the_test_asks_for(shop: Path, tmp_path: Path) -> None:
+    """Other test items change nothing in what both stages learn; other validation items do, in a refit."""
+    data = load_split(shop / "data", SplitOptions())
+    events, rng = data.log.events, np.random.default_rng(1)
+    parser = train.build_parser()
+    config = parser.parse_args([str(shop / "data"), *FAST])
+
+    def learned(folder: Path, kept: np.ndarray) -> dict[str, np.ndarray]:
+        """Fit both stages where all events but those kept have another item."""
+        items = np.where(kept, events.items, rng.integers(1, 101, len(events))).astype(np.int32)
+        log = dataclasses.replace(data.log, events=dataclasses.replace(events, items=items))
+        split = final_split(dataclasses.replace(data, log=log))
+        chosen = train.Chosen(1, 0.5)
+        arguments = (lambda: parser.instantiate(config), 0, False, chosen)
+        train.fit_retrieval(shop / "data", split, folder, *arguments)
+        ranker, _ = train.fit_ranking(shop / "data", split, folder / train.EMBEDDINGS, folder, *arguments)
+        return {name: value.numpy() for name, value in ranker.state_dict().items()}
+
+    everything, without_validation = np.ones((2, len(events)), bool)
+    without_validation[data.split.validation.ends] = False  # where its targets stand
+    first = learned(tmp_path / "first", everything)
+    second = learned(tmp_path / "second", data.split.before_test)
+    third = learned(tmp_path / "third", without_validation)
+    assert set(first) == set(second)
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name], err_msg=name)
+    assert any((value != third[name]).any() for name, value in first.items())
 
 
 def test_an_index_of_another_kind(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wanted = ["--pipeline.num_candidates=15", "--pipeline.index.kind=hnsw", "--out", str(tmp_path)]
+    wanted = [
+        "--pipeline.num_candidates=15",
+        "--pipeline.index.kind=hnsw",
+        "--out",
+        str(tmp_path),
+        "--no-refit",
+    ]
     assert _train(shop, *wanted, "--retrieval.trainer.max_epochs=1", "--ranking.trainer.max_epochs=1") == 0
     bundle = Bundle.load(resolve_bundle(tmp_path), num_threads=2)
     assert bundle.ranker_index is not None
@@ -102,6 +185,8 @@ def test_evaluate_writes_every_metric_of_every_stage(shop: Path, tmp_path: Path)
     assert main(["evaluate", str(shop / "bundles"), "--data", str(shop / "data"), "--json", str(out)]) == 0
     results = json.loads(out.read_text())
     assert results["split"] == "leave-one-out"
+    assert results["protocol"] == "refit"
+    assert "slices" not in results
     assert 0 < results["num_users"] <= 200
     names = {f"{metric}@{k}" for metric in ("recall", "ndcg", "mrr", "hit") for k in (5, 10, 20, 1000)}
     for stage in ("retrieval", "ranking", "slate", "popularity"):
@@ -212,8 +297,69 @@ def test_the_benchmarks_of_reranking(
     assert json.loads(capsys.readouterr().out)["faults"] == []
 
 
-def test_the_benchmark_of_the_sources(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ask = [str(shop / "bundles"), "--data", str(shop / "data"), "--part", "validation", "--max_users", "50"]
+def test_a_refitted_bundle_is_not_asked_what_it_was_told(
+    shop: Path, strict: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = ["--data", str(shop / "data"), "--part", "validation", "--max_users", "20", "--json", "-"]
+    assert main(["evaluate", str(shop / "bundles"), *ask]) == 2
+    assert "was fitted again on validation and knows the answers" in capsys.readouterr().err
+    assert main(["evaluate", str(strict), *ask]) == 0
+    assert json.loads(capsys.readouterr().out)["protocol"] == "strict"
+
+
+def test_the_slices_add_up_and_change_nothing_else(
+    shop: Path, strict: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = Bundle.load(resolve_bundle(strict))
+    whole = evaluate(bundle, shop / "data", stages=("popularity", "ranking"))
+    results = evaluate(bundle, shop / "data", stages=("popularity", "ranking"), slices=True)
+    slices = results.pop("slices")
+    assert results == whole
+    # One target a user: new, tail and head items part the users, and the mean over all is theirs.
+    parts = [slices[name] for name in ("new items", "tail items", "head items")]
+    assert sum(part["num_users"] for part in parts) == results["num_users"]
+    for stage in ("popularity", "ranking"):
+        total = sum(part["num_users"] * part[stage]["ndcg@10"] for part in parts if part[stage])
+        assert total / results["num_users"] == pytest.approx(results[stage]["ndcg@10"])
+    # Popularity finds nothing in the tail.
+    assert slices["head items"]["popularity"]["ndcg@10"] > slices["tail items"]["popularity"]["ndcg@10"]
+    assert slices["new users"]["num_users"] == 0
+    assert slices["new users"]["ranking"] is None
+    command = ["evaluate", str(strict), "--data", str(shop / "data"), "--slices", "--max_users", "30"]
+    capsys.readouterr()
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "leave-one-out, strict, test, 30 users" in shown
+    assert "tail items: targets among the least popular items that make 20%" in shown
+
+
+def test_the_global_time_split_is_the_second_protocol(
+    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(shop / "data", tmp_path / "data")
+    assert _train(tmp_path, "--split.name=global-time", "--ranking.trainer.max_epochs=1") == 0
+    ask = ["evaluate", str(tmp_path / "bundles"), "--data", str(tmp_path / "data"), "--slices", "--json", "-"]
+    capsys.readouterr()
+    assert main(ask) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert (results["split"], results["protocol"]) == ("global-time", "refit")
+    bundle = Bundle.load(resolve_bundle(tmp_path / "bundles"))
+    split, holdout = load_questions(bundle, tmp_path / "data", "test", None)
+    # Everybody is asked at one moment, behind all that was learned from, and new users among them.
+    test_start = min(holdout.events.timestamps[holdout.ends])
+    assert split.train.timestamps.max() < test_start
+    assert bundle.manifest["data"]["clock"] == split.train.timestamps.max()
+    num_new = sum(len(history) == 0 for _, history, _ in holdout)
+    assert results["slices"]["new users"]["num_users"] == num_new
+    assert results["slices"]["short histories"]["num_users"] >= num_new
+    num_targets = sum(
+        results["slices"][name]["num_targets"] for name in ("new items", "tail items", "head items")
+    )
+    assert num_targets == len(holdout.targets) > results["num_users"]
+
+
+def test_the_benchmark_of_the_sources(shop: Path, strict: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ask = [str(strict), "--data", str(shop / "data"), "--part", "validation", "--max_users", "50"]
     assert sources.main([*ask, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     names = ["sequence", "embedding", "neighbours", "popular", "fresh", "all, merged"]
@@ -251,30 +397,51 @@ def test_a_visitor_with_nothing_gets_a_full_slate(shop: Path) -> None:
     assert len(pipeline.recommend(Visitor(EMPTY_HISTORY), 10).items) == 10
 
 
-def test_resume_goes_on_where_the_run_was_cut_short(
+def test_resume_goes_on_in_each_of_the_four_fits(
     shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(shop / "data", tmp_path / "data")
+    fit_stage = train.fit_stage
+    monkeypatch.setattr(  # both epochs, whatever validation says: the refit has one to be cut short in
+        train,
+        "fit_stage",
+        lambda *args, **options: dataclasses.replace(fit_stage(*args, **options), epochs=2),
+    )
+    fits = ["retrieval", "ranking", "refit/retrieval", "refit/ranking"]
+    shown = []
+    for number, fit in enumerate([*fits, None]):
 
-    def cut_short(module: L.LightningModule) -> None:
-        if module.current_epoch == 1:
-            raise KeyboardInterrupt
+        def cut_short(module: L.LightningModule, fit: str | None = fit) -> None:
+            folder = module.trainer.checkpoint_callback.dirpath
+            here = fit and folder.endswith(fit) and fit.startswith("refit") == ("/refit/" in folder)
+            if here and module.current_epoch == 1:
+                raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(RankingModule, "on_train_epoch_start", cut_short)
-        assert _train(tmp_path) == 130
-    assert "--resume" in capsys.readouterr().err
-    assert not list(tmp_path.glob("bundles/*"))
-
-    assert _train(tmp_path, "--resume") == 0
-    shown = capsys.readouterr().err
-    assert "retrieval: already trained" in shown
-    assert "ranking epoch 1" in shown
-    assert "ranking epoch 0" not in shown
-    # Both stages' validation metrics are on record, though one was trained before the cut.
-    metrics = Bundle.load(resolve_bundle(tmp_path / "bundles")).manifest["metrics"]["validation"]
-    assert set(metrics) == {"retrieval", "ranking"}
+        for module in (RetrievalModule, RankingModule):
+            monkeypatch.setattr(module, "on_train_epoch_start", cut_short)
+        assert _train(tmp_path, *(["--resume"] if number else [])) == (130 if fit else 0)
+        shown.append(capsys.readouterr().err)
+        assert bool(list(tmp_path.glob("bundles/*"))) == (fit is None)
+        assert fit is None or "--resume" in shown[-1]
+    lines = re.findall(r"^(\w+ (?:refit )?epoch \d)", "\n".join(shown), re.MULTILINE)
+    names = ["retrieval", "ranking", "retrieval refit", "ranking refit"]
+    assert lines == [f"{name} epoch {epoch}" for name in names for epoch in (0, 1)]
+    assert "fit 4 of 4: ranking on train and validation, 2 epochs as chosen" in shown[-1]
+    assert "retrieval: already trained in this run" in shown[-1]
+    assert "ranking: already trained in this run" in shown[-1]
+    # What was found before the cuts is on record.
+    manifest = Bundle.load(resolve_bundle(tmp_path / "bundles")).manifest
+    assert manifest["training"] == {"protocol": "refit", "epochs": {"retrieval": 2, "ranking": 2}}
+    assert manifest["metrics"]["validation"]["retrieval"]["val_ndcg@20"] > 0
+    assert manifest["metrics"]["validation"]["ranking"]["val_ndcg@10"] > 0
     assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_a_refit_repeats_epochs_and_not_steps(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _train(shop, "--ranking.trainer.max_steps=5") == 2
+    shown = capsys.readouterr().err
+    assert "ranking.trainer.max_steps is 5" in shown
+    assert "epoch 0" not in shown
 
 
 def test_resume_without_anything_to_resume_says_so(
@@ -314,10 +481,10 @@ def test_data_without_order_trains_and_serves_retrieval_alone(
     assert result["funnel"]["kept"] == pytest.approx(1.0)
 
 
-def test_the_same_seed_gives_the_same_vectors(shop: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_vectors(shop: Path, strict: Path, tmp_path: Path) -> None:
     shutil.copytree(shop / "data", tmp_path / "data")
-    assert _train(tmp_path) == 0
-    first = Bundle.load(resolve_bundle(shop / "bundles"))
+    assert _train(tmp_path, "--no-refit") == 0
+    first = Bundle.load(resolve_bundle(strict))
     second = Bundle.load(resolve_bundle(tmp_path / "bundles"))
     np.testing.assert_allclose(first.item_vectors, second.item_vectors, atol=1e-5)
 

@@ -2,10 +2,15 @@
 
 Every question is a prefix: a user's events before some position are the history, and the items to find come
 after it. Nothing at or behind a question's position is ever part of what answers it.
+
+Two protocols ask the test questions. Strict: the model has learned from `train`, and what validation asked
+for is in the histories alone. Refit: settings and epochs are chosen on validation too, and then the model
+learns anew from train and validation together (final_split), as a shop would. Their figures do not compare.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +24,7 @@ from training.data.dataset import Dataset, DatasetInfo
 from training.data.interactions import EventLog, Interactions, load_event_log
 
 SplitName = Literal["auto", "leave-one-out", "global-time", "given"]
+Protocol = Literal["strict", "refit"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Split:
     ordered: bool
     # Whether items of the history may be targets again; they are excluded from rankings otherwise.
     repeats: bool
+    before_test: NDArray[np.bool_]  # [N] of the log's events: what is known when the test is asked
 
 
 def make_split(
@@ -130,17 +137,25 @@ def _leave_one_out(events: Interactions, repeats: bool) -> Split:
     test = candidates[last[enough]]
     validation = candidates[last[enough] - 1]
 
-    # A user's events from the validation target on are kept from training.
-    first_kept_back = np.full(events.num_users + 1, len(events), np.int64)
-    first_kept_back[enough] = validation
-    train = np.arange(len(events)) < first_kept_back[events.users]
+    # A user's events from the target on are kept from what asks for it.
+    def before(targets: NDArray[np.int64]) -> NDArray[np.bool_]:
+        first_kept_back = np.full(events.num_users + 1, len(events), np.int64)
+        first_kept_back[enough] = targets
+        known: NDArray[np.bool_] = np.arange(len(events)) < first_kept_back[events.users]
+        return known
 
     def holdout(positions: NDArray[np.int64]) -> Holdout:
         one_each = np.arange(len(positions) + 1)
         return Holdout(events, enough.astype(np.int32), positions, events.items[positions], one_each)
 
     return Split(
-        "leave-one-out", events.take(train), holdout(validation), holdout(test), ordered=True, repeats=repeats
+        "leave-one-out",
+        events.take(before(validation)),
+        holdout(validation),
+        holdout(test),
+        ordered=True,
+        repeats=repeats,
+        before_test=before(test),
     )
 
 
@@ -169,6 +184,7 @@ def _global_time(events: Interactions, repeats: bool, fraction: float) -> Split:
         holdout(test_start, None),
         ordered=True,
         repeats=repeats,
+        before_test=events.timestamps < test_start,
     )
 
 
@@ -195,7 +211,15 @@ def _given(
 
     # Validation was drawn from anywhere in the past, so the layout is not the order of time, even where the
     # events have times: a sequence model would learn from what came after its questions.
-    return Split("given", events.take(part == 0), holdout(1), holdout(2), ordered=False, repeats=repeats)
+    return Split(
+        "given",
+        events.take(part == 0),
+        holdout(1),
+        holdout(2),
+        ordered=False,
+        repeats=repeats,
+        before_test=~is_test,
+    )
 
 
 def _distinct(items: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -245,3 +269,16 @@ def load_split(directory: str | Path, options: SplitOptions) -> SplitData:
         seed=options.seed,
     )
     return SplitData(dataset.info, log, split)
+
+
+def final_split(data: SplitData) -> Split:
+    """Return the split of a last fit: train and validation events together in `train`.
+
+    `validation` is then part of what is learned, and says nothing any more; `test` stays as it is.
+    """
+    return dataclasses.replace(data.split, train=data.log.events.take(data.split.before_test))
+
+
+def split_as_trained(data: SplitData, protocol: Protocol) -> Split:
+    """Return the split whose `train` is what a model of this protocol has learned from."""
+    return final_split(data) if protocol == "refit" else data.split

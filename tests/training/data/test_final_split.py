@@ -1,12 +1,10 @@
 """What a final fit learns from: all that the test questions know, and nothing that they ask."""
 
 import numpy as np
-import pytest
 
-from benchmarks.final_fit import final_split
 from training.data.dataset import DatasetInfo
 from training.data.interactions import EventLog, Interactions
-from training.data.splits import SplitData, make_split
+from training.data.splits import SplitData, final_split, make_split, split_as_trained
 
 
 def split_data(name, is_test=None, repeats=False):
@@ -48,8 +46,30 @@ def test_leave_one_out_learns_from_all_but_the_last_item():
         assert (user, int(target[0])) not in pairs(final.train)
 
 
-def test_global_time_is_refused():
-    with pytest.raises(
-        ValueError, match="split is global-time; a final fit is defined for given and leave-one"
-    ):
-        final_split(split_data("global-time"))
+def test_global_time_learns_from_all_before_the_test_period():
+    data = split_data("global-time")
+    final = final_split(data)
+    test_start = data.log.events.timestamps[36]  # a tenth of 40 events is the test period
+    assert final.train.timestamps.tolist() == list(range(36))
+    assert len(data.split.train) == 32
+    for _, history, _ in final.test:
+        assert (history.timestamps < test_start).all()
+
+
+def test_global_time_keeps_the_test_period_of_users_who_are_asked_nothing():
+    """Who only repeats in the test period is asked nothing, and is learned from no further all the same."""
+    users = np.array([1] * 5 + [2] * 5, np.int32)
+    items = np.array([1, 2, 3, 4, 5, 1, 2, 3, 4, 4], np.int32)
+    times = np.array([0, 2, 4, 6, 8, 1, 3, 5, 7, 9])
+    events = Interactions(users, items, np.zeros(10, np.uint8), times, 2, 5)
+    log = EventLog(events, ["a", "b"], list("12345"), None)
+    split = make_split(log, "global-time", holdout_fraction=0.2)
+    assert split.test.users.tolist() == [1]
+    final = final_split(SplitData(DatasetInfo(name="x", source={}, time="unix"), log, split))
+    assert sorted(final.train.timestamps.tolist()) == list(range(8))
+
+
+def test_the_protocol_says_what_was_learned_from():
+    data = split_data("leave-one-out")
+    assert split_as_trained(data, "strict") is data.split
+    assert len(split_as_trained(data, "refit").train) == 35

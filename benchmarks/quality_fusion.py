@@ -1,0 +1,466 @@
+"""Does the fusion help, and is it the graph? `python -m benchmarks.quality fusion --data DATA --out DIR`.
+
+For each seed stage one is trained once, and these answer the same test questions:
+
+(a) sequence          the ranker without a graph
+(b) graph             stage one alone, asked with the vector folded in from the history
+(c) late-fusion       scores of (a) and (b), standardised per question and added; weight chosen on validation
+(d) cross-attention   the default ranker: states attend to the graph vectors of stage one
+(e) shuffled          (d), with the graph vectors dealt out to the items at random: a control
+(f) content           (d) with what is known of the items, where the ranker can take it
+
+The table has the mean and standard deviation over seeds, and a paired t-test over users of NDCG@10, averaged
+over seeds, against (a). What (d) gains and (e) keeps is not the graph's.
+
+Each (variant, seed) writes its row into --out when it is done: the same command goes on behind it, and within
+a fit from its last epoch. Every setting of `trirank train` can be given with --options.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from safetensors.numpy import load_file, save_file
+from scipy.stats import ttest_rel
+
+from benchmarks.full_ranking import Scores, Vectors, question_metrics, recency
+from engine.arguments import ArgumentParser, nearest
+from engine.history import left_padded
+from ranking.ranker import HybridRanker
+from retrieval.fold_in import fold_in
+from training.data.splits import Holdout, Protocol, SplitData, load_split, split_as_trained
+from training.ranking_module import RankingModule
+from training.stages import keep_freed_memory, quiet_lightning
+from training.train import (
+    EMBEDDINGS,
+    Settings,
+    build_parser,
+    chosen_before,
+    fit_ranking,
+    fit_retrieval,
+    recipe_of,
+)
+
+METRICS = ("recall@10", "ndcg@10")
+REFERENCE = "sequence"
+LATE_WEIGHTS = tuple(n / 10 for n in range(11))  # of the graph's scores; the rest is the sequence's
+LATE_QUESTIONS = 5000  # of validation, at most, that choose the weight
+HISTORIES_AT_ONCE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One line of the table.
+
+    Attributes:
+        letter: in the table.
+        graph: what a ranker stands on: the vectors of stage one "as they are", "shuffled", or "none". None
+            where no ranker is trained.
+        options: of `trirank train`, beside the run's own.
+    """
+
+    letter: str
+    graph: str | None = None
+    options: tuple[str, ...] = ()
+
+
+VARIANTS = {
+    "sequence": Variant(letter="a", graph="none"),
+    "graph": Variant(letter="b"),
+    "late-fusion": Variant(letter="c"),
+    "cross-attention": Variant(letter="d", graph="as they are"),
+    "shuffled": Variant(letter="e", graph="shuffled"),
+}
+if "content" in inspect.signature(RankingModule).parameters:  # a ranker that takes content gets its line
+    VARIANTS["content"] = Variant(letter="f", graph="as they are", options=("ranking.model.content=true",))
+
+
+class Experiment:
+    """The rows of one directory: what was asked, and where the answers lie.
+
+    Args:
+        directory: a data set directory.
+        out: gets settings.json, a JSON row and per-user metrics (npz) of each (variant, seed), and the runs.
+        protocol: what the test questions are answered from.
+        options: of `trirank train`, as NAME=VALUE.
+
+    Raises:
+        ValueError: `out` holds rows of other settings.
+    """
+
+    def __init__(self, directory: Path, out: Path, protocol: Protocol, options: Sequence[str]) -> None:
+        self.directory, self.out, self.protocol, self.options = directory, out, protocol, tuple(options)
+        recipe, settings = self._recipe(())
+        self.half_life: float | None = recipe["pipeline"]["half_life_events"]
+        self.data: SplitData = load_split(directory, settings().split)
+        if not self.data.split.ordered:
+            raise ValueError(f"split {self.data.split.name} leaves the events without an order to learn from")
+        # What serving does with a model changes nothing here, nor does the recipe's own seed.
+        kept = {key: value for key, value in recipe.items() if key not in ("pipeline", "seed", "refit")}
+        record = {
+            "data": self.data.info.name,
+            "fingerprint": self.data.info.fingerprint,
+            "simulated": self.data.info.simulated,
+            "split": self.data.split.name,
+            "protocol": protocol,
+            "half_life_events": self.half_life,
+            "recipe": kept,
+        }
+        out.mkdir(parents=True, exist_ok=True)
+        file = out / "settings.json"
+        if file.is_file():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            differ = [key for key in record if before.get(key) != record[key]]
+            if differ:
+                raise ValueError(
+                    f"{out} holds rows of other settings ({', '.join(differ)}); expected another --out"
+                )
+        else:
+            file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    def _recipe(self, options: Sequence[str]) -> tuple[dict[str, Any], Settings]:
+        parser = build_parser()
+        arguments = [f"--{option}" for option in (*self.options, *options)]
+        config = parser.parse_args([str(self.directory), *arguments])
+        return recipe_of(parser, config), lambda: parser.instantiate(config)
+
+    def row_file(self, variant: str, seed: int) -> Path:
+        """Return where a row lies once it is done; its per-user metrics lie beside it."""
+        return self.out / f"{variant}-seed{seed}.json"
+
+    def run(self, variant: str, seed: int) -> None:
+        """Train and measure what is not yet done of a row, and write it."""
+        file = self.row_file(variant, seed)
+        if file.is_file():
+            return
+        begin = time.perf_counter()
+        record: dict[str, Any] = {"variant": variant, "seed": seed, "protocol": self.protocol}
+        scores: Scores
+        if variant == "late-fusion":
+            weight = self._late_weight(seed)
+            record["graph_weight"] = weight
+            scores = late_fusion(
+                self.answers("sequence", seed, "test"), self.answers("graph", seed, "test"), weight
+            )
+        else:
+            scores = self.answers(variant, seed, "test").scores
+        chosen = chosen_before(self._folder(variant, seed))
+        if chosen is not None:
+            record |= {"epochs": chosen.epochs, "validation_ndcg@10": chosen.metric}
+        found = question_metrics(scores, self.data.split.test, METRICS, repeats=self.data.split.repeats)
+        record |= {name: float(values.mean()) for name, values in found.items()}
+        record |= {"num_users": len(self.data.split.test), "seconds": time.perf_counter() - begin}
+        np.savez_compressed(file.with_suffix(".npz"), users=self.data.split.test.users, **found)  # type: ignore[arg-type]
+        _drop_checkpoints(self._folder(variant, seed))
+        # Last, and by a rename: the row says that all of it is there.
+        unfinished = file.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        unfinished.rename(file)
+
+    def answers(self, variant: str, seed: int, part: str) -> Vectors:
+        """Return what a variant asks and is asked with, on the questions of a part, trained where it is not.
+
+        On validation it has learned from train alone; on test, what the protocol says.
+        """
+        if variant == "graph":
+            holdout = self.data.split.test if part == "test" else self.data.split.validation
+            file = self.embeddings(seed, self.protocol if part == "test" else "strict")
+            return graph_answers(file, holdout, self.half_life)
+        file = self._folder(variant, seed) / f"{part}.safetensors"
+        if not file.is_file():
+            self._train(variant, seed)
+        return Vectors(**load_file(file))
+
+    def embeddings(self, seed: int, protocol: Protocol) -> Path:
+        """Return the file of stage one's vectors, trained where it is not there; once for all variants."""
+        folder = self.out / "runs" / f"stage-one-seed{seed}"
+        _, settings = self._recipe(())
+        if not (folder / EMBEDDINGS).is_file():
+            _say(f"seed {seed}: retrieval on train; validation chooses the epochs")
+        chosen = fit_retrieval(self.directory, self.data.split, folder, settings, seed, resume=True)
+        _drop_checkpoints(folder)  # the vectors are in their file
+        if protocol == "strict":
+            return folder / EMBEDDINGS
+        final = split_as_trained(self.data, "refit")
+        if not (folder / "refit" / EMBEDDINGS).is_file():
+            _say(f"seed {seed}: retrieval on train and validation, {chosen.epochs} epochs as chosen")
+        fit_retrieval(self.directory, final, folder / "refit", settings, seed, resume=True, chosen=chosen)
+        _drop_checkpoints(folder)
+        return folder / "refit" / EMBEDDINGS
+
+    def _folder(self, variant: str, seed: int) -> Path:
+        return self.out / "runs" / f"{variant}-seed{seed}"
+
+    def _train(self, variant: str, seed: int) -> None:
+        folder, split = self._folder(variant, seed), self.data.split
+        _, settings = self._recipe(VARIANTS[variant].options)
+        chosen = chosen_before(folder) if (folder / "validation.safetensors").is_file() else None
+        if chosen is None:
+            _say(f"seed {seed}: {variant} on train; validation chooses the epochs")
+            graph = self._graph(variant, seed, "strict")
+            ranker, chosen = fit_ranking(self.directory, split, graph, folder, settings, seed, resume=True)
+            _save(folder / "validation.safetensors", ranker_answers(ranker, split.validation))
+            if self.protocol == "strict":
+                _save(folder / "test.safetensors", ranker_answers(ranker, split.test))
+        if self.protocol == "refit":
+            _say(f"seed {seed}: {variant} on train and validation, {chosen.epochs} epochs as chosen")
+            graph = self._graph(variant, seed, "refit")
+            final = split_as_trained(self.data, "refit")
+            ranker, _ = fit_ranking(
+                self.directory, final, graph, folder / "refit", settings, seed, resume=True, chosen=chosen
+            )
+            _save(folder / "test.safetensors", ranker_answers(ranker, split.test))
+
+    def _graph(self, variant: str, seed: int, protocol: Protocol) -> Path | None:
+        """Return the file of the graph vectors that a variant's ranker stands on."""
+        if VARIANTS[variant].graph == "none":
+            return None
+        file = self.embeddings(seed, protocol)
+        return shuffled(file, seed) if VARIANTS[variant].graph == "shuffled" else file
+
+    def _late_weight(self, seed: int) -> float:
+        """Return the weight of LATE_WEIGHTS with the best NDCG@10 on validation."""
+        holdout = self.data.split.validation
+        if len(holdout) > LATE_QUESTIONS:
+            draw = np.random.default_rng(0).permutation(len(holdout))[:LATE_QUESTIONS]
+            holdout = holdout.take(np.sort(draw))
+        sequence, graph = (self.answers(name, seed, "validation") for name in ("sequence", "graph"))
+        found = {
+            weight: question_metrics(
+                late_fusion(sequence, graph, weight), holdout, ["ndcg@10"], repeats=self.data.split.repeats
+            )["ndcg@10"].mean()
+            for weight in LATE_WEIGHTS
+        }
+        return max(found, key=lambda weight: float(found[weight]))
+
+
+def _drop_checkpoints(folder: Path) -> None:
+    for checkpoint in folder.rglob("*.ckpt"):
+        checkpoint.unlink()
+
+
+def _save(file: Path, answers: Vectors) -> None:
+    unfinished = file.with_suffix(".tmp")
+    save_file({"users": answers.users, "items": answers.items}, unfinished)
+    unfinished.rename(file)
+
+
+@torch.no_grad()
+def ranker_answers(ranker: HybridRanker, holdout: Holdout) -> Vectors:
+    """Return a ranker's states after the histories of a holdout, and the vectors that it scores with."""
+    items = ranker.item_vectors().float().numpy()
+    users = np.zeros((holdout.events.num_users + 1, items.shape[1]), np.float32)
+    order = np.argsort(holdout.ends - holdout.events.offsets[holdout.users], kind="stable")
+    for start in range(0, len(order), HISTORIES_AT_ONCE):
+        rows = order[start : start + HISTORIES_AT_ONCE]
+        histories = left_padded([holdout.history(int(q)).items for q in rows], ranker.history_length)
+        users[holdout.users[rows]] = ranker.states(torch.from_numpy(histories))[:, -1].float().numpy()
+    return Vectors(users, items.copy())
+
+
+def graph_answers(embeddings: Path, holdout: Holdout, half_life: float | None) -> Vectors:
+    """Return the vectors folded in from the histories of a holdout, and stage one's item vectors."""
+    vectors = load_file(embeddings)
+    items, degrees = vectors["item_vectors"], vectors["item_degrees"]
+    users = np.zeros((holdout.events.num_users + 1, items.shape[1]), np.float32)
+    for user, history, _ in holdout:
+        users[user] = fold_in(items, degrees, history.wanted, recency(history, half_life))
+    return Vectors(users, items)
+
+
+def shuffled(embeddings: Path, seed: int) -> Path:
+    """Write the vectors of stage one, each with its degree, to an item drawn at random; return the file."""
+    file = embeddings.with_name("shuffled.safetensors")
+    if not file.is_file():
+        vectors = load_file(embeddings)
+        size = len(vectors["item_vectors"])
+        order = np.concatenate([[0], 1 + np.random.default_rng(seed).permutation(size - 1)])
+        unfinished = file.with_suffix(".tmp")
+        names = ("item_vectors", "item_degrees")
+        save_file({name: np.ascontiguousarray(vectors[name][order]) for name in names}, unfinished)
+        unfinished.rename(file)
+    return file
+
+
+def late_fusion(sequence: Vectors, graph: Vectors, weight: float) -> Scores:
+    """Return scores (1 - weight) z(sequence) + weight z(graph); z: less the mean, by the standard deviation.
+
+    The mean and the deviation are those of a question's scores of all items.
+    """
+
+    def scores(questions: Holdout) -> NDArray[np.float32]:
+        return (1 - weight) * _standardised(sequence.scores(questions)) + weight * _standardised(
+            graph.scores(questions)
+        )
+
+    return scores
+
+
+def _standardised(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    items = scores[:, 1:]
+    deviation = items.std(axis=1, keepdims=True)
+    standard: NDArray[np.float32] = (scores - items.mean(axis=1, keepdims=True)) / np.maximum(
+        deviation, 1e-12
+    )
+    return standard
+
+
+def collect(out: Path) -> dict[str, Any]:
+    """Return the finished rows of a directory, with means, deviations and tests.
+
+    Raises:
+        ValueError: the directory is none of this benchmark.
+    """
+    file = out / "settings.json"
+    if not file.is_file():
+        raise ValueError(f"{out} holds no rows of `benchmarks.quality fusion`: settings.json is missing")
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    rows: dict[str, dict[int, dict[str, Any]]] = {}
+    for path in sorted(out.glob("*-seed*.json")):
+        row = json.loads(path.read_text(encoding="utf-8"))
+        row["per_user"] = dict(np.load(path.with_suffix(".npz")))
+        rows.setdefault(row["variant"], {})[row["seed"]] = row
+    summary = {}
+    for name in [name for name in VARIANTS if name in rows]:
+        summary[name] = {
+            "letter": VARIANTS[name].letter,
+            "seeds": sorted(rows[name]),
+            **{
+                metric: {
+                    "mean": float(np.mean(values)),
+                    "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+                }
+                for metric in METRICS
+                if (values := [row[metric] for row in rows[name].values()])
+            },
+            "against_sequence": paired_test(rows[name], rows.get(REFERENCE, {}))
+            if name != REFERENCE
+            else None,
+            "runs": [
+                {key: value for key, value in rows[name][seed].items() if key != "per_user"}
+                for seed in sorted(rows[name])
+            ],
+        }
+    num_users = {row["num_users"] for found in rows.values() for row in found.values()}
+    return {**settings, "num_users": max(num_users, default=0), "variants": summary}
+
+
+def paired_test(
+    ours: Mapping[int, dict[str, Any]], reference: Mapping[int, dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Return the mean difference in NDCG@10 and its p (two-sided paired t-test over users).
+
+    Each user's NDCG is the mean over the seeds that both have; None where they have none in common.
+    """
+    seeds = sorted(set(ours) & set(reference))
+    if not seeds:
+        return None
+    first, second = (
+        np.mean([rows[seed]["per_user"]["ndcg@10"] for seed in seeds], axis=0) for rows in (ours, reference)
+    )
+    difference = first - second
+    p = float(ttest_rel(first, second).pvalue) if difference.any() else 1.0
+    return {"seeds": seeds, "difference": float(difference.mean()), "p": p}
+
+
+def print_table(results: dict[str, Any], console: Console) -> None:
+    """Print one line a variant."""
+    simulated = ", SIMULATED data" if results["simulated"] else ""
+    table = Table(
+        title=f"{results['data']}{simulated}: {results['split']}, {results['protocol']}, test, "
+        f"{results['num_users']:,} users, all items ranked",
+        caption="mean ± standard deviation over seeds; p: paired t-test over users against (a), two-sided",
+    )
+    for heading in ("", "variant", *METRICS, "ndcg@10 - (a)", "p", "epochs", "seeds"):
+        table.add_column(heading, justify="left" if heading in ("", "variant") else "right")
+    for name, row in results["variants"].items():
+        test = row["against_sequence"]
+        epochs = [run["epochs"] for run in row["runs"] if "epochs" in run]
+        table.add_row(
+            f"({row['letter']})",
+            name,
+            *(_mean_and_std(row[metric]) for metric in METRICS),
+            f"{test['difference']:+.4f}" if test else "-",
+            f"{test['p']:.2g}" if test else "-",
+            " ".join(map(str, epochs)) or "-",
+            " ".join(map(str, row["seeds"])),
+        )
+    console.print(table)
+
+
+def _mean_and_std(figure: Mapping[str, float | None]) -> str:
+    std = figure["std"]
+    return f"{figure['mean']:.4f}" + (f" ± {std:.4f}" if std is not None else "")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train what is missing, then print the table on stdout."""
+    parser = ArgumentParser(prog="python -m benchmarks.quality fusion", description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="A data set directory.")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="Directory of the rows; one for each data set and protocol."
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="One training each.")
+    parser.add_argument(
+        "--variants", type=str, nargs="+", default=list(VARIANTS), help=f"Of {', '.join(VARIANTS)}."
+    )
+    parser.add_argument("--protocol", type=Protocol, default="strict", help="What the test is answered from.")
+    parser.add_argument(
+        "--max_epochs", type=int | None, default=None, help="Of stage two (default: the recipe's)."
+    )
+    parser.add_argument(
+        "--options",
+        type=str,
+        nargs="+",
+        default=[],
+        help="Of `trirank train`: --options config=recipe.yaml ranking.model.encoder.dim=64",
+    )
+    parser.add_argument("--json", type=Path | None, default=None, help="File for all figures.")
+    options = parser.parse_args(argv)
+    quiet_lightning()
+    keep_freed_memory()
+    settings = list(options.options)
+    if options.max_epochs is not None:
+        settings.append(f"ranking.trainer.max_epochs={options.max_epochs}")
+    try:
+        for name in options.variants:
+            if name not in VARIANTS:
+                known = ", ".join(VARIANTS)
+                raise ValueError(f"variant is {name!r}; expected some of {known}{nearest([name], VARIANTS)}")
+        experiment = Experiment(options.data, options.out, options.protocol, settings)
+        wanted = [name for name in VARIANTS if name in options.variants]
+        for place, seed in enumerate(options.seeds):
+            for number, name in enumerate(wanted):
+                done = experiment.row_file(name, seed).is_file()
+                _say(
+                    f"seed {seed} ({place + 1} of {len(options.seeds)}), {name} ({number + 1} of "
+                    f"{len(wanted)}){': done before' if done else ''}"
+                )
+                experiment.run(name, seed)
+        results = collect(options.out)
+    except KeyboardInterrupt:
+        _say("interrupted; go on with the same command")
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"benchmarks.quality: {error}", file=sys.stderr)
+        return 2
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print_table(results, Console(width=None if sys.stdout.isatty() else 140))
+    return 0

@@ -1,0 +1,230 @@
+"""Who may come in: no more requests at once than the server can answer quickly, and no caller too often.
+
+What is refused is refused at once, so that the answer costs next to nothing and the caller can go elsewhere.
+Everything here runs on the event loop's thread and never waits.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+
+class RejectedError(Exception):
+    """A request that must not come in now."""
+
+    def __init__(self, reason: str, retry_after_s: float) -> None:
+        super().__init__(f"{reason}; try again in {retry_after_s:.2f} s")
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What tells a gRPC client when to try again (gRFC A6), to be sent as trailing metadata."""
+        return (("grpc-retry-pushback-ms", str(math.ceil(self.retry_after_s * 1000))),)
+
+
+class ConcurrencyLimit:
+    """A limit on the requests under way that follows the latency measured.
+
+    A gradient limit, as in Netflix's concurrency-limits (2018), after TCP Vegas (Brakmo and Peterson, 1994):
+    when requests take longer than `tolerance` times what they take without a queue, they queue, and the limit
+    falls in proportion; otherwise it rises by its square root, the room for a burst. With limit L, latency t
+    and the latency without a queue t0, once per window:
+
+        L <- (1 - smoothing) L + smoothing (L clip(tolerance t0 / t, 1/2, 1) + sqrt(L))
+
+    Two things differ. t is the window's median, so that a few dear requests move nothing. t0 is no all-time
+    minimum but what requests take while at most `min_limit` are under way; when the load has allowed no such
+    window for `probe_s`, or none ever, the limit stands at `min_limit` for one (BBR's ProbeRTT; Cardwell et
+    al., 2016). The workers still have work then, so that a probe costs no throughput where min_limit is their
+    number.
+    """
+
+    def __init__(
+        self,
+        *,
+        min_limit: int,
+        max_limit: int = 1000,
+        tolerance: float = 2.0,
+        smoothing: float = 0.2,
+        window_s: float = 0.1,
+        window_requests: int = 20,
+        probe_s: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        """Begin at twice min_limit.
+
+        Args:
+            min_limit: requests that are worked on at once without a queue: the number of workers.
+            max_limit: the limit never exceeds this.
+            tolerance: how many times its queue-free latency a request may take.
+            smoothing: how far one window moves the limit, 0 to 1.
+            window_s: a window lasts at least this long,
+            window_requests: and until this many requests have ended.
+            probe_s: see above.
+            clock: seconds.
+            rng: of the retry hints.
+        """
+        if not 1 <= min_limit <= max_limit:
+            raise ValueError(f"min_limit is {min_limit}; expected 1 to max_limit, {max_limit}")
+        if tolerance <= 1:
+            raise ValueError(f"tolerance is {tolerance}; expected more than 1")
+        self.in_flight = 0
+        self._limit = float(min(2 * min_limit, max_limit))
+        self._min_limit = min_limit
+        self._max_limit = max_limit
+        self._tolerance = tolerance
+        self._smoothing = smoothing
+        self._window_s = window_s
+        self._window_requests = window_requests
+        self._probe_s = probe_s
+        self._clock = clock
+        self._rng = rng or random.Random()  # spreads retries, guards nothing
+        self._unqueued_s: float | None = None  # t0
+        self._measured_at = clock()  # when t0 was
+        self._is_probing = False
+        self._num_admitted = self._num_rejected = self._peak = 0  # of this window
+        self._begin_window()
+
+    @property
+    def limit(self) -> int:
+        """Requests that may be under way at once, now."""
+        return self._min_limit if self._is_probing else int(self._limit)
+
+    def admit(self) -> Permit:
+        """Let a request in, to be used in a `with` block. Raises RejectedError where there is no room."""
+        if self.in_flight >= self.limit:
+            self._num_rejected += 1
+            raise RejectedError("the server is at its limit", self._retry_after_s())
+        self.in_flight += 1
+        self._num_admitted += 1
+        self._peak = max(self._peak, self.in_flight)
+        return Permit(self, self._clock(), queued=self.in_flight > self._min_limit)
+
+    def _release(self, began: float, queued: bool, counts: bool) -> None:
+        self.in_flight -= 1
+        now = self._clock()
+        if counts:
+            self._latencies.append(now - began)
+            if not queued:
+                self._unqueued.append(now - began)
+        if len(self._latencies) >= self._window_requests and now - self._window_began >= self._window_s:
+            self._end_window(now)
+
+    def _begin_window(self) -> None:
+        self._window_began = self._clock()
+        self._latencies: list[float] = []
+        self._unqueued: list[float] = []  # of requests that came in while there was no queue
+        self._peak = self.in_flight
+        self._num_admitted = self._num_rejected = 0
+
+    def _end_window(self, now: float) -> None:
+        if 2 * len(self._unqueued) >= self._window_requests:  # few would be chance
+            self._unqueued_s = statistics.median(self._unqueued)
+            self._measured_at = now
+            self._is_probing = False
+        elif self._unqueued_s is None or now - self._measured_at >= self._probe_s:
+            self._is_probing = True
+        if self._unqueued_s is not None and not self._is_probing:
+            median = statistics.median(self._latencies)
+            gradient = min(1.0, max(0.5, self._tolerance * self._unqueued_s / max(median, 1e-9)))
+            wanted = self._limit * gradient + math.sqrt(self._limit)
+            # A limit that nobody comes near says nothing about what lies beyond it.
+            if wanted < self._limit or self._peak * 2 >= self._limit:
+                self._limit += self._smoothing * (wanted - self._limit)
+                self._limit = min(float(self._max_limit), max(float(self._min_limit), self._limit))
+        self._begin_window()
+
+    def _retry_after_s(self) -> float:
+        """Return a hint that grows with the share of refused requests, spread so that they do not all return
+        at once.
+        """
+        overload = 1 + self._num_rejected / max(1, self._num_admitted)
+        return self._window_s * min(overload, 50.0) * self._rng.uniform(0.5, 1.5)
+
+
+class Permit:
+    """A place among the requests under way, given back at the end of the `with` block.
+
+    A block that ends with an exception (cancelled, refused) says nothing about latency and is not measured.
+    """
+
+    def __init__(self, limit: ConcurrencyLimit, began: float, queued: bool) -> None:
+        self._limit = limit
+        self._began = began
+        self._queued = queued
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._limit._release(self._began, self._queued, counts=kind is None)
+
+
+@dataclass(frozen=True)
+class RateLimit:
+    """How often one caller may ask."""
+
+    per_s: float  # in the long run
+    burst: float  # at once
+
+    def __post_init__(self) -> None:
+        for name, value in (("per_s", self.per_s), ("burst", self.burst)):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} is {value}; expected a finite number above 0")
+
+
+class RateLimiter:
+    """A token bucket for each caller: it holds `burst` tokens at most and gains `per_s` a second."""
+
+    def __init__(
+        self,
+        default: RateLimit | None,
+        *,
+        max_callers: int = 10_000,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Take the limit of callers who have none of their own; None for no limit.
+
+        A caller beyond `max_callers` takes the place of the one who was idle longest, whose bucket is full
+        again by then unless this is far too small.
+        """
+        self._default = default
+        self._max_callers = max_callers
+        self._clock = clock
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tokens, and when that was
+
+    def check(self, caller: str, limit: RateLimit | None = None, cost: float = 1.0) -> None:
+        """Take tokens of a caller. Raises RejectedError, and takes none, where there are not enough.
+
+        Args:
+            caller: who asks, such as the id of an API key.
+            limit: the caller's own.
+            cost: in tokens; one above the burst counts as the burst, or it would never be let in.
+        """
+        limit = limit or self._default
+        if limit is None:
+            return
+        now = self._clock()
+        tokens, then = self._buckets.pop(caller, (limit.burst, now))
+        tokens = min(limit.burst, tokens + limit.per_s * max(0.0, now - then))
+        missing = min(cost, limit.burst) - tokens
+        self._buckets[caller] = (tokens if missing > 0 else -missing, now)
+        if len(self._buckets) > self._max_callers:
+            self._buckets.popitem(last=False)
+        if missing > 0:
+            raise RejectedError(f"more than {limit.per_s:g} requests a second", missing / limit.per_s)

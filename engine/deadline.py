@@ -1,0 +1,106 @@
+"""The time that a request has, and how its stages share it."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+# What each stage may take of the time that is left for it and all after it. The reply's part is the way back:
+# to write the answer, and the network. Time that a stage does not use is shared by those after it.
+STAGE_SHARES = {"filtering": 0.05, "retrieval": 0.35, "ranking": 0.3, "reranking": 0.1, "reply": 0.2}
+
+
+class Budget:
+    """The time left to one request. Any thread may ask; without a deadline there is no end of it."""
+
+    def __init__(
+        self,
+        total_s: float | None,
+        shares: Mapping[str, float] = STAGE_SHARES,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Begin to count.
+
+        Args:
+            total_s: until the caller gives up; None for a caller who waits for ever.
+            shares: of each stage, in their order, all above 0.
+            clock: seconds.
+        """
+        if not shares or min(shares.values()) <= 0:
+            raise ValueError(f"shares are {dict(shares)}; expected a number above 0 for each stage")
+        self._clock = clock
+        self._ends = math.inf if total_s is None else clock() + total_s
+        self._is_cancelled = False
+        # Of what is left when a stage begins, the part that is its own.
+        stages = list(shares)
+        self._parts = {
+            stage: shares[stage] / sum(shares[later] for later in stages[place:])
+            for place, stage in enumerate(stages)
+        }
+
+    def cancel(self) -> None:
+        """Note that nobody waits for the answer any more: all time is up."""
+        self._is_cancelled = True
+
+    def remaining(self) -> float:
+        """Return the seconds that are left, at least 0; infinity without a deadline."""
+        return 0.0 if self._is_cancelled else max(0.0, self._ends - self._clock())
+
+    def expired(self) -> bool:
+        """Return whether no time is left."""
+        return self.remaining() <= 0
+
+    def allowance(self, stage: str) -> float:
+        """Return the seconds that a stage may take if it begins now: its share among those not yet over.
+
+        Raises KeyError for a stage that has no share.
+        """
+        return self.remaining() * self._parts[stage]
+
+    def affordable(self, stage: str, num_wanted: int, cost_s: float) -> int:
+        """Return how many of the items a stage can work on within its allowance, 0 to num_wanted.
+
+        Args:
+            stage: one that begins now.
+            num_wanted: items that it would like to work on.
+            cost_s: what one item costs, at least 0 (StageCosts.per_item).
+        """
+        allowance = self.allowance(stage)
+        if not allowance:
+            return 0
+        return num_wanted if num_wanted * cost_s <= allowance else int(allowance / cost_s)
+
+
+class StageCosts:
+    """What stages cost of late, so that one that would overrun is not begun. Any thread may ask and tell.
+
+    An estimate that is seldom too low: mean plus four mean deviations, both smoothed exponentially, as TCP
+    foretells a round trip (Jacobson and Karels, SIGCOMM 1988; RFC 6298).
+    """
+
+    MEAN_GAIN, DEVIATION_GAIN, NUM_DEVIATIONS = 1 / 8, 1 / 4, 4
+
+    def __init__(self) -> None:
+        self._estimates: dict[str, tuple[float, float]] = {}  # mean and deviation of s per item
+        self._lock = threading.Lock()
+
+    def observe(self, stage: str, duration_s: float, num_items: int) -> None:
+        """Note what a stage took for this many items; for none it says nothing."""
+        if num_items < 1:
+            return
+        cost = duration_s / num_items
+        with self._lock:
+            if stage not in self._estimates:
+                self._estimates[stage] = (cost, cost / 2)
+                return
+            mean, deviation = self._estimates[stage]
+            deviation += self.DEVIATION_GAIN * (abs(cost - mean) - deviation)
+            self._estimates[stage] = (mean + self.MEAN_GAIN * (cost - mean), deviation)
+
+    def per_item(self, stage: str) -> float:
+        """Return the seconds that an item may cost in a stage; 0 for a stage that was never seen."""
+        mean, deviation = self._estimates.get(stage, (0.0, 0.0))
+        return mean + self.NUM_DEVIATIONS * deviation

@@ -1,0 +1,334 @@
+"""What users did since the bundle was made: recorded once, kept safe, and merged into their histories.
+
+`LocalEventStore` is for one process with a disk of its own; engine/redis_events.py is for several.
+Events carry the shop's ids, not rows: the next bundle gives its items other rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import queue
+import threading
+import time
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.catalog import Catalog
+from engine.event_log import EventLog
+from engine.history import EVENT_CODE, History
+
+logger = logging.getLogger(__name__)
+
+JUST_NOW = np.iinfo(np.int64).max  # where an event without a time stands: after all others
+
+
+class UserEvent(NamedTuple):
+    """Something a user did, as it is recorded."""
+
+    event_id: str  # the caller's; one user has no two events of one id
+    user_id: str
+    item_id: str
+    event_type: str = "interaction"  # one of engine.history.EVENT_TYPES
+    timestamp: int = 0  # ms since 1970 UTC; 0 means just now: after all that is recorded of the user
+
+
+class Recorded(NamedTuple):
+    """What became of a batch of events, all of which are safe."""
+
+    num_new: int
+    num_repeated: int  # known by their id, and left out
+    is_delayed: bool = False  # safe on this machine's disk, and not yet seen by the next request
+
+
+class StoreUnavailableError(RuntimeError):
+    """The store cannot answer, or cannot make events safe, right now."""
+
+
+class EventStore(Protocol):
+    """Records events and gives back the newest of a user. Any thread may call it."""
+
+    def record(self, events: Sequence[UserEvent]) -> Future[Recorded]:
+        """Return a future that is done when the events are safe.
+
+        It, or the call, raises StoreUnavailableError where they are not; then the same events may be sent
+        again, whatever became of them.
+        """
+
+    def recent(self, user_id: str) -> Sequence[UserEvent]:
+        """Return the newest events of a user, oldest first. Raises StoreUnavailableError."""
+
+    def close(self) -> None:
+        """Finish what was begun, and give everything back."""
+
+
+class RecentEvents:
+    """The newest events of each user, in memory. One thread may add while others read.
+
+    A user has at most `max_per_user` events, all users have at most `max_events`: past that the oldest of the
+    user go, and the users who have done nothing for longest. An event id is known as long as its event stays.
+    """
+
+    def __init__(self, max_per_user: int, max_events: int) -> None:
+        if not 1 <= max_per_user <= max_events:
+            raise ValueError(f"max_per_user is {max_per_user}; expected 1 to max_events, {max_events}")
+        self.num_events = 0
+        self._max_per_user = max_per_user
+        self._max_events = max_events
+        self._of_user: OrderedDict[str, tuple[UserEvent, ...]] = OrderedDict()  # longest idle first
+
+    def __iter__(self) -> Iterator[tuple[UserEvent, ...]]:
+        """Return the events of each user; adding them in this order makes an equal object."""
+        return iter(list(self._of_user.values()))
+
+    def get(self, user_id: str) -> tuple[UserEvent, ...]:
+        """Return the user's events by time; those of one time as they were added."""
+        return self._of_user.get(user_id, ())
+
+    def knows(self, event: UserEvent) -> bool:
+        """Return whether the user has an event of this id."""
+        return event.event_id in [other.event_id for other in self.get(event.user_id)]
+
+    def timed(self, event: UserEvent, now_ms: int) -> UserEvent:
+        """Return the event with a time: where it has none, now, yet not before the user's newest event."""
+        if event.timestamp:
+            return event
+        newest = self.get(event.user_id)[-1:]
+        return event._replace(timestamp=max([now_ms, *(other.timestamp for other in newest)]))
+
+    def add(self, event: UserEvent) -> bool:
+        """Add an event that has a time; return False where its id is known."""
+        events = self.get(event.user_id)
+        if self.knows(event):
+            return False
+        place = bisect_right(events, event.timestamp, key=lambda other: other.timestamp)
+        kept = (*events[:place], event, *events[place:])[-self._max_per_user :]
+        self._of_user[event.user_id] = kept
+        self._of_user.move_to_end(event.user_id)
+        self.num_events += len(kept) - len(events)
+        while self.num_events > self._max_events:
+            self.num_events -= len(self._of_user.popitem(last=False)[1])
+        return True
+
+
+class LocalEventStore:
+    """Events in memory, and in a log on disk that they are read back from at the start.
+
+    One thread writes: batches that arrive while it flushes share the next flush (group commit, DeWitt et al.,
+    SIGMOD 1984), so that the disk's flushes per second do not limit the calls per second.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        max_per_user: int = 200,
+        max_events: int = 1_000_000,
+        max_waiting: int = 10_000,
+        compact_bytes: int = 64 << 20,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Open the store and read back what it had acknowledged.
+
+        Args:
+            directory: of the log; made where it is missing.
+            max_per_user: events of one user that are kept.
+            max_events: events of all users that are kept.
+            max_waiting: batches that may wait for the disk; more are refused at once.
+            compact_bytes: the log is written anew, without what is not kept, when it has grown by this much.
+            clock: seconds since 1970.
+
+        Raises:
+            LogInUseError: another process has it open.
+            OSError: the directory cannot be read and written.
+        """
+        self._recent = RecentEvents(max_per_user, max_events)
+        self._log = EventLog(directory)
+        self._clock = clock
+        self._compact_bytes = compact_bytes
+        for payload in self._log.replay():
+            for event in decode(payload):
+                self._recent.add(event)
+        self._waiting: queue.Queue[tuple[Sequence[UserEvent], Future[Recorded]] | None] = queue.Queue(
+            max_waiting
+        )
+        self._is_closed = False
+        self._closing = threading.Lock()  # nothing may be put behind the end mark
+        self._compaction: threading.Thread | None = None
+        self._writer = threading.Thread(target=self._write, name="event-log", daemon=True)
+        self._writer.start()
+
+    @property
+    def num_events(self) -> int:
+        """Events that are kept."""
+        return self._recent.num_events
+
+    @property
+    def num_lost_bytes(self) -> int:
+        """Bytes of the log that were no whole record when it was read back."""
+        return self._log.num_lost_bytes
+
+    def record(self, events: Sequence[UserEvent]) -> Future[Recorded]:
+        """See EventStore."""
+        future: Future[Recorded] = Future()
+        with self._closing:
+            if self._is_closed:
+                raise StoreUnavailableError("the event store is closed")
+            try:
+                self._waiting.put_nowait((events, future))
+            except queue.Full:
+                raise StoreUnavailableError("too many events wait for the disk") from None
+        return future
+
+    def recent(self, user_id: str) -> Sequence[UserEvent]:
+        """See EventStore; never raises."""
+        return self._recent.get(user_id)
+
+    def close(self) -> None:
+        """See EventStore."""
+        with self._closing:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        self._waiting.put(None)
+        self._writer.join()
+        if self._compaction:
+            self._compaction.join()
+        self._log.close()
+
+    def _write(self) -> None:
+        is_open = True
+        while is_open:
+            taken = [self._waiting.get(), *self._taken_at_once()]
+            is_open = None not in taken
+            batches = [batch for batch in taken if batch and batch[1].set_running_or_notify_cancel()]
+            try:
+                outcomes = self._commit([events for events, _ in batches])
+            except Exception as error:
+                logger.exception("%d batches of events could not be made safe", len(batches))
+                for _, future in batches:
+                    future.set_exception(StoreUnavailableError(f"the event log cannot be written: {error}"))
+            else:
+                for (_, future), outcome in zip(batches, outcomes, strict=True):
+                    future.set_result(outcome)
+                self._compact_where_due()
+
+    def _taken_at_once(self) -> Iterator[tuple[Sequence[UserEvent], Future[Recorded]] | None]:
+        while True:
+            try:
+                yield self._waiting.get_nowait()
+            except queue.Empty:
+                return
+
+    def _commit(self, batches: Sequence[Sequence[UserEvent]]) -> list[Recorded]:
+        """Make batches safe with one flush, then let them be seen."""
+        now_ms = round(self._clock() * 1000)
+        # A time is given before the event is added, so that what is read back is what was seen.
+        latest: dict[str, int] = {}
+        known: set[tuple[str, str]] = set()
+        fresh_batches: list[list[UserEvent]] = []
+        for events in batches:
+            fresh: list[UserEvent] = []
+            for event in events:
+                key = (event.user_id, event.event_id)
+                if key in known or self._recent.knows(event):
+                    continue
+                known.add(key)
+                timed = self._recent.timed(event, max(now_ms, latest.get(event.user_id, 0)))
+                latest[event.user_id] = max(timed.timestamp, latest.get(event.user_id, 0))
+                fresh.append(timed)
+            fresh_batches.append(fresh)
+        payloads = [encode(fresh) for fresh in fresh_batches if fresh]
+        if payloads:
+            self._log.append(payloads)
+        for event in itertools.chain.from_iterable(fresh_batches):
+            self._recent.add(event)
+        return [
+            Recorded(len(fresh), len(events) - len(fresh))
+            for events, fresh in zip(batches, fresh_batches, strict=True)
+        ]
+
+    def _compact_where_due(self) -> None:
+        if self._compaction and self._compaction.is_alive():
+            return
+        if self._log.num_bytes < self._compact_bytes:
+            return
+        number = self._log.rotate()
+        users = list(self._recent)  # the tuples never change, so that this is a copy of the moment
+        self._compaction = threading.Thread(
+            target=self._compact, args=(number, users), name="event-log-compaction", daemon=True
+        )
+        self._compaction.start()
+
+    def _compact(self, number: int, users: Sequence[Sequence[UserEvent]]) -> None:
+        try:
+            self._log.replace_before(number, map(encode, users))
+        except OSError:
+            logger.exception("the event log could not be compacted; it goes on growing")
+
+
+def encode(events: Sequence[UserEvent]) -> bytes:
+    """Return events as one record of a log: JSON, so that a person can read it."""
+    return json.dumps(events, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def decode(payload: bytes) -> list[UserEvent]:
+    """Return the events of a record."""
+    return [UserEvent(*fields) for fields in json.loads(payload)]
+
+
+class _Event(Protocol):
+    @property
+    def item_id(self) -> str: ...
+
+    @property
+    def event_type(self) -> str: ...
+
+    @property
+    def timestamp(self) -> int: ...
+
+
+def merge(history: History, events: Sequence[_Event], catalog: Catalog) -> tuple[History, int]:
+    """Return a history with more events at their places in time, and how many of unknown items it leaves out.
+
+    Events that share a time stay as they are, those of the history first; events without a time come last, in
+    the order given. An event whose item, type and time stand in the history already is the same event: it was
+    recorded first and is in the training data now, or the caller sends what was recorded.
+    """
+    if not events:
+        return history, 0
+    rows = catalog.rows(event.item_id for event in events)
+    types = np.fromiter((EVENT_CODE[event.event_type] for event in events), np.uint8)
+    times = np.fromiter((event.timestamp or JUST_NOW for event in events), np.int64)
+    added = (rows > 0) & ~_repeats(history, rows, types, times)
+
+    all_times = np.concatenate([history.timestamps, times[added]])
+    order = np.argsort(all_times, kind="stable")
+    merged = History(
+        items=np.concatenate([history.items, rows[added]])[order],
+        event_types=np.concatenate([history.event_types, types[added]])[order],
+        timestamps=np.where(all_times == JUST_NOW, 0, all_times)[order],
+    )
+    return merged, int(np.count_nonzero(rows == 0))
+
+
+def _repeats(
+    history: History, rows: NDArray[np.int32], types: NDArray[np.uint8], times: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Return which events stand in the history: [N] bool. Only those of a shared time are compared."""
+    repeats = np.isin(times, history.timestamps)
+    if repeats.any():
+        shared = np.isin(history.timestamps, times)
+        columns = (history.items[shared], history.event_types[shared], history.timestamps[shared])
+        there = set(zip(*(column.tolist() for column in columns), strict=True))
+        events = zip(rows.tolist(), types.tolist(), times.tolist(), strict=True)
+        repeats = np.fromiter((event in there for event in events), np.bool_)
+    return repeats

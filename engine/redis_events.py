@@ -1,0 +1,244 @@
+"""Events of users in Redis, for several servers that answer the same users.
+
+Each user is one hash, so that a user's events are one round trip and a cluster may spread users. While Redis
+is down, events are made safe on this machine's disk and delivered when it is back; the event ids make it
+harmless to deliver one twice. Needs the extra `redis`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from engine.event_log import EventLog
+from engine.event_store import Recorded, StoreUnavailableError, UserEvent, decode, encode
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+KEY = "trirank:events:{user_id}"
+DAY_MS = 86_400_000
+
+# KEYS: the user's hash. ARGV: events to keep, ms to keep them, now in ms, then id, type, item and time of
+# each event. Fields: "n" how many events there ever were, "t" the newest time, and of each event
+# "e" + its id -> "time n type item".
+# Returns how many events were new. Atomic: Redis runs one script at a time.
+RECORD = """
+local key, keep, now = KEYS[1], tonumber(ARGV[1]), ARGV[3]
+local newest, num_new = redis.call('HGET', key, 't') or '0', 0
+for i = 4, #ARGV, 4 do
+  local field, time = 'e' .. ARGV[i], ARGV[i + 3]
+  if redis.call('HEXISTS', key, field) == 0 then
+    if time == '0' then
+      time = tonumber(now) > tonumber(newest) and now or newest
+    end
+    if tonumber(time) > tonumber(newest) then
+      newest = time
+    end
+    local number = redis.call('HINCRBY', key, 'n', 1)
+    redis.call('HSET', key, field, time .. ' ' .. number .. ' ' .. ARGV[i + 1] .. ' ' .. ARGV[i + 2])
+    num_new = num_new + 1
+  end
+end
+if num_new > 0 then
+  redis.call('HSET', key, 't', newest)
+  redis.call('PEXPIRE', key, ARGV[2])
+end
+-- Not at every event past the limit: sorting costs more than a quarter of room.
+if redis.call('HLEN', key) - 2 > keep + keep / 4 then
+  local all, events = redis.call('HGETALL', key), {}
+  for i = 1, #all, 2 do
+    if string.sub(all[i], 1, 1) == 'e' then
+      local time, number = string.match(all[i + 1], '^(%d+) (%d+)')
+      table.insert(events, {tonumber(time), tonumber(number), all[i]})
+    end
+  end
+  table.sort(events, function(a, b)
+    if a[1] ~= b[1] then return a[1] < b[1] end
+    return a[2] < b[2]
+  end)
+  for i = 1, #events - keep do
+    redis.call('HDEL', key, events[i][3])
+  end
+end
+return num_new
+"""
+
+
+class RedisEventStore:
+    """An EventStore in Redis, with a log on disk for the time when Redis is down."""
+
+    def __init__(
+        self,
+        url: str,
+        buffer: str | Path,
+        *,
+        max_per_user: int = 200,
+        keep_days: float = 90.0,
+        timeout_s: float = 0.05,
+        retry_s: float = 1.0,
+        max_buffer_bytes: int = 256 << 20,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Make ready to talk to Redis, which may be down.
+
+        Args:
+            url: redis://[user:password@]host:port/db, or rediss:// or unix://.
+            buffer: directory of the log for undelivered events.
+            max_per_user: events of one user that are given back; up to a quarter more are kept.
+            keep_days: a user's events go when there was none for this long.
+            timeout_s: how long one answer of Redis may take.
+            retry_s: for how long nobody asks Redis again once it has failed, so that a request does not wait
+                for the timeout each time.
+            max_buffer_bytes: of undelivered events; more are refused.
+            clock: seconds since 1970.
+            monotonic: seconds, for retry_s.
+
+        Raises:
+            ValueError: the url is none, or the redis package is not installed.
+            LogInUseError: another process has the buffer open.
+        """
+        try:
+            import redis
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
+        except ModuleNotFoundError as error:
+            raise ValueError("Redis needs a package more: pip install 'trirank[redis]'") from error
+        self._errors: tuple[type[Exception], ...] = (redis.RedisError, OSError)
+        self._redis: Any = redis.Redis.from_url(
+            url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 0),
+        )
+        self._record_script = self._redis.register_script(RECORD)
+        self._max_per_user = max_per_user
+        self._keep_ms = round(keep_days * DAY_MS)
+        self._retry_s = retry_s
+        self._max_buffer_bytes = max_buffer_bytes
+        self._clock = clock
+        self._monotonic = monotonic
+        self._asked_again_at = float("-inf")
+
+        self._buffer = EventLog(buffer)
+        self._buffering = threading.Lock()
+        self._has_undelivered = any(True for _ in self._buffer.replay())
+        self._is_closed = threading.Event()
+        self._pool = ThreadPoolExecutor(4, thread_name_prefix="redis-events")
+        self._delivery = threading.Thread(target=self._deliver_later, name="redis-delivery", daemon=True)
+        self._delivery.start()
+
+    @property
+    def has_undelivered(self) -> bool:
+        """Whether there are events that only this machine's disk has."""
+        return self._has_undelivered
+
+    def record(self, events: Sequence[UserEvent]) -> Future[Recorded]:
+        """See EventStore. Safe in Redis to the degree that its `appendfsync` says."""
+        try:
+            return self._pool.submit(self._record, list(events))
+        except RuntimeError as error:
+            raise StoreUnavailableError("the event store is closed") from error
+
+    def recent(self, user_id: str) -> Sequence[UserEvent]:
+        """See EventStore."""
+        if not user_id:
+            return ()
+        fields: dict[bytes, bytes] = self._ask(lambda: self._redis.hgetall(_key(user_id)))
+        found = []
+        for field, value in fields.items():
+            if field[:1] == b"e":
+                timestamp, number, event_type, item_id = value.decode().split(" ", 3)
+                event = UserEvent(field[1:].decode(), user_id, item_id, event_type, int(timestamp))
+                found.append((event.timestamp, int(number), event))
+        return [event for *_, event in sorted(found)[-self._max_per_user :]]
+
+    def deliver(self) -> int:
+        """Send what was buffered; return how many batches that were. Raises StoreUnavailableError."""
+        with self._buffering:
+            number = self._buffer.rotate()
+            payloads = list(self._buffer.replay())
+        for payload in payloads:
+            self._send(decode(payload))
+        with self._buffering:
+            self._buffer.replace_before(number, [])
+            self._has_undelivered = self._buffer.num_bytes > 0
+        return len(payloads)
+
+    def close(self) -> None:
+        """See EventStore. What is not delivered stays on disk for the next start."""
+        self._is_closed.set()
+        self._pool.shutdown()
+        self._delivery.join()
+        self._buffer.close()
+        self._redis.close()
+
+    def _record(self, events: Sequence[UserEvent]) -> Recorded:
+        try:
+            num_new = self._send(events)
+        except StoreUnavailableError:
+            return self._set_aside(events)
+        return Recorded(num_new, len(events) - num_new)
+
+    def _send(self, events: Sequence[UserEvent]) -> int:
+        """Record events in one round trip; return how many were new. Raises StoreUnavailableError."""
+        now_ms = round(self._clock() * 1000)
+        pipeline = self._redis.pipeline(transaction=False)
+        for user_id, of_user in itertools.groupby(sorted(events, key=_user), key=_user):  # stable
+            arguments: list[Any] = [self._max_per_user, self._keep_ms, now_ms]
+            for event in of_user:
+                arguments += [event.event_id, event.event_type, event.item_id, event.timestamp]
+            self._record_script(keys=[_key(user_id)], args=arguments, client=pipeline)
+        return sum(self._ask(pipeline.execute)) if events else 0
+
+    def _set_aside(self, events: Sequence[UserEvent]) -> Recorded:
+        now_ms = round(self._clock() * 1000)  # "just now" is now, not when they are delivered
+        timed = [event._replace(timestamp=event.timestamp or now_ms) for event in events]
+        with self._buffering:
+            if self._buffer.num_bytes > self._max_buffer_bytes:
+                raise StoreUnavailableError("Redis does not answer, and the buffer for its events is full")
+            try:
+                self._buffer.append([encode(timed)])
+            except OSError as error:
+                raise StoreUnavailableError(
+                    f"Redis does not answer, and the buffer cannot be written: {error}"
+                ) from error
+            self._has_undelivered = True
+        return Recorded(len(events), 0, is_delayed=True)
+
+    def _deliver_later(self) -> None:
+        while not self._is_closed.wait(self._retry_s):
+            if self._has_undelivered:
+                try:
+                    logger.info("%d delayed batches of events are in Redis now", self.deliver())
+                except StoreUnavailableError:
+                    pass  # was logged when Redis failed
+                except Exception:
+                    logger.exception("delayed events could not be delivered; they stay on disk")
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        """Return what Redis says. Raises StoreUnavailableError, at once where it has failed a moment ago."""
+        if self._monotonic() < self._asked_again_at:
+            raise StoreUnavailableError("Redis did not answer a moment ago")
+        try:
+            return call()
+        except self._errors as error:
+            self._asked_again_at = self._monotonic() + self._retry_s
+            logger.warning("Redis does not answer: %s", error)
+            raise StoreUnavailableError(f"Redis does not answer: {error}") from error
+
+
+def _key(user_id: str) -> str:
+    return KEY.format(user_id=user_id)
+
+
+def _user(event: UserEvent) -> str:
+    return event.user_id

@@ -1,0 +1,239 @@
+"""All in simulated time: a queue with workers, and the limit in front of it."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.admission import ConcurrencyLimit, Permit, RateLimit, RateLimiter, RejectedError
+
+SERVICE_S = 0.008
+NUM_WORKERS = 2
+CAPACITY = NUM_WORKERS / SERVICE_S  # 250 requests/s
+
+
+@dataclass
+class Shop:
+    """Workers that take requests in order; each request takes a random time around the mean."""
+
+    limit: ConcurrencyLimit
+    clock: list[float]
+    rng: random.Random
+    service_s: Callable[[float], float] = lambda now: SERVICE_S
+    answers: list[tuple[float, float]] = field(default_factory=list)  # arrived, latency
+    rejected: list[float] = field(default_factory=list)
+    limits: list[tuple[float, int]] = field(default_factory=list)
+
+    def run(self, rate: Callable[[float], float], until: float) -> None:
+        queue: deque[tuple[float, Permit]] = deque()
+        busy: list[tuple[float, float, int, Permit]] = []
+        arrival = self.clock[0]
+        while True:
+            end = busy[0][0] if busy else float("inf")
+            self.clock[0] = now = min(arrival, end)
+            if now >= until:
+                break
+            if end <= arrival:
+                _, arrived, _, permit = heapq.heappop(busy)
+                permit.__exit__(None, None, None)
+                self.answers.append((arrived, now - arrived))
+                self.limits.append((now, self.limit.limit))
+            else:
+                arrival = now + self.rng.expovariate(rate(now))
+                try:
+                    queue.append((now, self.limit.admit()))
+                except RejectedError:
+                    self.rejected.append(now)
+            while queue and len(busy) < NUM_WORKERS:
+                arrived, permit = queue.popleft()
+                took = self.service_s(now) * self.rng.lognormvariate(-0.08, 0.4)
+                heapq.heappush(busy, (now + took, arrived, len(self.answers), permit))
+        for arrived, permit in [*queue, *((arrived, permit) for _, arrived, _, permit in busy)]:
+            permit.__exit__(KeyboardInterrupt, None, None)
+            assert arrived <= until
+
+    def between(self, begin: float, end: float) -> tuple[float, float, int]:
+        """Answers a second, p99 of their latency, and refusals, of requests that arrived then."""
+        latencies = sorted(latency for arrived, latency in self.answers if begin <= arrived < end)
+        refused = sum(begin <= arrived < end for arrived in self.rejected)
+        return len(latencies) / (end - begin), latencies[int(len(latencies) * 0.99)], refused
+
+
+def shop(seed: int = 0, service_s: Callable[[float], float] = lambda now: SERVICE_S) -> Shop:
+    clock = [0.0]
+    rng = random.Random(seed)
+    limit = ConcurrencyLimit(min_limit=NUM_WORKERS, clock=lambda: clock[0], rng=rng)
+    return Shop(limit, clock, rng, service_s)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_three_times_the_capacity(seed: int) -> None:
+    """The overload comes at once, with nothing known yet: full throughput, short waits, and an end of it."""
+    busy = shop(seed)
+    busy.run(lambda now: 3 * CAPACITY if now < 20 else 0.5 * CAPACITY, 30)
+    goodput, p99, refused = busy.between(0, 20)
+    assert goodput >= 0.95 * CAPACITY
+    assert p99 <= 0.05
+    assert refused == pytest.approx(2 * CAPACITY * 20, rel=0.1)
+    assert busy.between(20.5, 30)[2] <= 0.01 * 0.5 * CAPACITY * 9.5
+    assert busy.limit.in_flight == 0
+
+
+def test_without_the_limit_the_simulated_queue_does_overflow() -> None:
+    """That the test above can fail."""
+    busy = shop()
+    busy.limit = ConcurrencyLimit(min_limit=10_000, max_limit=10_000, clock=lambda: busy.clock[0])
+    busy.run(lambda now: 3 * CAPACITY, 5)
+    assert busy.between(0, 1)[1] > 1
+
+
+def test_a_quiet_server_refuses_nobody() -> None:
+    quiet = shop()
+    quiet.run(lambda now: 0.3 * CAPACITY, 30)
+    assert quiet.between(0, 30)[2] <= 0.005 * 0.3 * CAPACITY * 30
+
+
+@pytest.mark.parametrize("factor", [0.25, 4])
+def test_what_requests_take_is_measured_again_under_load(factor: float) -> None:
+    """A bundle that is slower or faster by four: after a probe all is as if it had always been so."""
+    changed = shop(service_s=lambda now: SERVICE_S * (factor if now >= 10 else 1))
+    changed.run(lambda now: 3 * CAPACITY / (factor if now >= 10 else 1), 120)
+    goodput, p99, _ = changed.between(60, 120)
+    assert goodput >= 0.95 * CAPACITY / factor
+    assert p99 <= 0.05 * factor
+    before = [limit for now, limit in changed.limits if 5 <= now < 10]
+    after = [limit for now, limit in changed.limits if now >= 60]
+    assert sum(after) / len(after) == pytest.approx(sum(before) / len(before), rel=0.2)
+
+
+def test_a_few_dear_requests_move_nothing() -> None:
+    """Of a hundred one takes fifty times as long: the limit is what it is without them."""
+    plain, mixed = shop(), shop()
+    draw = random.Random(3)
+    mixed.service_s = lambda now: SERVICE_S * (50 if draw.random() < 0.01 else 1)
+    for busy in (plain, mixed):
+        busy.run(lambda now: 3 * CAPACITY, 20)
+    means = [sum(limit for _, limit in busy.limits) / len(busy.limits) for busy in (plain, mixed)]
+    assert means[1] == pytest.approx(means[0], rel=0.25)
+
+
+def test_one_window_by_hand() -> None:
+    """L 4, t0 1 s, t 3 s: 0.8 * 4 + 0.2 * (4 * 2/3 + 2) = 4.1333."""
+    now = [0.0]
+    limit = ConcurrencyLimit(min_limit=2, window_requests=2, clock=lambda: now[0])
+    for begin in (0.0, 1.0):  # measures t0; nobody came near the limit, which stays
+        now[0] = begin
+        with limit.admit():
+            now[0] = begin + 1
+    assert limit._limit == 4
+    permits = [limit.admit() for _ in range(4)]
+    now[0] = 5.0
+    for permit in permits[2:]:
+        permit.__exit__(None, None, None)
+    assert limit._limit == pytest.approx(4.133333)
+
+
+def test_a_full_server() -> None:
+    limit = ConcurrencyLimit(min_limit=1, clock=lambda: 0.0, rng=random.Random(0))
+    with limit.admit(), limit.admit() as last:
+        hints = []
+        for _ in range(200):
+            with pytest.raises(RejectedError, match="the server is at its limit") as caught:
+                limit.admit()
+            hints.append(caught.value.retry_after_s)
+        assert last is not None
+        assert limit.in_flight == 2
+    assert limit.in_flight == 0
+    assert 0.05 <= min(hints) < max(hints) <= 7.5
+    assert sum(hints[:50]) < sum(hints[-50:])  # the more are refused, the later they should come back
+    ((key, value),) = caught.value.metadata
+    assert key == "grpc-retry-pushback-ms"
+    assert 0 < int(value) <= 7500
+
+
+def test_what_was_cancelled_is_not_measured() -> None:
+    now = [0.0]
+    limit = ConcurrencyLimit(min_limit=2, window_requests=1, window_s=0.0, clock=lambda: now[0])
+    permit = limit.admit()
+    now[0] = 100.0
+    permit.__exit__(TimeoutError, None, None)
+    assert limit.in_flight == 0
+    assert limit._unqueued_s is None
+
+
+def test_bad_settings() -> None:
+    with pytest.raises(ValueError, match="min_limit is 0; expected 1 to max_limit, 1000"):
+        ConcurrencyLimit(min_limit=0)
+    with pytest.raises(ValueError, match="tolerance is 1; expected more than 1"):
+        ConcurrencyLimit(min_limit=1, tolerance=1)
+    with pytest.raises(ValueError, match="burst is 0; expected a finite number above 0"):
+        RateLimit(1, 0)
+
+
+def test_a_bucket_by_hand() -> None:
+    now = [0.0]
+    limiter = RateLimiter(RateLimit(per_s=2, burst=3), clock=lambda: now[0])
+    for _ in range(3):
+        limiter.check("ann")
+    with pytest.raises(RejectedError, match=r"more than 2 requests a second; try again in 0\.50 s"):
+        limiter.check("ann")
+    limiter.check("bob")  # has a bucket of his own
+    now[0] = 0.25
+    with pytest.raises(RejectedError) as caught:
+        limiter.check("ann")
+    assert caught.value.retry_after_s == pytest.approx(0.25)
+    now[0] = 0.5
+    limiter.check("ann")
+    now[0] = 100.0
+    limiter.check("ann", cost=3)
+    now[0] = 50.0  # a clock that goes back gives and takes nothing
+    with pytest.raises(RejectedError):
+        limiter.check("ann")
+    now[0] = 100.0
+    limiter.check("cat", cost=1000)  # a full bucket lets it in
+    with pytest.raises(RejectedError):
+        limiter.check("cat")
+
+
+def test_a_caller_s_own_limit_and_none() -> None:
+    limiter = RateLimiter(None, clock=lambda: 0.0)
+    for _ in range(1000):
+        limiter.check("ann")
+    limiter.check("bob", RateLimit(1, 1))
+    with pytest.raises(RejectedError):
+        limiter.check("bob", RateLimit(1, 1))
+
+
+def test_no_more_buckets_than_allowed() -> None:
+    limiter = RateLimiter(RateLimit(1, 1), max_callers=2, clock=lambda: 0.0)
+    for caller in ("a", "b", "c"):
+        limiter.check(caller)
+    assert list(limiter._buckets) == ["b", "c"]
+
+
+@given(st.floats(0.1, 50), st.floats(1, 20), st.lists(st.floats(0, 2), min_size=1, max_size=60))
+def test_no_stretch_of_time_lets_more_in_than_burst_and_rate(
+    per_s: float, burst: float, gaps: list[float]
+) -> None:
+    now = [0.0]
+    limiter = RateLimiter(RateLimit(per_s, burst), clock=lambda: now[0])
+    admitted: list[float] = []
+    for gap in gaps:
+        now[0] += gap
+        try:
+            limiter.check("x")
+            admitted.append(now[0])
+        except RejectedError as error:
+            now[0] += error.retry_after_s + 1e-9
+            limiter.check("x")  # the hint is right
+            admitted.append(now[0])
+    for first, begin in enumerate(admitted):
+        for last in range(first, len(admitted)):
+            assert last - first + 1 <= burst + per_s * (admitted[last] - begin) + 1e-6

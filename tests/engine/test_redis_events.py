@@ -1,0 +1,201 @@
+"""Against a real Redis that the tests start and stop; skipped where there is no redis-server."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("redis", reason="the extra `redis` is not installed")
+
+import redis
+
+from engine.event_store import Recorded, StoreUnavailableError, UserEvent
+from engine.redis_events import RedisEventStore
+
+SERVER = shutil.which("redis-server")
+WAIT_S = 60
+pytestmark = pytest.mark.skipif(SERVER is None, reason="redis-server is not installed (Debian: redis-server)")
+
+
+class Server:
+    """A Redis of the test's own."""
+
+    def __init__(self, directory: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.directory = directory
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        assert SERVER
+        options = ["--port", str(self.port), "--dir", str(self.directory), "--appendonly", "yes"]
+        self.process = subprocess.Popen([SERVER, *options, "--save", ""], stdout=subprocess.DEVNULL)
+        client = redis.Redis(port=self.port)
+        wait_until(lambda: answers(client))
+        client.close()
+
+    def stop(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+
+
+def answers(client: Any) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.RedisError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    ends = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def store(server: Server, tmp_path: Path) -> Iterator[RedisEventStore]:
+    redis.Redis(port=server.port).flushall()
+    # A starved test machine must not look like a Redis that is down.
+    store = RedisEventStore(server.url, tmp_path, timeout_s=WAIT_S, clock=lambda: 1.0, max_per_user=4)
+    yield store
+    store.close()
+
+
+def record(target: RedisEventStore, *events: UserEvent) -> Recorded:
+    return target.record(events).result(WAIT_S)
+
+
+def ids(events: Sequence[UserEvent]) -> list[str]:
+    return [event.event_id for event in events]
+
+
+def test_record_and_read(store: RedisEventStore) -> None:
+    late = UserEvent("e 1", "ann", "emoji 🎉 with space", "purchase", 400)
+    early = UserEvent("e2", "ann", "x", "view", 300)
+    other = UserEvent("e2", "bob {x}", "y")
+    assert record(store, late, other, early) == Recorded(3, 0)
+    assert store.recent("ann") == [early, late]
+    assert store.recent("bob {x}") == [other._replace(timestamp=1000)]
+    assert store.recent("nobody") == []
+    assert store.recent("") == ()
+    assert record(store) == Recorded(0, 0)
+
+
+def test_an_event_counts_once(store: RedisEventStore) -> None:
+    event = UserEvent("e1", "ann", "x", timestamp=5)
+    assert record(store, event, event) == Recorded(1, 1)
+    assert record(store, event._replace(item_id="other")) == Recorded(0, 1)
+    assert store.recent("ann") == [event]
+
+
+def test_events_without_a_time_are_the_newest_of_their_user(store: RedisEventStore) -> None:
+    record(store, UserEvent("future", "ann", "x", timestamp=20_000))
+    record(store, UserEvent("b", "ann", "x"), UserEvent("a", "ann", "x"))
+    found = [(event.event_id, event.timestamp) for event in store.recent("ann")]
+    assert found == [("future", 20_000), ("b", 20_000), ("a", 20_000)]
+
+
+def test_the_newest_are_kept(store: RedisEventStore, server: Server) -> None:
+    for number in range(20):
+        record(store, UserEvent(f"e{number}", "ann", "x", timestamp=100 - number))  # ever older
+    assert ids(store.recent("ann")) == ["e3", "e2", "e1", "e0"]
+    client = redis.Redis(port=server.port)
+    assert client.hlen("trirank:events:ann") <= 5 + 2
+    assert 0 < client.pttl("trirank:events:ann") <= 90 * 86_400_000
+
+
+def test_two_servers_see_each_other_s_events(store: RedisEventStore, server: Server, tmp_path: Path) -> None:
+    other = RedisEventStore(server.url, tmp_path / "other", timeout_s=WAIT_S)
+    event = UserEvent("e1", "ann", "x", timestamp=5)
+    record(other, event)
+    assert store.recent("ann") == [event]
+    assert record(store, event) == Recorded(0, 1)
+    other.close()
+
+
+def test_redis_goes_away_and_comes_back(tmp_path: Path) -> None:
+    """Events are safe meanwhile, survive a restart of ours too, and arrive once."""
+    server = Server(tmp_path)
+    server.start()
+    options: dict[str, Any] = {"retry_s": 0.05, "timeout_s": WAIT_S}
+    store = RedisEventStore(server.url, tmp_path / "buffer", **options)
+    before, during, later = (UserEvent(name, "ann", "x", "view", 5) for name in ("before", "during", "later"))
+    assert record(store, before) == Recorded(1, 0)
+    server.stop()
+    assert record(store, during, before) == Recorded(2, 0, is_delayed=True)
+    with pytest.raises(StoreUnavailableError, match="Redis did"):
+        store.recent("ann")
+    assert store.has_undelivered
+    store.close()
+
+    store = RedisEventStore(server.url, tmp_path / "buffer", **options)
+    assert store.has_undelivered
+    assert record(store, later).is_delayed
+    server.start()
+    wait_until(lambda: not store.has_undelivered)
+    assert sorted(ids(store.recent("ann"))) == ["before", "during", "later"]
+    assert record(store, later) == Recorded(0, 1)
+    store.close()
+    server.stop()
+
+
+def test_a_redis_that_hangs_is_asked_once_and_then_left_alone(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    server.start()
+    now = [0.0]
+    store = RedisEventStore(
+        server.url, tmp_path / "buffer", timeout_s=0.2, retry_s=1000, monotonic=lambda: now[0]
+    )
+    assert server.process
+    server.process.send_signal(signal.SIGSTOP)
+    with pytest.raises(StoreUnavailableError, match="does not answer"):
+        store.recent("ann")
+    with pytest.raises(StoreUnavailableError, match="did not answer a moment ago"):
+        store.recent("ann")
+    assert record(store, UserEvent("e", "ann", "x")).is_delayed
+    server.process.send_signal(signal.SIGCONT)
+    store._redis.connection_pool.disconnect()
+    now[0] = 1001.0
+    store._redis.connection_pool.connection_kwargs["socket_timeout"] = WAIT_S
+    store._redis.connection_pool.reset()
+    assert store.recent("ann") == []
+    assert store.deliver() == 1
+    assert ids(store.recent("ann")) == ["e"]
+    store.close()
+    server.stop()
+
+
+def test_a_full_buffer(tmp_path: Path) -> None:
+    store = RedisEventStore("redis://127.0.0.1:1/0", tmp_path, max_buffer_bytes=100)
+    results = []
+    for number in range(4):
+        future = store.record([UserEvent(f"e{number}", "ann", "x" * 20)])
+        results.append("refused" if future.exception(WAIT_S) else "delayed")
+    assert results == ["delayed", "delayed", "refused", "refused"]
+    store.close()
+    with pytest.raises(StoreUnavailableError, match="closed"):
+        store.record([])
+
+
+def test_an_address_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="scheme"):
+        RedisEventStore("http://x", tmp_path)

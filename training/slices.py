@@ -1,0 +1,60 @@
+"""Slices of the questions: does a model find what is rare and serve who is new, or does it live off the head?
+
+A slice is a part of the targets, not of the rankings: all items are ranked as ever, and a question counts
+where at least one of its targets is in the slice, with these targets alone. Slices overlap.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.data.interactions import Interactions
+from training.data.splits import Holdout
+
+SHORT_HISTORY = 5  # events; a history of fewer is short
+TAIL_SHARE = 0.2  # of the training events
+
+DEFINITIONS = {
+    "new users": "users without a training event",
+    "short histories": f"histories of fewer than {SHORT_HISTORY} events when asked, new users too",
+    "new items": "targets without a training event",
+    "tail items": f"targets among the least popular items that make {TAIL_SHARE:.0%} of the training events",
+    "head items": "targets among all other items with a training event",
+}
+
+
+def target_slices(train: Interactions, holdout: Holdout) -> dict[str, NDArray[np.bool_]]:
+    """Return which targets are in each slice of DEFINITIONS: {name: [M] bool}, like holdout.targets.
+
+    Args:
+        train: what the model has learned from.
+        holdout: the questions.
+    """
+    # A question's property is one of all its targets.
+    num_targets = np.diff(holdout.target_offsets)
+    num_trained = np.diff(train.offsets)[holdout.users]
+    history_length = holdout.ends - holdout.events.offsets[holdout.users]
+    popularity = train.item_counts()[holdout.targets]
+    highest = tail_popularity(train.item_counts())
+    return {
+        "new users": np.repeat(num_trained == 0, num_targets),
+        "short histories": np.repeat(history_length < SHORT_HISTORY, num_targets),
+        "new items": popularity == 0,
+        "tail items": (popularity > 0) & (popularity <= highest),
+        "head items": popularity > highest,
+    }
+
+
+def tail_popularity(counts: NDArray[np.int64]) -> int:
+    """Return the popularity up to which an item belongs to the tail.
+
+    It is the lowest p such that all items with at most p training events together make TAIL_SHARE of these
+    events or more. Items of one popularity are in the tail together or not at all, so the tail may hold some
+    more than its share; it depends on nothing but popularity.
+
+    Args:
+        counts: [I+1] training events of each item, repeats by one user not counted.
+    """
+    events_at = np.bincount(counts) * np.arange(counts.max(initial=0) + 1)
+    return int(np.searchsorted(np.cumsum(events_at), TAIL_SHARE * events_at.sum()))
