@@ -5,8 +5,9 @@ Then arranges them by one rule at a time, from mild to strong, and measures NDCG
 diversity@10 (mean of 1 - cosine of the bundle's graph vectors) and against expected margin.
 
 Of each rule, the setting with the most of what it is for at a loss of at most 3% of NDCG@10 is chosen there,
-and measured on the test split, beside the bundle's default policy. Where the catalog has no margins, some are
-drawn with a fixed seed, independent of everything, and the results say so.
+and measured on the test split, beside the bundle's default policy. The bundle must not know the answers of
+the validation split: train it with --no-refit. Where the catalog has no margins, some are drawn with a fixed
+seed, independent of everything, and the results say so.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from reranking.items import ItemFacts
 from reranking.policy import Policy, policies_from_config, single_policy
 from reranking.rerank import rerank
 from training import metrics
-from training.data.splits import Holdout, SplitOptions, load_split
+from training.data.splits import Holdout
+from training.evaluate import load_questions
 
 NUM_RANKED = 500
 LENGTH = 10
@@ -146,17 +148,12 @@ def facts_with_margins(bundle: Bundle) -> tuple[ItemFacts, bool]:
 
 def compare(bundle: Bundle, data: Path, max_users: int | None, temperature: float) -> dict[str, Any]:
     """Return the curves on validation and, of each family, the chosen setting on test."""
-    loaded = load_split(data, SplitOptions(**bundle.manifest["recipe"]["split"]))
     facts, is_simulated = facts_with_margins(bundle)
     no_rules = single_policy([], "no rules")[None]
     default = policies_from_config(bundle.manifest["policies"])[None]
-    parts = {}
-    for part, holdout in (("validation", loaded.split.validation), ("test", loaded.split.test)):
-        if max_users is not None and max_users < len(holdout):
-            drawn = np.random.default_rng(0).permutation(len(holdout))[:max_users]
-            holdout = holdout.take(np.sort(drawn))
-        parts[part] = holdout
-    ranked = rank_all(bundle, parts["validation"], loaded.split.repeats)
+    split, validation = load_questions(bundle, data, "validation", max_users)
+    _, test_questions = load_questions(bundle, data, "test", max_users)
+    ranked = rank_all(bundle, validation, split.repeats)
     plain = measure(ranked, no_rules, facts, "no rules")
     curves: dict[str, list[dict[str, Any]]] = {
         family: [
@@ -171,16 +168,16 @@ def compare(bundle: Bundle, data: Path, max_users: int | None, temperature: floa
         bearable = [point for point in curve if point[f"ndcg@{LENGTH}"] >= floor]
         if bearable:
             chosen[family] = max(bearable, key=lambda point: point[f"{GOALS[family]}@{LENGTH}"])["policy"]
-    ranked = rank_all(bundle, parts["test"], loaded.split.repeats)
+    ranked = rank_all(bundle, test_questions, split.repeats)
     test: dict[str, Any] = {"no rules": measure(ranked, no_rules, facts, "no rules")}
     test["default policy"] = measure(ranked, default, facts, default.name)
     for family, policy in chosen.items():
         rules = single_policy(policy)[None]
         test[family] = {"policy": policy, **measure(ranked, rules, facts, family)}
     return {
-        "data": loaded.info.name,
+        "data": bundle.manifest["data"]["name"],
         "bundle": bundle.version,
-        "num_users": {part: len(holdout) for part, holdout in parts.items()},
+        "num_users": {"validation": len(validation), "test": len(test_questions)},
         "num_ranked": ranked.rows.shape[1],
         "margins_simulated": is_simulated,
         "validation": {"no rules": plain, **curves},

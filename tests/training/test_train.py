@@ -275,10 +275,16 @@ def test_the_example_of_all_rules_fits_the_simulated_shop(
 
 
 def test_the_benchmarks_of_reranking(
-    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    shop: Path,
+    strict: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     picture = tmp_path / "curve.png"
-    ask = ["--bundle", str(shop / "bundles"), "--data", str(shop / "data"), "--max_users", "20"]
+    assert quality.main(["reranking", "--bundle", str(shop / "bundles"), "--data", str(shop / "data")]) == 2
+    assert "knows the answers" in capsys.readouterr().err
+    ask = ["--bundle", str(strict), "--data", str(shop / "data"), "--max_users", "20"]
     assert quality.main(["reranking", *ask, "--json", "-", "--png", str(picture)]) == 0
     results = json.loads(capsys.readouterr().out)
     assert {"mmr", "dpp", "max_sum", "cap", "margin"} <= set(results["validation"])
