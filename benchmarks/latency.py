@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import reranking_latency
+from benchmarks.server_process import running_server
 from engine.arguments import ArgumentParser
 from engine.bundle import resolve_bundle
 from engine.client import RecommenderClient, visitor
@@ -34,32 +34,19 @@ def measure(bundle: Path, num_requests: int, limit: int) -> dict[str, Any]:
     """Return p50, p90, p99 in ms of the whole call and of each stage, one client, one call at a time."""
     users = pl.read_parquet(bundle / "users.parquet", columns=["user_id"])["user_id"].to_numpy()
     asked = np.random.default_rng(0).choice(users, WARM_UP + num_requests)
-    command = ["serve", str(bundle), "--address", "127.0.0.1:0", "--json"]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "engine.cli", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
-        assert server.stdout is not None
-        address = json.loads(server.stdout.readline())["address"]
-        times: dict[str, list[float]] = {"whole call": []}
-        with RecommenderClient(address, timeout_s=10.0) as client:
-            for number, user in enumerate(track(asked, "requests", console=Console(stderr=True))):
-                begin = time.perf_counter()
-                response = client.recommend(visitor(str(user)), limit=limit)
-                elapsed_ms = (time.perf_counter() - begin) * 1e3
-                if response.trace.degraded_stages or len(response.items) != limit:
-                    raise ValueError(f"user {user!r} got a degraded or short answer: {response.trace}")
-                if number < WARM_UP:
-                    continue
-                times["whole call"].append(elapsed_ms)
-                for timing in response.trace.timings:
-                    times.setdefault(timing.stage, []).append(timing.duration_us / 1e3)
-    finally:
-        server.terminate()
-        server.wait(timeout=60)
+    times: dict[str, list[float]] = {"whole call": []}
+    with running_server(bundle) as (address, _), RecommenderClient(address, timeout_s=10.0) as client:
+        for number, user in enumerate(track(asked, "requests", console=Console(stderr=True))):
+            begin = time.perf_counter()
+            response = client.recommend(visitor(str(user)), limit=limit)
+            elapsed_ms = (time.perf_counter() - begin) * 1e3
+            if response.trace.degraded_stages or len(response.items) != limit:
+                raise ValueError(f"user {user!r} got a degraded or short answer: {response.trace}")
+            if number < WARM_UP:
+                continue
+            times["whole call"].append(elapsed_ms)
+            for timing in response.trace.timings:
+                times.setdefault(timing.stage, []).append(timing.duration_us / 1e3)
     percentiles = {f"p{p}_ms": p for p in (50, 90, 99)}
     return {
         "bundle": bundle.name,

@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import selectors
-import subprocess
 import sys
 import threading
 import time
@@ -33,6 +32,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.server_process import running_server
 from engine.arguments import ArgumentParser
 from engine.bundle import resolve_bundle
 from engine.client import visitor
@@ -222,27 +222,6 @@ def recommend_requests(bundle: Path, limit: int, num_requests: int = 2000, seed:
     return [
         pb.RecommendRequest(visitor=visitor(str(user)), limit=limit).SerializeToString() for user in asked
     ]
-
-
-@contextmanager
-def running_server(bundle: Path, options: Sequence[str] = ()) -> Iterator[tuple[str, int]]:
-    """Run `trirank serve` on a free port; yield its address and its process id."""
-    command = ["serve", str(bundle), "--address", "127.0.0.1:0", "--json", *options]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "engine.cli", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
-        assert server.stdout is not None
-        ready = server.stdout.readline()
-        if not ready:
-            raise ValueError(f"the server did not start: trirank {' '.join(command)}")
-        yield json.loads(ready)["address"], server.pid
-    finally:
-        server.terminate()
-        server.wait(timeout=60)
 
 
 def plot(results: Sequence[Result], path: Path, objective_ms: float) -> None:

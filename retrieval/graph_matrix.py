@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch_geometric.data import HeteroData
 
 USER_ITEM = ("user", "interacts", "item")
 
@@ -38,6 +39,24 @@ def normalized_adjacency(edge_index: Tensor, num_users: int, num_items: int) -> 
     user, item = edge_index[0], edge_index[1] + num_users
     num_nodes = num_users + num_items
     return _normalized(torch.cat([user, item]), torch.cat([item, user]), (num_nodes, num_nodes))
+
+
+class AdjacencyOf:
+    """The normalized adjacency of a graph, kept for the next time that the same graph is asked for.
+
+    Building it costs more than a step, and training passes the same graph at every step.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[HeteroData, Tensor] | None = None
+
+    def __call__(self, graph: HeteroData, device: torch.device) -> Tensor:
+        """Return `normalized_adjacency` of the user-item edges, on a device."""
+        if self._last is None or self._last[0] is not graph or self._last[1].device != device:
+            num_users, num_items = int(graph["user"].num_nodes), int(graph["item"].num_nodes)
+            adjacency = normalized_adjacency(graph[USER_ITEM].edge_index, num_users, num_items)
+            self._last = (graph, adjacency.to(device))
+        return self._last[1]
 
 
 def _normalized(row: Tensor, column: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -16,7 +16,7 @@ from torch_geometric.data import HeteroData
 
 from retrieval.graph_matrix import (
     USER_ITEM,
-    normalized_adjacency,
+    AdjacencyOf,
     normalized_interactions,
     propagate,
     truncated_svd,
@@ -59,11 +59,11 @@ class LightGCN(nn.Module):
         nn.init.normal_(self.embedding.weight, std=init_std)
         if init == "spectral":
             self._start_from_spectrum(graph, init_std)
-        self._adjacency_of: tuple[HeteroData, Tensor] | None = None
+        self._adjacency_of = AdjacencyOf()
 
     def forward(self, graph: HeteroData) -> dict[str, Tensor]:
         """Return {"user": [U+1, D], "item": [I+1, D]}."""
-        adjacency = self._adjacency(graph)
+        adjacency = self._adjacency_of(graph, self.embedding.weight.device)
         layer = total = self.embedding.weight
         for _ in range(self.num_layers):
             layer = propagate(adjacency, layer)
@@ -84,15 +84,3 @@ class LightGCN(nn.Module):
         vectors = torch.cat([users, items]) * values
         # What the spectrum has no dimensions for stays random.
         self.embedding.weight[:, :rank] = vectors * (std / vectors.square().mean().sqrt().clamp(min=1e-12))
-
-    def _adjacency(self, graph: HeteroData) -> Tensor:
-        # Building the matrix costs more than a step, and training passes the same graph at every step.
-        device = self.embedding.weight.device
-        if (
-            self._adjacency_of is None
-            or self._adjacency_of[0] is not graph
-            or self._adjacency_of[1].device != device
-        ):
-            adjacency = normalized_adjacency(graph[USER_ITEM].edge_index, self.num_users, self.num_items)
-            self._adjacency_of = (graph, adjacency.to(device))
-        return self._adjacency_of[1]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch_geometric.data import HeteroData
 
-from retrieval.graph_matrix import USER_ITEM, normalized_adjacency, propagate
+from retrieval.graph_matrix import AdjacencyOf, propagate
 
 
 class NGCF(nn.Module):
@@ -58,11 +58,11 @@ class NGCF(nn.Module):
         self.products = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(num_layers))  # W2
         for linear in [*self.sums, *self.products]:
             nn.init.xavier_uniform_(linear.weight)
-        self._adjacency_of: tuple[HeteroData, Tensor] | None = None
+        self._adjacency_of = AdjacencyOf()
 
     def forward(self, graph: HeteroData) -> dict[str, Tensor]:
         """Return {"user": [U+1, (K+1) D], "item": [I+1, (K+1) D]}."""
-        adjacency = self._adjacency(graph)
+        adjacency = self._adjacency_of(graph, self.embedding.weight.device)
         layer = self.embedding.weight
         outputs = [layer]
         for of_sum, of_product in zip(self.sums, self.products, strict=True):
@@ -77,15 +77,3 @@ class NGCF(nn.Module):
         """Return the embeddings e^(0): {"user": [U+1, D], "item": [I+1, D]}."""
         users, items = torch.split(self.embedding.weight, [self.num_users, self.num_items])
         return {"user": users, "item": items}
-
-    def _adjacency(self, graph: HeteroData) -> Tensor:
-        # Building the matrix costs more than a step, and training passes the same graph at every step.
-        device = self.embedding.weight.device
-        if (
-            self._adjacency_of is None
-            or self._adjacency_of[0] is not graph
-            or self._adjacency_of[1].device != device
-        ):
-            adjacency = normalized_adjacency(graph[USER_ITEM].edge_index, self.num_users, self.num_items)
-            self._adjacency_of = (graph, adjacency.to(device))
-        return self._adjacency_of[1]
