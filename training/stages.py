@@ -136,16 +136,24 @@ class StopAfter(Callback):
     """
 
     def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
+        self.epochs, self.done = epochs, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run has to know: how many epochs are done."""
+        return {"done": self.done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the epochs of the run that was cut short."""
+        self.done = state_dict["done"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Train no further where a resumed fit had reached its end."""
-        done = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-        trainer.should_stop |= done >= self.epochs
+        trainer.should_stop |= self.done >= self.epochs
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop at the end of the last epoch."""
-        trainer.should_stop |= trainer.current_epoch + 1 >= self.epochs
+        self.done = trainer.current_epoch + 1
+        trainer.should_stop |= self.done >= self.epochs
 
 
 def default_callbacks(
