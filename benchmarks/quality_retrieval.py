@@ -19,7 +19,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -46,6 +46,7 @@ from retrieval.encoders.ngcf import NGCF
 from retrieval.encoders.spectral import SpectralFilter
 from training.data.modules import RetrievalData
 from training.data.splits import Holdout, Split, SplitData, SplitOptions, final_split, load_split
+from training.retrieval_losses import RetrievalLoss
 from training.retrieval_module import RetrievalModule
 from training.stages import default_precision, keep_freed_memory, quiet_lightning
 
@@ -98,11 +99,13 @@ class Recipe:
     Attributes:
         encoder: makes the GraphEncoder from the graph.
         epochs: of the final fit.
+        batch_size: edges of a step; None for RetrievalData's own.
         module: keywords of RetrievalModule; what is missing has its default.
     """
 
     encoder: Callable[[HeteroData], nn.Module]
     epochs: int
+    batch_size: int | None = None
     module: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -138,7 +141,7 @@ def train_vectors(
     Returns item_vectors [I+1, D], user_vectors [U+1, D] and item_degrees [I+1].
     """
     L.seed_everything(seed, verbose=False)
-    data = RetrievalData(directory)
+    data = RetrievalData(directory, batch_size=recipe.batch_size)
     data.split = split
     module = RetrievalModule(recipe.encoder, **recipe.module)
     trainer = L.Trainer(
@@ -175,6 +178,7 @@ def compare(
     *,
     part: Literal["test", "validation"] = "test",
     epochs: int | None = None,
+    loss: RetrievalLoss | None = None,
     precision: str = "32-true",
 ) -> dict[str, Any]:
     """Return the rows of the table; see main's options.
@@ -196,7 +200,9 @@ def compare(
                 if name in ENCODERS:
                     recipe = ENCODERS[name]
                     if epochs is not None:
-                        recipe = Recipe(encoder=recipe.encoder, epochs=epochs, module=recipe.module)
+                        recipe = replace(recipe, epochs=epochs)
+                    if loss is not None:
+                        recipe = replace(recipe, module={**recipe.module, "loss": loss})
                     scores = fit_encoder(recipe, directory, split, seed, precision)
                 else:
                     scores = fit_baseline(BASELINES[name], split)
@@ -282,6 +288,13 @@ def main(argv: list[str] | None = None) -> int:
         "--epochs", type=int, default=None, help="Of the encoders, in place of their recipes'."
     )
     parser.add_argument(
+        "--loss",
+        type=RetrievalLoss | None,
+        default=None,
+        help="Of the encoders, in place of their recipes': a class of training.retrieval_losses, and its "
+        "keywords as --loss.NAME.",
+    )
+    parser.add_argument(
         "--precision", type=str, default=default_precision(), help="Of the encoders' lightning.Trainer."
     )
     parser.add_argument("--json", type=Path, default=None, help="File for all figures.")
@@ -298,6 +311,7 @@ def main(argv: list[str] | None = None) -> int:
             options.seeds,
             part=options.part,
             epochs=options.epochs,
+            loss=parser.instantiate(options).loss,
             precision=options.precision,
         )
     except (ValueError, OSError) as error:

@@ -58,6 +58,7 @@ from training.data.importing import import_source
 from training.data.modules import RetrievalData
 from training.data.splits import SplitOptions, final_split, load_split
 from training.losses import bpr_loss, embedding_l2
+from training.retrieval_losses import SampledSoftmax
 from training.retrieval_module import RetrievalModule
 from training.stages import keep_freed_memory, quiet_lightning
 
@@ -130,7 +131,7 @@ class _OneNegative(RetrievalModule):
 
 def _trirank(kind: type[RetrievalModule], data: RetrievalData, work: Work) -> list[float]:
     module = kind(
-        partial(LightGCN, dim=work.dim, num_layers=work.num_layers), num_negatives=work.num_negatives
+        partial(LightGCN, dim=work.dim, num_layers=work.num_layers), SampledSoftmax(work.num_negatives)
     )
     clock = _StepClock()
     trainer = L.Trainer(

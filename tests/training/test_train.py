@@ -31,7 +31,8 @@ FAST = [
     "--ranking.trainer.max_epochs=2",
     "--retrieval.model.encoder.dim=16",
     "--ranking.model.encoder.dim=16",
-    "--retrieval.model.num_negatives=64",
+    "--retrieval.model.loss=SampledSoftmax",
+    "--retrieval.model.loss.num_negatives=64",
 ]
 
 
