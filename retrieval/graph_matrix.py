@@ -132,3 +132,22 @@ def truncated_svd(matrix: Tensor, rank: int, num_iterations: int = 4) -> tuple[T
         basis = torch.linalg.qr(transposed @ (matrix @ basis)).Q
     left, values, right = torch.linalg.svd(matrix @ basis, full_matrices=False)
     return left[:, :rank], values[:rank], (basis @ right.T)[:, :rank]
+
+
+@torch.no_grad()
+def start_from_spectrum(embeddings: Tensor, graph: HeteroData, std: float) -> None:
+    """Put the leading singular vectors of the normalized event matrix into embeddings, times their values.
+
+    Training would have to find them first, and they take seconds. Columns beyond the rank stay as they are.
+
+    Args:
+        embeddings: [N, D], users first; changed in place.
+        graph: a bipartite graph of N nodes.
+        std: root mean square that the columns get.
+    """
+    num_users, num_items = int(graph["user"].num_nodes), int(graph["item"].num_nodes)
+    events = normalized_interactions(graph[USER_ITEM].edge_index, num_users, num_items)
+    rank = min(embeddings.shape[1], num_users - 1, num_items - 1)
+    users, values, items = truncated_svd(events, rank)
+    vectors = torch.cat([users, items]) * values
+    embeddings[:, :rank] = vectors * (std / vectors.square().mean().sqrt().clamp(min=1e-12))
