@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -112,7 +113,11 @@ class Recipe:
 # Chosen on Gowalla, on a validation set of a fifth of each user's training events (see results/README.md).
 ENCODERS = {
     "mf": Recipe(encoder=MF, epochs=20, module={"l2": 0.2}),
-    "ngcf": Recipe(encoder=NGCF, epochs=20),
+    "ngcf": Recipe(
+        encoder=partial(NGCF, message_dropout=0.0, init="spectral", init_std=0.3),
+        epochs=10,
+        module={"learning_rate": 1e-2, "l2": 0.1},
+    ),
     "lightgcn": Recipe(encoder=LightGCN, epochs=40, module={"l2": 0.05}),
     "spectral": Recipe(encoder=SpectralFilter, epochs=1),
     "spectral-lightgcn": Recipe(encoder=SpectralLightGCN, epochs=40, module={"l2": 0.05}),
