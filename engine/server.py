@@ -1,41 +1,51 @@
 """The gRPC server: the event loop answers the wire, a pool of threads runs the pipeline.
 
-Standard services beside our own: grpc.health.v1 and server reflection.
+A call goes through `RecommenderService._answer`: request id, API key, rate, a place among the requests under
+way, a thread; and out again: status, metrics, span. Standard services beside our own, which need no key and
+no place: grpc.health.v1 and server reflection.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import contextvars
 import logging
 import signal
 import time
-import uuid
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import NoReturn, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from engine import messages
+from engine.admission import ConcurrencyLimit, Permit, RateLimit, RateLimiter, RejectedError
+from engine.auth import ApiKeys, KeyFile, presented_key
+from engine.bundle import Bundle
+from engine.deadline import Budget
+from engine.event_store import StoreUnavailableError
+from engine.following import follow_bundles, follow_keys, follow_policies
 from engine.pipeline import RecommendationPipeline
 from engine.policy_files import PolicyFiles
+from engine.telemetry import LimitedLog, Metrics, StageTime, Tracing, read_request_id, request_id
+from engine.tls import ServerTls
+from engine.trace import Trace
 from protos.trirank.v1 import recommender_pb2 as pb
 from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
-from reranking.policy import PolicyError
+from reranking.policy import Policies, PolicyError
 
 logger = logging.getLogger(__name__)
+seldom = LimitedLog(logger)
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+Metadata = Sequence[tuple[str, str | bytes]]
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RecommenderService"].full_name
 STATUSES = health_pb2.HealthCheckResponse
-# The share of a caller's deadline after which no new stage starts: the rest is for the way back.
-DEADLINE_SHARE = 0.8
-POLL_S = 1.0  # how often the files of policies are looked at
 
 
 class AddressError(ValueError):
@@ -46,56 +56,243 @@ class UnknownItemError(LookupError):
     """A request about an item that the catalog does not have."""
 
 
-class RecommenderService(pb_grpc.RecommenderServiceServicer):
-    """The three calls. `pipeline` may be replaced at any time: a request keeps the one it began with."""
+class UnknownCallerError(Exception):
+    """A call without an API key that the server knows."""
 
-    def __init__(self, pipeline: RecommendationPipeline, pool: ThreadPoolExecutor) -> None:
+
+class TooLateError(Exception):
+    """A request whose deadline passed before anything was done for it."""
+
+
+class Reply(NamedTuple, Generic[Response]):
+    """An answer, and how it came about; None where no stage had a part in it."""
+
+    response: Response
+    trace: Trace | None = None
+
+
+class Refusal(NamedTuple):
+    """How a call ends that got no answer."""
+
+    code: grpc.StatusCode
+    message: str
+    reason: str = ""  # of the metric trirank_rejected, where the call was refused without work
+    metadata: tuple[tuple[str, str], ...] = ()
+
+
+# Answers a request from a pipeline within a budget.
+Call = Callable[[RecommendationPipeline, Request, Budget], Reply[Response]]
+
+
+class RecommenderService(pb_grpc.RecommenderServiceServicer):
+    """The calls. `pipeline` may be replaced at any time: a request keeps the one it began with."""
+
+    def __init__(
+        self,
+        pipeline: RecommendationPipeline,
+        pool: ThreadPoolExecutor,
+        *,
+        limit: ConcurrencyLimit | None = None,
+        keys: ApiKeys | None = None,
+        rate_limit: RateLimit | None = None,
+        metrics: Metrics | None = None,
+        policies: Policies | None = None,
+    ) -> None:
+        """Begin to answer.
+
+        Args:
+            pipeline: what answers.
+            pool: where it runs.
+            limit: of the requests in the pool; one with the default settings for None.
+            keys: that callers must have; None where nobody needs one.
+            rate_limit: of each caller who has none by the key; None for no limit.
+            metrics: where calls are counted.
+            policies: those that the pipeline has instead of its bundle's own; the next bundle gets them too.
+        """
         self.pipeline = pipeline
+        self.keys = keys
+        self.policies = policies
+        self.limit = limit or ConcurrencyLimit(min_limit=1)
+        self.metrics = metrics or Metrics()
         self._pool = pool
+        self._rates = RateLimiter(rate_limit)
+        self._tracing = Tracing()
+        self.metrics.in_flight.set_function(lambda: self.limit.in_flight)
+        self.metrics.concurrency_limit.set_function(lambda: self.limit.limit)
+        self.metrics.bundle_info.labels(pipeline.bundle.version, "").set(1)
+
+    def use(self, pipeline: RecommendationPipeline) -> None:
+        """Answer from another bundle from now on."""
+        self.metrics.bundle_info.remove(self.pipeline.bundle.version, "")
+        self.metrics.bundle_info.labels(pipeline.bundle.version, "").set(1)
+        self.pipeline = pipeline
 
     async def Recommend(  # noqa: N802  # gRPC's spelling
         self, request: pb.RecommendRequest, context: pb_grpc._ServicerContext
     ) -> pb.RecommendResponse:
         """See recommender.proto."""
-        return await self._answer(recommend, request, context)
+        return await self._answer("Recommend", context, lambda: self._run(recommend, request, context))
 
     async def SimilarItems(  # noqa: N802
         self, request: pb.SimilarItemsRequest, context: pb_grpc._ServicerContext
     ) -> pb.SimilarItemsResponse:
         """See recommender.proto."""
-        return await self._answer(similar_items, request, context)
+        return await self._answer("SimilarItems", context, lambda: self._run(similar_items, request, context))
 
     async def Rank(  # noqa: N802
         self, request: pb.RankRequest, context: pb_grpc._ServicerContext
     ) -> pb.RankResponse:
         """See recommender.proto."""
-        return await self._answer(rank, request, context)
+        return await self._answer("Rank", context, lambda: self._run(rank, request, context))
+
+    async def RecordEvents(  # noqa: N802
+        self, request: pb.RecordEventsRequest, context: pb_grpc._ServicerContext
+    ) -> pb.RecordEventsResponse:
+        """See recommender.proto. Takes no place among the requests under way: it needs no thread of theirs."""
+        return await self._answer("RecordEvents", context, lambda: self._record(request))
 
     async def _answer(
         self,
-        call: Callable[[RecommendationPipeline, Request, float | None], Response],
-        request: Request,
+        method: str,
         context: pb_grpc._ServicerContext,
+        work: Callable[[], Awaitable[Reply[Response]]],
     ) -> Response:
-        """Run a call in the pool, and turn what it raises into the status that the contract promises."""
-        remaining_s = context.time_remaining()
-        deadline = None if remaining_s is None else time.perf_counter() + DEADLINE_SHARE * remaining_s
-        loop = asyncio.get_running_loop()
+        """Let a caller in, do the work, and turn what it raises into the status that the contract promises."""
+        began_s = time.perf_counter()
+        metadata: Metadata = tuple(context.invocation_metadata() or ())  # type: ignore[arg-type]
+        request_id.set(read_request_id(metadata))
+        named = (("x-request-id", request_id.get()),)
+        context.set_trailing_metadata(named)
+        code, reason, trace = grpc.StatusCode.CANCELLED, "", None  # unless it ends otherwise
         try:
-            return await loop.run_in_executor(self._pool, call, self.pipeline, request, deadline)
-        except (messages.InvalidRequestError, PolicyError) as error:
-            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        except UnknownItemError as error:
-            await _abort(context, grpc.StatusCode.NOT_FOUND, str(error))
-        except Exception:
-            request_id = uuid.uuid4().hex[:12]
-            logger.exception("request %s failed", request_id)
-            await _abort(context, grpc.StatusCode.INTERNAL, f"internal error; the log names it {request_id}")
+            try:
+                self._check_caller(metadata, context.peer())
+                response, trace = await work()
+            except Exception as error:
+                code, message, reason, hints = _refusal(error)
+                await context.abort(code, message, (*named, *hints))
+                raise AssertionError("abort always raises") from error
+            code = grpc.StatusCode.OK
+            return response
+        except asyncio.CancelledError:
+            if context.time_remaining() == 0:
+                code = grpc.StatusCode.DEADLINE_EXCEEDED
+            raise
+        finally:
+            self._observe(method, code, reason, began_s, trace, metadata)
+
+    def _check_caller(self, metadata: Metadata, peer: str) -> None:
+        """Raise UnknownCallerError for a caller without a good key, RejectedError for one who asks too often."""
+        if self.keys is None:
+            self._rates.check(peer.rpartition(":")[0])  # the address, without the port
+            return
+        presented = presented_key(metadata)
+        key = self.keys.find(presented)
+        if key is None:
+            raise UnknownCallerError(
+                "no API key; expected one in the metadata, as authorization: Bearer KEY or x-api-key: KEY"
+                if presented is None
+                else "the API key is not one of this server's"
+            )
+        self._rates.check(key.id, key.rate_limit)
+
+    async def _run(
+        self, call: Call[Request, Response], request: Request, context: pb_grpc._ServicerContext
+    ) -> Reply[Response]:
+        """Run a call in the pool. Its place is free when the thread is done, not when the caller has gone."""
+        permit = self.limit.admit()
+        budget = Budget(context.time_remaining())
+        loop = asyncio.get_running_loop()
+        scope = contextvars.copy_context()
+        job = self._pool.submit(scope.run, _begin, call, self.pipeline, request, budget)
+        job.add_done_callback(lambda done: loop.call_soon_threadsafe(_give_back, permit, done))
+        try:
+            return await asyncio.wrap_future(job)  # cancelled with it while it waits for a thread
+        except asyncio.CancelledError:
+            budget.cancel()
+            raise
+
+    async def _record(self, request: pb.RecordEventsRequest) -> Reply[pb.RecordEventsResponse]:
+        events = messages.read_events(request)
+        store, count = self.pipeline.events, self.metrics.events.labels
+        if store is None:
+            raise StoreUnavailableError("this server records no events")
+        try:
+            recorded = await asyncio.wrap_future(store.record(events))
+        except StoreUnavailableError:
+            count("failed").inc(len(events))
+            raise
+        count("delayed" if recorded.is_delayed else "new").inc(recorded.num_new)
+        count("repeated").inc(recorded.num_repeated)
+        return Reply(messages.write_recorded(recorded))
+
+    def _observe(
+        self,
+        method: str,
+        code: grpc.StatusCode,
+        reason: str,
+        began_s: float,
+        trace: Trace | None,
+        metadata: Metadata,
+    ) -> None:
+        if reason:
+            self.metrics.observe_refusal(method, code.name, reason)
+            return
+        ended_s = time.perf_counter()
+        stages = [
+            StageTime(one.stage, one.began_s, one.ended_s, one.stage in trace.degraded_stages)
+            for one in (trace.timings if trace else ())
+            if trace
+        ]
+        self.metrics.observe_request(method, code.name, ended_s - began_s, stages)
+        attributes = {"request_id": request_id.get(), "code": code.name}
+        if trace:
+            attributes["bundle"] = trace.bundle_version
+        texts = {name: value for name, value in metadata if isinstance(value, str)}
+        self._tracing.record(method, began_s, ended_s, stages, attributes=attributes, metadata=texts)
+
+
+def _begin(
+    call: Call[Request, Response], pipeline: RecommendationPipeline, request: Request, budget: Budget
+) -> Reply[Response]:
+    """Make a call, unless its time was up before a thread was free."""
+    if budget.expired():
+        raise TooLateError("the deadline passed before a worker was free")
+    return call(pipeline, request, budget)
+
+
+def _give_back(permit: Permit, job: Future[Any]) -> None:
+    """Only answers say what a request takes: what failed, or was cut off, would mislead the limit."""
+    permit.release(counts=not job.cancelled() and job.exception() is None)
+
+
+def _refusal(error: Exception) -> Refusal:
+    """Return how the contract words an error; one that nobody foresaw goes to the log."""
+    code = grpc.StatusCode
+    match error:
+        case messages.InvalidRequestError() | PolicyError():
+            return Refusal(code.INVALID_ARGUMENT, str(error))
+        case UnknownItemError():
+            return Refusal(code.NOT_FOUND, str(error))
+        case RejectedError():
+            seldom.warning(f"refused: {error.reason}")
+            kind = "limit" if error.is_from_limit else "rate"
+            return Refusal(code.RESOURCE_EXHAUSTED, str(error), kind, error.metadata)
+        case UnknownCallerError():
+            seldom.warning(f"refused: {error}")
+            return Refusal(code.UNAUTHENTICATED, str(error), "key")
+        case TooLateError():
+            return Refusal(code.DEADLINE_EXCEEDED, str(error))
+        case StoreUnavailableError():
+            return Refusal(code.UNAVAILABLE, str(error))
+    name = request_id.get()
+    logger.error("request %s failed", name, exc_info=error)
+    return Refusal(code.INTERNAL, f"internal error; the log names it {name}")
 
 
 def recommend(
-    pipeline: RecommendationPipeline, request: pb.RecommendRequest, deadline: float | None
-) -> pb.RecommendResponse:
+    pipeline: RecommendationPipeline, request: pb.RecommendRequest, budget: Budget
+) -> Reply[pb.RecommendResponse]:
     """Answer Recommend."""
     limit = messages.read_limit(request, pipeline.default_limit)
     user_id, events = messages.read_visitor(request.visitor)
@@ -111,7 +308,7 @@ def recommend(
         limit,
         filters=filters,
         excluded=catalog.rows(excluded),
-        deadline=deadline,
+        budget=budget,
         now=_now(pipeline, request),
         policy=policy,
         seed=messages.read_seed(request),
@@ -119,16 +316,17 @@ def recommend(
         explain=request.explain,
     )
     assert trace.arrangement is not None
-    return pb.RecommendResponse(
+    response = pb.RecommendResponse(
         items=messages.write_items(items, catalog, trace.arrangement.explanation),
         trace=messages.write_trace(trace, context.keys() - policy.context_keys),
         arrangement=messages.write_arrangement(trace.arrangement, catalog),
     )
+    return Reply(response, trace)
 
 
 def similar_items(
-    pipeline: RecommendationPipeline, request: pb.SimilarItemsRequest, deadline: float | None
-) -> pb.SimilarItemsResponse:
+    pipeline: RecommendationPipeline, request: pb.SimilarItemsRequest, budget: Budget
+) -> Reply[pb.SimilarItemsResponse]:
     """Answer SimilarItems."""
     limit = messages.read_limit(request, pipeline.default_limit)
     item_id = messages.read_item_id(request)
@@ -146,20 +344,19 @@ def similar_items(
         limit,
         filters=filters,
         excluded=catalog.rows(excluded),
-        deadline=deadline,
+        budget=budget,
         now=_now(pipeline, request),
         policy=policy,
         context=context,
     )
-    return pb.SimilarItemsResponse(
+    response = pb.SimilarItemsResponse(
         items=messages.write_items(items, catalog),
         trace=messages.write_trace(trace, context.keys() - policy.context_keys),
     )
+    return Reply(response, trace)
 
 
-def rank(
-    pipeline: RecommendationPipeline, request: pb.RankRequest, deadline: float | None
-) -> pb.RankResponse:
+def rank(pipeline: RecommendationPipeline, request: pb.RankRequest, budget: Budget) -> Reply[pb.RankResponse]:
     """Answer Rank."""
     user_id, events = messages.read_visitor(request.visitor)
     context = messages.read_context(request.visitor.context)
@@ -168,12 +365,13 @@ def rank(
     catalog = pipeline.bundle.catalog
     visitor = pipeline.resolve_visitor(user_id, events)
     rows = catalog.rows(candidate_ids)
-    items, trace = pipeline.rank(visitor, rows[rows > 0], deadline=deadline)
-    return pb.RankResponse(
+    items, trace = pipeline.rank(visitor, rows[rows > 0], budget=budget)
+    response = pb.RankResponse(
         items=messages.write_items(items, catalog),
         unknown_item_ids=[item_id for item_id, row in zip(candidate_ids, rows, strict=True) if not row],
         trace=messages.write_trace(trace, context),
     )
+    return Reply(response, trace)
 
 
 def _now(
@@ -194,8 +392,16 @@ async def serve(
     drain_s: float,
     on_ready: Callable[[str], None],
     policies: PolicyFiles | None = None,
+    bundles: Path | None = None,
+    open_bundle: Callable[[Path], Bundle] = Bundle.load,
+    keys: KeyFile | None = None,
+    rate_limit: RateLimit | None = None,
+    tls: ServerTls | None = None,
+    metrics: Metrics | None = None,
 ) -> None:
     """Answer requests until SIGTERM or SIGINT, then finish what is under way and return.
+
+    What can change while it is served is looked at every second, and at once on SIGHUP.
 
     Args:
         pipeline: what answers.
@@ -203,11 +409,18 @@ async def serve(
         num_workers: requests that are worked on at once.
         drain_s: how long requests under way may take after the signal.
         on_ready: called with the address in use once requests are answered.
-        policies: where the pipeline's policies came from; they are loaded again when they change, and on
-            SIGHUP. None where they are the bundle's own.
+        policies: where the pipeline's policies came from, in which case every bundle is served with them.
+            None where they are the bundle's own.
+        bundles: a directory whose newest or pinned bundle is to be served; None to stay with this one.
+        open_bundle: opens a bundle of that directory.
+        keys: that callers must have; None where nobody needs one.
+        rate_limit: of each caller who has none by the key; None for no limit.
+        tls: None for a connection in the clear.
+        metrics: where calls are counted.
 
     Raises:
         AddressError: the address is taken, or is none.
+        ValueError: the files of `keys` or `tls` are wrong.
     """
     with ThreadPoolExecutor(num_workers, thread_name_prefix="pipeline") as pool:
         server = grpc.aio.server(
@@ -217,13 +430,24 @@ async def serve(
                 ("grpc.so_reuseport", 0),
             ]
         )
-        service = RecommenderService(pipeline, pool)
+        service = RecommenderService(
+            pipeline,
+            pool,
+            limit=ConcurrencyLimit(min_limit=num_workers),
+            keys=keys.load() if keys else None,
+            rate_limit=rate_limit,
+            metrics=metrics,
+            policies=pipeline.reranker.policies if policies else None,
+        )
         pb_grpc.add_RecommenderServiceServicer_to_server(service, server)
         servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in the stubs
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         try:
-            port = server.add_insecure_port(address)
+            if tls:
+                port = server.add_secure_port(address, tls.credentials())
+            else:
+                port = server.add_insecure_port(address)
         except RuntimeError as error:
             raise AddressError(
                 f"cannot listen on {address!r}: the port is taken or this is no host:port"
@@ -233,11 +457,20 @@ async def serve(
         loop = asyncio.get_running_loop()
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signal_number, stop.set)
-        following = None
+        hangups: list[asyncio.Event] = []
+        followers: list[asyncio.Task[None]] = []
+
+        def follow(begin: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+            hangups.append(asyncio.Event())
+            followers.append(asyncio.create_task(begin(hangups[-1])))
+
         if policies is not None:
-            hangup = asyncio.Event()
-            loop.add_signal_handler(signal.SIGHUP, hangup.set)
-            following = asyncio.create_task(follow_policies(service, policies, hangup))
+            follow(lambda hangup: follow_policies(service, policies, hangup))
+        if keys is not None:
+            follow(lambda hangup: follow_keys(service, keys, hangup))
+        if bundles is not None:
+            follow(lambda hangup: follow_bundles(service, bundles, open_bundle, hangup))
+        loop.add_signal_handler(signal.SIGHUP, lambda: [hangup.set() for hangup in hangups])
         await server.start()
         for name in (health.OVERALL_HEALTH, SERVICE):
             await servicer.set(name, STATUSES.SERVING)
@@ -247,48 +480,5 @@ async def serve(
         logger.info("draining: no new requests, up to %g s for those under way", drain_s)
         await servicer.enter_graceful_shutdown()
         await server.stop(drain_s)
-        if following is not None:
-            following.cancel()
-
-
-async def follow_policies(
-    service: RecommenderService, policies: PolicyFiles, hangup: asyncio.Event, poll_s: float = POLL_S
-) -> None:
-    """Load policies again whenever their files change, and at once when `hangup` is set, for ever.
-
-    Policies that are wrong, or do not fit the bundle, replace nothing; the log says why. A request keeps the
-    policies that it began with.
-    """
-    while True:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(hangup.wait(), poll_s)
-        if not (hangup.is_set() or await asyncio.to_thread(policies.changed)):
-            continue
-        hangup.clear()
-        try:
-            loaded = await asyncio.to_thread(policies.load)
-            while True:
-                before = service.pipeline
-                pipeline = await asyncio.to_thread(before.with_policies, loaded)
-                if service.pipeline is before:  # no other bundle came meanwhile
-                    break
-            service.pipeline = pipeline
-        except (PolicyError, OSError) as error:
-            logger.error("the policies in use stay: %s", error)
-        except Exception:
-            logger.exception("the policies in use stay")
-        else:
-            log_policies(pipeline, str(policies.path))
-
-
-def log_policies(pipeline: RecommendationPipeline, source: str) -> None:
-    """Tell which policies are in use, and what the catalog lacks that they read."""
-    policies = pipeline.reranker.policies
-    logger.info("policies of %s: %s; default %s", source, ", ".join(policies.by_name), policies.default)
-    for warning in pipeline.reranker.warnings:
-        logger.warning("%s", warning)
-
-
-async def _abort(context: pb_grpc._ServicerContext, code: grpc.StatusCode, message: str) -> NoReturn:
-    await context.abort(code, message)
-    raise AssertionError("abort always raises")
+        for follower in followers:
+            follower.cancel()

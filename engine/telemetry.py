@@ -102,6 +102,11 @@ class Metrics:
             if stage.is_degraded:
                 self.degraded.labels(stage.stage).inc()
 
+    def observe_refusal(self, method: str, code: str, reason: str) -> None:
+        """Note a request that was refused without work; its latency would only hide that of the others."""
+        self.requests.labels(method, code).inc()
+        self.rejected.labels(reason).inc()
+
     def serve(self, port: int, address: str = "127.0.0.1") -> tuple[int, Callable[[], None]]:
         """Answer GET /metrics in a thread of its own; return the port, and what ends it.
 

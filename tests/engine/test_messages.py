@@ -201,7 +201,7 @@ def test_trace() -> None:
         "v1",
         VisitorKind.HISTORY_ONLY,
         num_unknown_history_items=3,
-        timings=[StageTiming("ranking", 12, 20, 10)],
+        timings=[StageTiming("ranking", 3.0, 3.000012, 20, 10)],
         degraded_stages=["ranking"],
         relaxed_rules=["drop_seen"],
         total_us=20,
