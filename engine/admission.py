@@ -53,6 +53,7 @@ class ConcurrencyLimit:
         self,
         *,
         min_limit: int,
+        initial: int | None = None,
         max_limit: int = 1000,
         tolerance: float = 2.0,
         smoothing: float = 0.2,
@@ -62,10 +63,11 @@ class ConcurrencyLimit:
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
-        """Begin at twice min_limit.
+        """Begin to limit.
 
         Args:
             min_limit: requests that are worked on at once without a queue: the number of workers.
+            initial: the limit before anything was measured; twice min_limit where None.
             max_limit: the limit never exceeds this.
             tolerance: how many times its queue-free latency a request may take.
             smoothing: how far one window moves the limit, 0 to 1.
@@ -80,7 +82,7 @@ class ConcurrencyLimit:
         if tolerance <= 1:
             raise ValueError(f"tolerance is {tolerance}; expected more than 1")
         self.in_flight = 0
-        self._limit = float(min(2 * min_limit, max_limit))
+        self._limit = float(min(initial or 2 * min_limit, max_limit))
         self._min_limit = min_limit
         self._max_limit = max_limit
         self._tolerance = tolerance

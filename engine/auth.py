@@ -27,7 +27,8 @@ from pathlib import Path
 
 from engine.admission import RateLimit
 
-ROLES = ("client", "admin")  # an admin may do what a client may
+# Each may do what those before it may: a reader asks, a client records events too. No call is an admin's alone.
+ROLES = ("reader", "client", "admin")
 ID_ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZ"  # without what looks alike
 KEY = re.compile(rf"trk_([{ID_ALPHABET}]{{8}})_([A-Za-z0-9_-]{{43}})")
 NO_DIGEST = "0" * 64  # of no key
@@ -69,7 +70,7 @@ class ApiKey:
 
     def may(self, role: str) -> bool:
         """Return whether the key is good for what a role may do."""
-        return self.role in ("admin", role)
+        return ROLES.index(self.role) >= ROLES.index(role)
 
 
 class ApiKeys:

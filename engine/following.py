@@ -86,19 +86,20 @@ async def follow_bundles(
 ) -> None:
     """Serve whatever bundle of a directory is to be served (see bundle_to_serve), for ever.
 
-    A bundle that is refused is not looked at again until it, or the choice, changes.
+    A bundle that is refused is tried again when it, the choice or the policies change, or on `hangup`.
     """
     refused: object = None
 
     def choose() -> tuple[Path, object]:
         path = bundle_to_serve(root)
         stat = (path / MANIFEST).stat()
-        return path, (path, stat.st_mtime_ns, stat.st_ino)
+        return path, (path, stat.st_mtime_ns, stat.st_ino, service.policies)
 
     while True:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(hangup.wait(), poll_s)
-        hangup.clear()
+            hangup.clear()
+            refused = None
         seen: object = None
         try:
             path, seen = await asyncio.to_thread(choose)
@@ -144,17 +145,13 @@ def prepared(
     rng = np.random.default_rng(0)
     num_items = bundle.catalog.num_items
     for name in pipeline.reranker.policies.by_name:
+        policy = pipeline.policy(name)
         for length in TRIAL_HISTORIES:
-            _, trace = pipeline.recommend(
-                Visitor(_history(rng, num_items, length)),
-                pipeline.default_limit,
-                policy=pipeline.policy(name),
-            )
+            visitor = Visitor(_history(rng, num_items, length))
+            _, trace = pipeline.recommend(visitor, pipeline.default_limit, policy=policy)
             if trace.degraded_stages:
                 stages = ", ".join(trace.degraded_stages)
-                raise BundleError(
-                    f"{bundle.path}: a trial request with policy {name!r} went without {stages}"
-                )
+                raise BundleError(f"{bundle.path}: policy {name!r}: a trial request went without {stages}")
     if num_items:
         pipeline.similar(1, pipeline.default_limit)
     pipeline.costs = StageCosts()  # the first requests of all are no measure

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from engine.bundle import Bundle
 from engine.deadline import Budget, StageCosts
-from engine.event_store import EventStore, StoreUnavailableError, merge
+from engine.event_store import EventStore, StoreUnavailableError
+from engine.event_store import merge as merge_events
 from engine.history import (
     EMPTY_HISTORY,
     EVENT_CODE,
@@ -163,9 +164,9 @@ class RecommendationPipeline:
 
         Filters, those of the policy too, and exclusions are hard: they are taken before all other stages, so
         that no stage, failing or not, can show what they forbid. Where the policy drops what the visitor has
-        seen, it is left out while `limit` other items are eligible. A stage that fails, or would take more time
-        than it has, is passed over, ranking is cut to the candidates that it has time for, and the trace says
-        so; a candidate source that fails is passed over alone.
+        seen, it is left out while `limit` other items are eligible. A stage that fails, or would take more
+        time than it has, is passed over, ranking is cut to the candidates that it has time for, and the trace
+        says so; a candidate source that fails is passed over alone.
 
         Args:
             visitor: who asks.
@@ -292,11 +293,11 @@ class RecommendationPipeline:
         if user_id and self.events is not None:
             num_stored = len(history)
             try:
-                history, _ = merge(history, self.events.recent(user_id), self.bundle.catalog)
+                history, _ = merge_events(history, self.events.recent(user_id), self.bundle.catalog)
             except StoreUnavailableError:  # the store itself has logged it
                 is_degraded = True
             asked = StageTiming("history", begin, time.perf_counter(), num_stored, len(history))
-        history, num_unknown = merge(history, events, self.bundle.catalog)
+        history, num_unknown = merge_events(history, events, self.bundle.catalog)
         user_row = self.bundle.users.row(user_id)
         is_unknown = bool(user_id) and not user_row
         resolving_s = time.perf_counter() - begin
@@ -386,7 +387,7 @@ class RecommendationPipeline:
         return found.ordered_by(found.scores, limit).items
 
     def _rank(self, query: Query, items: ItemList, num_kept: int, num_scored: int) -> Ranked:
-        """Return the items with the first `num_scored` by score, and the others behind them in their order."""
+        """Return the first `num_scored` items by score, and the others behind them in their order."""
         if num_scored >= len(items):
             return self._scored(query, items, num_kept)
         if not num_scored:

@@ -13,9 +13,9 @@ import logging
 import signal
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -46,6 +46,9 @@ Metadata = Sequence[tuple[str, str | bytes]]
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RecommenderService"].full_name
 STATUSES = health_pb2.HealthCheckResponse
+# Requests for each worker that may be under way before the limit has measured anything: room for a burst.
+INITIAL_LIMIT = 8
+ROLE_OF = {"RecordEvents": "client"}  # of an API key; all other calls are for readers
 
 
 class AddressError(ValueError):
@@ -58,6 +61,10 @@ class UnknownItemError(LookupError):
 
 class UnknownCallerError(Exception):
     """A call without an API key that the server knows."""
+
+
+class ForbiddenError(Exception):
+    """A call that the caller's API key is not good for."""
 
 
 class TooLateError(Exception):
@@ -148,7 +155,7 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
     async def RecordEvents(  # noqa: N802
         self, request: pb.RecordEventsRequest, context: pb_grpc._ServicerContext
     ) -> pb.RecordEventsResponse:
-        """See recommender.proto. Takes no place among the requests under way: it needs no thread of theirs."""
+        """See recommender.proto. Needs no thread of the pool, so it takes no place among the requests."""
         return await self._answer("RecordEvents", context, lambda: self._record(request))
 
     async def _answer(
@@ -157,7 +164,7 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         context: pb_grpc._ServicerContext,
         work: Callable[[], Awaitable[Reply[Response]]],
     ) -> Response:
-        """Let a caller in, do the work, and turn what it raises into the status that the contract promises."""
+        """Let a caller in, do the work, and turn what it raises into the status of the contract."""
         began_s = time.perf_counter()
         metadata: Metadata = tuple(context.invocation_metadata() or ())  # type: ignore[arg-type]
         request_id.set(read_request_id(metadata))
@@ -166,7 +173,7 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         code, reason, trace = grpc.StatusCode.CANCELLED, "", None  # unless it ends otherwise
         try:
             try:
-                self._check_caller(metadata, context.peer())
+                self._check_caller(ROLE_OF.get(method, "reader"), metadata, context.peer())
                 response, trace = await work()
             except Exception as error:
                 code, message, reason, hints = _refusal(error)
@@ -181,8 +188,8 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         finally:
             self._observe(method, code, reason, began_s, trace, metadata)
 
-    def _check_caller(self, metadata: Metadata, peer: str) -> None:
-        """Raise UnknownCallerError for a caller without a good key, RejectedError for one who asks too often."""
+    def _check_caller(self, role: str, metadata: Metadata, peer: str) -> None:
+        """Raise UnknownCallerError or ForbiddenError without a good key, RejectedError above the rate."""
         if self.keys is None:
             self._rates.check(peer.rpartition(":")[0])  # the address, without the port
             return
@@ -194,6 +201,8 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
                 if presented is None
                 else "the API key is not one of this server's"
             )
+        if not key.may(role):
+            raise ForbiddenError(f"the API key has the role {key.role}; expected {role} for this call")
         self._rates.check(key.id, key.rate_limit)
 
     async def _run(
@@ -281,6 +290,9 @@ def _refusal(error: Exception) -> Refusal:
         case UnknownCallerError():
             seldom.warning(f"refused: {error}")
             return Refusal(code.UNAUTHENTICATED, str(error), "key")
+        case ForbiddenError():
+            seldom.warning(f"refused: {error}")
+            return Refusal(code.PERMISSION_DENIED, str(error), "key")
         case TooLateError():
             return Refusal(code.DEADLINE_EXCEEDED, str(error))
         case StoreUnavailableError():
@@ -433,12 +445,13 @@ async def serve(
         service = RecommenderService(
             pipeline,
             pool,
-            limit=ConcurrencyLimit(min_limit=num_workers),
+            limit=ConcurrencyLimit(min_limit=num_workers, initial=INITIAL_LIMIT * num_workers),
             keys=keys.load() if keys else None,
             rate_limit=rate_limit,
             metrics=metrics,
-            policies=pipeline.reranker.policies if policies else None,
+            policies=policies.current if policies else None,
         )
+        del pipeline  # or it would stay in memory when another has replaced it
         pb_grpc.add_RecommenderServiceServicer_to_server(service, server)
         servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in the stubs
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)

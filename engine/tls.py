@@ -1,4 +1,4 @@
-"""Certificates: files on disk -> what gRPC wants, found wrong before a server listens or a client connects."""
+"""Certificates: files on disk -> what gRPC wants; what is wrong is found before anyone listens or asks."""
 
 from __future__ import annotations
 
