@@ -27,8 +27,8 @@ from pathlib import Path
 
 from engine.admission import RateLimit
 
-# Each may do what those before it may: a reader asks, a client records events too. No call is an admin's alone.
-ROLES = ("reader", "client", "admin")
+# Each may do what those before it may: a reader asks, a client records events too.
+ROLES = ("reader", "client")
 ID_ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZ"  # without what looks alike
 KEY = re.compile(rf"trk_([{ID_ALPHABET}]{{8}})_([A-Za-z0-9_-]{{43}})")
 NO_DIGEST = "0" * 64  # of no key

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import onnx
 import polars as pl
 import pytest
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from engine.bundle import RANKER_INDEX, RANKER_SCORES, RANKER_STATE, write_bundle
 from engine.catalog import CATALOG_SCHEMA
+from engine.client import visitor
 from engine.history import USERS_SCHEMA
+from engine.pipeline import RecommendationPipeline
+from engine.server import RecommenderService
+from protos.trirank.v1 import recommender_pb2 as pb
+from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
 from retrieval.item_index import ItemIndex
 from retrieval.sparse import SparseRows
 
@@ -279,3 +288,64 @@ def start(command: list[str], errors: Any = None) -> Iterator[tuple[subprocess.P
 def start_process() -> Callable[..., Any]:
     """Run a command beside the test: see `start`."""
     return start
+
+
+class Served:
+    """A service in the test's own loop, and a client that speaks to it."""
+
+    def __init__(self, service: RecommenderService, channel: grpc.aio.Channel) -> None:
+        self.service = service
+        self.channel = channel
+        self.stub: Any = pb_grpc.RecommenderServiceStub(channel)  # type: ignore[arg-type]
+
+    def recommend(self, user: str = "", timeout: float = 60.0, **options: Any) -> Any:
+        """Begin a call."""
+        request = pb.RecommendRequest(visitor=visitor(user))
+        return self.stub.Recommend(request, timeout=timeout, **options)
+
+    def value(self, name: str, **labels: str) -> float | None:
+        """What /metrics would say."""
+        return self.service.metrics.registry.get_sample_value(f"trirank_{name}", labels)
+
+    async def until(self, happens: Callable[[], bool]) -> None:
+        """Let the loop go on until something is so."""
+        async with asyncio.timeout(60):
+            while not happens():
+                await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def serve_in_process(
+    pipeline: RecommendationPipeline, num_threads: int = 2, **options: Any
+) -> AsyncIterator[Served]:
+    with ThreadPoolExecutor(num_threads) as pool:
+        service = RecommenderService(pipeline, pool, **options)
+        del pipeline
+        server = grpc.aio.server()
+        pb_grpc.add_RecommenderServiceServicer_to_server(service, server)
+        servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+        await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield Served(service, channel)
+        await server.stop(None)
+
+
+@pytest.fixture(scope="session")
+def served() -> Callable[..., Any]:
+    """Serve a pipeline, with the options of RecommenderService, in an `async with` block."""
+    return serve_in_process
+
+
+@pytest.fixture(scope="session")
+def refused() -> Callable[..., Any]:
+    """Await a call that must fail, and return its error."""
+
+    async def refused(call: Awaitable[Any]) -> grpc.aio.AioRpcError:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        return caught.value
+
+    return refused
