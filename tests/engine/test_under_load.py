@@ -137,9 +137,7 @@ def test_no_stage_begins_once_nobody_waits(bundle: Bundle) -> None:
         Trace("b", budget=budget).run("filtering", lambda: [], num_in=0)
 
 
-def test_who_cancels_frees_the_place_when_the_thread_is_done(
-    bundle: Bundle, served: Any, refused: Any
-) -> None:
+def test_who_cancels_frees_the_place_when_the_thread_is_done(bundle: Bundle, served: Any) -> None:
     async def scene() -> None:
         pipeline = Gated(bundle)
         async with served(pipeline) as shop:
@@ -363,7 +361,7 @@ def test_metrics_logs_and_spans_of_real_requests(
     assert "a secret" in caplog.text
 
 
-def test_the_request_s_id_reaches_the_threads_of_the_pool(bundle: Bundle, served: Any, refused: Any) -> None:
+def test_the_request_s_id_reaches_the_threads_of_the_pool(bundle: Bundle, served: Any) -> None:
     lines: list[dict[str, Any]] = []
 
     class Lines(logging.Handler):
