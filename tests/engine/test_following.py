@@ -23,7 +23,7 @@ from engine.policy_files import PolicyFiles
 from protos.trirank.v1 import recommender_pb2 as pb
 
 Publish = Callable[..., Path]
-POLICIES = "policies: {home: {rules: [{rule: drop_seen}, {rule: deny, item_id: ['item-8']}]}}"
+POLICIES = "policies: {home: {rules: [{rule: drop_seen}, {rule: deny, brand: [brand 5]}]}}"
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_served_policies_go_along_and_refuse_what_they_do_not_fit(
             second = publish(num_items=30)
             await shop.until(lambda: shop.service.pipeline.bundle.version == second.name)
             assert (await shop.recommend()).arrangement.policy == "home"
-            tiny = publish(num_items=5)  # has no item-8
+            tiny = publish(num_items=5)  # has no brand 5
             await shop.until(lambda: shop.value("bundle_swaps_total", result="refused") == 1)
             assert (await shop.recommend()).trace.bundle_version == second.name
             # Policies that fit both let it in.
@@ -153,7 +153,7 @@ def test_served_policies_go_along_and_refuse_what_they_do_not_fit(
             assert (await shop.recommend()).arrangement.policy == "any"
 
     asyncio.run(scene())
-    assert "item_id is 'item-8'" in caplog.text
+    assert "deny: brand is 'brand 5'" in caplog.text
 
 
 def test_the_pinned_bundle_is_served_until_it_is_not(publish: Publish, served: Any) -> None:
