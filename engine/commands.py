@@ -362,6 +362,7 @@ def _print_answer(response: Answer) -> None:
     kind = pb.VisitorKind.Name(trace.visitor_kind).removeprefix("VISITOR_KIND_").lower().replace("_", " ")
     notes = {
         "bundle": trace.bundle_version,
+        "variant": trace.variant,
         "policy": response.arrangement.policy if isinstance(response, pb.RecommendResponse) else "",
         "visitor": ("" if kind == "unspecified" else kind)
         + (" (the user id is unknown: treated as new)" if trace.unknown_user else ""),

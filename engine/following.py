@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -34,10 +34,14 @@ TRIAL_HISTORIES = (0, 1, 2, 5, 20, 100)  # events
 class Service(Protocol):
     """What is followed for: engine.server.RecommenderService."""
 
-    pipeline: RecommendationPipeline
+    pipelines: Mapping[str, RecommendationPipeline]
     policies: Policies | None
     keys: ApiKeys | None
     metrics: Metrics
+
+    @property
+    def pipeline(self) -> RecommendationPipeline:
+        """That of the bundle that is served."""
 
     def use(self, pipeline: RecommendationPipeline) -> None:
         """Answer from another bundle."""
@@ -51,17 +55,20 @@ async def follow_policies(
         try:
             loaded = await asyncio.to_thread(policies.load)
             while True:
-                before = service.pipeline
-                pipeline = await asyncio.to_thread(before.with_policies, loaded)
-                if service.pipeline is before:  # no other bundle came meanwhile
+                before = service.pipelines
+                after = {
+                    name: await asyncio.to_thread(pipeline.with_policies, loaded)
+                    for name, pipeline in before.items()
+                }
+                if service.pipelines is before:  # no other bundle came meanwhile
                     break
-            service.pipeline, service.policies = pipeline, loaded
+            service.pipelines, service.policies = after, loaded
         except (PolicyError, OSError) as error:
             logger.error("the policies in use stay: %s", error)
         except Exception:
             logger.exception("the policies in use stay")
         else:
-            log_policies(pipeline, str(policies.path))
+            log_policies(service.pipeline, str(policies.path))
 
 
 async def follow_keys(service: Service, keys: KeyFile, hangup: asyncio.Event, poll_s: float = POLL_S) -> None:

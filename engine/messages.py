@@ -127,7 +127,12 @@ def read_seed(request: pb.RecommendRequest) -> int:
     """Return the seed of what is random; the visitor is one, so that a retry shows the same page."""
     if request.HasField("seed"):
         return request.seed
-    return zlib.crc32(request.visitor.SerializeToString(deterministic=True))
+    return visitor_number(request.visitor)
+
+
+def visitor_number(visitor: pb.Visitor) -> int:
+    """Return a number that is the same for equal visitors."""
+    return zlib.crc32(visitor.SerializeToString(deterministic=True))
 
 
 def read_now(request: pb.RecommendRequest | pb.SimilarItemsRequest) -> int | None:
@@ -272,6 +277,7 @@ def write_trace(trace: Trace, context: Iterable[str] = ()) -> pb.Trace:
         ignored_context_keys=sorted(context),
         relaxed_rules=trace.relaxed_rules,
         unknown_user=trace.unknown_user,
+        variant=trace.variant,
     )
 
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from engine.admission import RateLimit
 from engine.arguments import ArgumentParser
 from engine.auth import KEY, ROLES, ApiKeys, KeyFile, create_key, remove_key
-from engine.bundle import MANIFEST, Bundle, bundle_to_serve, bundles_in, pin_bundle
+from engine.bundle import MANIFEST, Bundle, bundle_to_serve, bundles_in, pin_bundle, resolve_bundle
 from engine.commands import DEFAULT_ADDRESS, fail, stderr, stdout
 from engine.event_log import EventLog, LogInUseError
 from engine.event_store import EventStore, LocalEventStore, MemoryEventStore
@@ -29,6 +29,7 @@ from engine.policy_files import PolicyFiles
 from engine.server import serve as run_server
 from engine.telemetry import Metrics, log_as_json
 from engine.tls import server_tls
+from engine.variants import OTHER, SHADOW, Split
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,19 @@ def _serve_parser() -> ArgumentParser:
         default=None,
         help="policies instead of the bundle's own: a YAML file, or a directory of such files; "
         "what changes is loaded again, at once on SIGHUP",
+    )
+    add(
+        "--other",
+        type=Path | None,
+        default=None,
+        help="another bundle, or the newest of another directory, for a share of the users (A/B)",
+    )
+    add("--share", type=float, default=0.5, help="of the users, whom --other answers: 0 to 1, by user id")
+    add(
+        "--shadow",
+        type=Path | None,
+        default=None,
+        help="a bundle that is asked what was answered, and compared; nobody sees its answers",
     )
     add(
         "--events",
@@ -125,6 +139,7 @@ def _serve(args: Any, closing: contextlib.ExitStack) -> None:
     for name in ("num_workers", "num_threads"):
         if args[name] < 1:
             raise ValueError(f"{name} is {args[name]}; expected at least 1")
+    Split(args.share, "")  # raises where it is none
     rate_limit = _rate_limit(args.requests_per_s, args.burst)
     metrics_address = _host_and_port(args.metrics) if args.metrics else None
     tls = server_tls(args.tls_cert, args.tls_key, args.tls_client_ca)
@@ -139,10 +154,17 @@ def _serve(args: Any, closing: contextlib.ExitStack) -> None:
         )
     open_bundle = functools.partial(Bundle.load, num_threads=args.num_threads)
     bundle = open_bundle(bundle_to_serve(args.bundle))
+    other_bundles = {
+        name: open_bundle(resolve_bundle(path))
+        for name, path in ((OTHER, args.other), (SHADOW, args.shadow))
+        if path
+    }
     policies = PolicyFiles(args.policies) if args.policies else None
     served_policies = policies.load() if policies else None
     if args.check:
         pipeline = prepared(bundle, served_policies)
+        for one in other_bundles.values():
+            prepared(one, served_policies)
         log_policies(pipeline, str(args.policies or bundle.path))
         stderr.print(f"events: {_check_events(args.events, args.redis_url)}", markup=False)
         stderr.print(f"bundle {bundle.version} could be served", markup=False)
@@ -151,6 +173,7 @@ def _serve(args: Any, closing: contextlib.ExitStack) -> None:
     events = _event_store(args.events, args.redis_url)
     closing.callback(events.close)
     pipeline = prepared(bundle, served_policies, events)
+    others = {name: prepared(one, served_policies, events) for name, one in other_bundles.items()}
     log_policies(pipeline, str(args.policies or bundle.path))
     metrics = Metrics()
     ready = {"bundle": bundle.version}
@@ -182,6 +205,8 @@ def _serve(args: Any, closing: contextlib.ExitStack) -> None:
         rate_limit=rate_limit,
         tls=tls,
         metrics=metrics,
+        others=others,
+        share=args.share,
     )
     del pipeline
     asyncio.run(serving)

@@ -117,6 +117,7 @@ class RecommendationPipeline:
         """
         self.bundle = bundle
         self.events = events
+        self.variant = ""  # another name where another bundle is served to others
         self.costs = StageCosts()
         settings = bundle.manifest["pipeline"]
         check_settings(settings)
@@ -240,7 +241,7 @@ class RecommendationPipeline:
         _check_limit(limit)
         if not 1 <= item_row <= self.bundle.catalog.num_items:
             raise ValueError(f"item_row is {item_row}; expected 1 to {self.bundle.catalog.num_items}")
-        trace = Trace(self.bundle.version, budget=budget or Budget(None), costs=self.costs)
+        trace = Trace(self.bundle.version, self.variant, budget=budget or Budget(None), costs=self.costs)
         request = Request(now_ms=self.query(NOBODY, now).now if self.has_clock else None, context=context)
         ask = _Ask(policy or self.policy(), request)
         eligible = trace.run(
@@ -451,6 +452,7 @@ class RecommendationPipeline:
     def _trace(self, visitor: Visitor, budget: Budget | None) -> Trace:
         return Trace(
             self.bundle.version,
+            self.variant,
             visitor_kind=visitor.kind,
             unknown_user=visitor.is_unknown_user,
             num_unknown_history_items=visitor.num_unknown_items,

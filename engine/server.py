@@ -12,9 +12,10 @@ import contextvars
 import logging
 import signal
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import grpc
@@ -33,6 +34,7 @@ from engine.policy_files import PolicyFiles
 from engine.telemetry import LimitedLog, Metrics, StageTime, Tracing, read_request_id, request_id
 from engine.tls import ServerTls
 from engine.trace import Trace
+from engine.variants import OTHER, SHADOW, Shadow, Split
 from protos.trirank.v1 import recommender_pb2 as pb
 from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
 from reranking.policy import Policies, PolicyError
@@ -48,6 +50,7 @@ SERVICE = pb.DESCRIPTOR.services_by_name["RecommenderService"].full_name
 STATUSES = health_pb2.HealthCheckResponse
 # Requests for each worker that may be under way before the limit has measured anything: room for a burst.
 INITIAL_LIMIT = 8
+NO_OTHERS: Mapping[str, RecommendationPipeline] = MappingProxyType({})
 ROLE_OF = {"RecordEvents": "client"}  # of an API key; all other calls are for readers
 
 
@@ -92,7 +95,7 @@ Call = Callable[[RecommendationPipeline, Request, Budget], Reply[Response]]
 
 
 class RecommenderService(pb_grpc.RecommenderServiceServicer):
-    """The calls. `pipeline` may be replaced at any time: a request keeps the one it began with."""
+    """The calls. `pipelines` may be replaced at any time: a request keeps those it began with."""
 
     def __init__(
         self,
@@ -102,8 +105,10 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         limit: ConcurrencyLimit | None = None,
         keys: ApiKeys | None = None,
         rate_limit: RateLimit | None = None,
-        metrics: Metrics | None = None,
+    Q| None = None,
         policies: Policies | None = None,
+        others: Mapping[str, RecommendationPipeline] = NO_OTHERS,
+        share: float = 0.0,
     ) -> None:
         """Begin to answer.
 
@@ -115,8 +120,10 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
             rate_limit: of each caller who has none by the key; None for no limit.
             metrics: where calls are counted.
             policies: those that the pipeline has instead of its bundle's own; the next bundle gets them too.
+            others: pipelines of other bundles, by their names in engine/variants.py.
+            share: of the users whom the pipeline OTHER answers.
         """
-        self.pipeline = pipeline
+        self.pipelines: Mapping[str, RecommendationPipeline] = {"": pipeline, **others}
         self.keys = keys
         self.policies = policies
         self.limit = limit or ConcurrencyLimit(min_limit=1)
@@ -126,7 +133,25 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         self._tracing = Tracing()
         self.metrics.in_flight.set_function(lambda: self.limit.in_flight)
         self.metrics.concurrency_limit.set_function(lambda: self.limit.limit)
-        self.metrics.bundle_info.labels(pipeline.bundle.version, "").set(1)
+        for name, one in self.pipelines.items():
+            one.variant = name
+            self.metrics.bundle_info.labels(one.bundle.version, name).set(1)
+        self._split = Split(share, others[OTHER].bundle.version) if OTHER in others else None
+        self._shadow = Shadow(self.metrics) if SHADOW in others else None
+
+    @property
+    def pipeline(self) -> RecommendationPipeline:
+        """That of the bundle that is served."""
+        return self.pipelines[""]
+
+    @pipeline.setter
+    def pipeline(self, pipeline: RecommendationPipeline) -> None:
+        self.pipelines = {**self.pipelines, "": pipeline}
+
+    def close(self) -> None:
+        """Give back what the service has begun."""
+        if self._shadow:
+            self._shadow.close()
 
     def use(self, pipeline: RecommendationPipeline) -> None:
         """Answer from another bundle from now on."""
@@ -138,19 +163,19 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         self, request: pb.RecommendRequest, context: pb_grpc._ServicerContext
     ) -> pb.RecommendResponse:
         """See recommender.proto."""
-        return await self._answer("Recommend", context, lambda: self._run(recommend, request, context))
+        return await self._answer("Recommend", context, lambda: self._recommend(request, context))
 
     async def SimilarItems(  # noqa: N802
         self, request: pb.SimilarItemsRequest, context: pb_grpc._ServicerContext
     ) -> pb.SimilarItemsResponse:
         """See recommender.proto."""
-        return await self._answer("SimilarItems", context, lambda: self._run(similar_items, request, context))
+        return await self._answer("SimilarItems", context, lambda: self._similar(request, context))
 
     async def Rank(  # noqa: N802
         self, request: pb.RankRequest, context: pb_grpc._ServicerContext
     ) -> pb.RankResponse:
         """See recommender.proto."""
-        return await self._answer("Rank", context, lambda: self._run(rank, request, context))
+        return await self._answer("Rank", context, lambda: self._rank(request, context))
 
     async def RecordEvents(  # noqa: N802
         self, request: pb.RecordEventsRequest, context: pb_grpc._ServicerContext
@@ -205,15 +230,45 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
             raise ForbiddenError(f"the API key has the role {key.role}; expected {role} for this call")
         self._rates.check(key.id, key.rate_limit)
 
+    def _pipeline_for(self, visitor: pb.Visitor) -> RecommendationPipeline:
+        """Return the pipeline that answers a visitor: always the same for a user, as long as it is there."""
+        if self._split is None:
+            return self.pipeline
+        who = visitor.user_id or str(messages.visitor_number(visitor))
+        return self.pipelines[OTHER if self._split.takes(who) else ""]
+
+    async def _recommend(
+        self, request: pb.RecommendRequest, context: pb_grpc._ServicerContext
+    ) -> Reply[pb.RecommendResponse]:
+        reply = await self._run(recommend, self._pipeline_for(request.visitor), request, context)
+        if self._shadow:
+            shadow = self.pipelines[SHADOW]
+            self._shadow.offer(lambda: recommend(shadow, request, Budget(None)).response, reply.response)
+        return reply
+
+    async def _similar(
+        self, request: pb.SimilarItemsRequest, context: pb_grpc._ServicerContext
+    ) -> Reply[pb.SimilarItemsResponse]:
+        return await self._run(similar_items, self.pipeline, request, context)
+
+    async def _rank(
+        self, request: pb.RankRequest, context: pb_grpc._ServicerContext
+    ) -> Reply[pb.RankResponse]:
+        return await self._run(rank, self._pipeline_for(request.visitor), request, context)
+
     async def _run(
-        self, call: Call[Request, Response], request: Request, context: pb_grpc._ServicerContext
+        self,
+        call: Call[Request, Response],
+        pipeline: RecommendationPipeline,
+        request: Request,
+        context: pb_grpc._ServicerContext,
     ) -> Reply[Response]:
         """Run a call in the pool. Its place is free when the thread is done, not when the caller has gone."""
         permit = self.limit.admit()
         budget = Budget(context.time_remaining())
         loop = asyncio.get_running_loop()
         scope = contextvars.copy_context()
-        job = self._pool.submit(scope.run, _begin, call, self.pipeline, request, budget)
+        job = self._pool.submit(scope.run, _begin, call, pipeline, request, budget)
         job.add_done_callback(lambda done: loop.call_soon_threadsafe(_give_back, permit, done))
         try:
             return await asyncio.wrap_future(job)  # cancelled with it while it waits for a thread
@@ -257,6 +312,7 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         attributes = {"request_id": request_id.get(), "code": code.name}
         if trace:
             attributes["bundle"] = trace.bundle_version
+            attributes["variant"] = trace.variant
         texts = {name: value for name, value in metadata if isinstance(value, str)}
         self._tracing.record(method, began_s, ended_s, stages, attributes=attributes, metadata=texts)
 
@@ -410,6 +466,8 @@ async def serve(
     rate_limit: RateLimit | None = None,
     tls: ServerTls | None = None,
     metrics: Metrics | None = None,
+    others: Mapping[str, RecommendationPipeline] = NO_OTHERS,
+    share: float = 0.0,
 ) -> None:
     """Answer requests until SIGTERM or SIGINT, then finish what is under way and return.
 
@@ -429,6 +487,8 @@ async def serve(
         rate_limit: of each caller who has none by the key; None for no limit.
         tls: None for a connection in the clear.
         metrics: where calls are counted.
+        others: pipelines of other bundles, by their names in engine/variants.py.
+        share: of the users whom the pipeline OTHER answers.
 
     Raises:
         AddressError: the address is taken, or is none.
@@ -450,6 +510,8 @@ async def serve(
             rate_limit=rate_limit,
             metrics=metrics,
             policies=policies.current if policies else None,
+            others=others,
+            share=share,
         )
         del pipeline  # or it would stay in memory when another has replaced it
         pb_grpc.add_RecommenderServiceServicer_to_server(service, server)
@@ -493,5 +555,6 @@ async def serve(
         logger.info("draining: no new requests, up to %g s for those under way", drain_s)
         await servicer.enter_graceful_shutdown()
         await server.stop(drain_s)
+        service.close()
         for follower in followers:
             follower.cancel()

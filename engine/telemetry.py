@@ -84,6 +84,21 @@ class Metrics:
         )
         self.bundle_info = Gauge("bundle_info", "1 for each bundle in use", ["version", "variant"], **options)
         self.bundle_swaps = Counter("bundle_swaps", "New bundles: swapped or refused", ["result"], **options)
+        self.shadow = Counter(
+            "shadow",
+            "Requests offered to the shadow: answered, degraded, failed, left out",
+            ["result"],
+            **options,
+        )
+        self.shadow_seconds = Histogram(
+            "shadow_seconds", "An answer of the shadow", buckets=BUCKETS, **options
+        )
+        self.shadow_overlap = Histogram(
+            "shadow_overlap",
+            "Share of the shown items that the shadow's slate has too",
+            buckets=[tenths / 10 for tenths in range(11)],
+            **options,
+        )
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
 

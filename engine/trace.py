@@ -52,6 +52,7 @@ class Trace:
     """What happened to one request, stage by stage."""
 
     bundle_version: str
+    variant: str = ""  # of the pipeline (engine/variants.py)
     visitor_kind: VisitorKind = VisitorKind.UNSPECIFIED
     unknown_user: bool = False  # a user id was given, and the bundle does not know it
     num_unknown_history_items: int = 0

@@ -331,6 +331,7 @@ async def serve_in_process(
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             yield Served(service, channel)
         await server.stop(None)
+        service.close()
 
 
 @pytest.fixture(scope="session")

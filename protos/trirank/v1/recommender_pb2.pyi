@@ -454,6 +454,7 @@ class Trace(_message.Message):
     IGNORED_CONTEXT_KEYS_FIELD_NUMBER: _builtins.int
     RELAXED_RULES_FIELD_NUMBER: _builtins.int
     UNKNOWN_USER_FIELD_NUMBER: _builtins.int
+    VARIANT_FIELD_NUMBER: _builtins.int
     bundle_version: _builtins.str
     visitor_kind: Global___VisitorKind.ValueType
     total_us: _builtins.int
@@ -461,6 +462,8 @@ class Trace(_message.Message):
     """Events of the request's history whose item is not in the catalog; they were ignored."""
     unknown_user: _builtins.bool
     """A user_id was given that the bundle does not know: treated as a new visitor."""
+    variant: _builtins.str
+    """"other" for a user who belongs to the share that another bundle answers (A/B); else empty."""
     @_builtins.property
     def degraded_stages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Stages that failed, were cut short or were skipped; the answer is what the stages before them gave.
@@ -490,10 +493,11 @@ class Trace(_message.Message):
         ignored_context_keys: _abc.Iterable[_builtins.str] | None = ...,
         relaxed_rules: _abc.Iterable[_builtins.str] | None = ...,
         unknown_user: _builtins.bool = ...,
+        variant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_version", b"bundle_version", "degraded_stages", b"degraded_stages", "ignored_context_keys", b"ignored_context_keys", "num_unknown_history_items", b"num_unknown_history_items", "relaxed_rules", b"relaxed_rules", "timings", b"timings", "total_us", b"total_us", "unknown_user", b"unknown_user", "visitor_kind", b"visitor_kind"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_version", b"bundle_version", "degraded_stages", b"degraded_stages", "ignored_context_keys", b"ignored_context_keys", "num_unknown_history_items", b"num_unknown_history_items", "relaxed_rules", b"relaxed_rules", "timings", b"timings", "total_us", b"total_us", "unknown_user", b"unknown_user", "variant", b"variant", "visitor_kind", b"visitor_kind"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
