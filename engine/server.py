@@ -105,7 +105,7 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         limit: ConcurrencyLimit | None = None,
         keys: ApiKeys | None = None,
         rate_limit: RateLimit | None = None,
-    Q| None = None,
+        metrics: Metrics | None = None,
         policies: Policies | None = None,
         others: Mapping[str, RecommendationPipeline] = NO_OTHERS,
         share: float = 0.0,
