@@ -27,9 +27,11 @@ from engine.event_store import EventStore, LocalEventStore, MemoryEventStore
 from engine.following import log_policies, prepared
 from engine.policy_files import PolicyFiles
 from engine.server import serve as run_server
+from engine.shared_events import SharedEventStore
 from engine.telemetry import Metrics, log_as_json
 from engine.tls import server_tls
 from engine.variants import OTHER, SHADOW, Split
+from engine.workers import supervise, told
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ def serve(argv: list[str]) -> int:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         with contextlib.ExitStack() as closing:
-            _serve(args, closing)
+            _serve(args, argv, closing)
     except (ValueError, OSError) as error:  # such as a BundleError, a PolicyError, an AddressError
         return fail(str(error), 2)
     return 0
@@ -68,6 +70,12 @@ def _serve_parser() -> ArgumentParser:
         help="requests that are worked on at once (default: the number of cores)",
     )
     add("--num_threads", type=int, default=1, help="threads of the ranker, and of an index, for one request")
+    add(
+        "--num_processes",
+        type=int,
+        default=1,
+        help="servers on one port, each with its workers; the metrics of the second are at the next port",
+    )
     add(
         "--policies",
         type=Path | None,
@@ -135,13 +143,14 @@ def _serve_parser() -> ArgumentParser:
     return parser
 
 
-def _serve(args: Any, closing: contextlib.ExitStack) -> None:
-    for name in ("num_workers", "num_threads"):
+def _serve(args: Any, argv: list[str], closing: contextlib.ExitStack) -> None:
+    for name in ("num_workers", "num_threads", "num_processes"):
         if args[name] < 1:
             raise ValueError(f"{name} is {args[name]}; expected at least 1")
     Split(args.share, "")  # raises where it is none
     rate_limit = _rate_limit(args.requests_per_s, args.burst)
-    metrics_address = _host_and_port(args.metrics) if args.metrics else None
+    if args.metrics:
+        _host_and_port("metrics", args.metrics)
     tls = server_tls(args.tls_cert, args.tls_key, args.tls_client_ca)
     if tls:
         tls.credentials()
@@ -152,6 +161,11 @@ def _serve(args: Any, closing: contextlib.ExitStack) -> None:
         raise ValueError(
             "redis_url is given without events; expected a directory too, for what Redis does not have yet"
         )
+    worker = told()
+    if args.num_processes > 1 and worker is None and not args.check:
+        _serve_from_many(args, argv, closing)
+        return
+    address, metrics_address = (worker.address, worker.metrics) if worker else (args.address, args.metrics)
     open_bundle = functools.partial(Bundle.load, num_threads=args.num_threads)
     bundle = open_bundle(bundle_to_serve(args.bundle))
     other_bundles = {
@@ -170,7 +184,7 @@ def _serve(args: Any, closing: contextlib.ExitStack) -> None:
         stderr.print(f"bundle {bundle.version} could be served", markup=False)
         return
 
-    events = _event_store(args.events, args.redis_url)
+    events = SharedEventStore(worker.events) if worker else _event_store(args.events, args.redis_url)
     closing.callback(events.close)
     pipeline = prepared(bundle, served_policies, events)
     others = {name: prepared(one, served_policies, events) for name, one in other_bundles.items()}
@@ -178,7 +192,7 @@ def _serve(args: Any, closing: contextlib.ExitStack) -> None:
     metrics = Metrics()
     ready = {"bundle": bundle.version}
     if metrics_address:
-        host, port = metrics_address
+        host, port = _host_and_port("metrics", metrics_address)
         port, stop = metrics.serve(port, host)
         closing.callback(stop)
         ready["metrics"] = f"{host}:{port}"
@@ -194,7 +208,7 @@ def _serve(args: Any, closing: contextlib.ExitStack) -> None:
     del bundle
     serving = run_server(
         pipeline,
-        args.address,
+        address,
         num_workers=args.num_workers,
         drain_s=args.drain_s,
         on_ready=on_ready,
@@ -207,9 +221,26 @@ def _serve(args: Any, closing: contextlib.ExitStack) -> None:
         metrics=metrics,
         others=others,
         share=args.share,
+        reuse_port=worker is not None,
     )
     del pipeline
     asyncio.run(serving)
+
+
+def _serve_from_many(args: Any, argv: list[str], closing: contextlib.ExitStack) -> None:
+    """Have several processes answer, which ask this one for recorded events."""
+    address = _host_and_port("address", args.address)
+    metrics_address = _host_and_port("metrics", args.metrics) if args.metrics else None
+    events = _event_store(args.events, args.redis_url)
+    closing.callback(events.close)
+
+    def on_ready(ready: dict[str, Any]) -> None:
+        processes = f"{args.num_processes} processes"
+        stderr.print(f"listening on {ready['address']}, bundle {ready['bundle']}, {processes}", markup=False)
+        if args.json:
+            print(json.dumps(ready), flush=True)
+
+    supervise(argv, address, metrics_address, args.num_processes, events, on_ready)
 
 
 def _rate_limit(per_s: float | None, burst: float | None) -> RateLimit | None:
@@ -220,10 +251,10 @@ def _rate_limit(per_s: float | None, burst: float | None) -> RateLimit | None:
     return RateLimit(per_s, max(1.0, per_s) if burst is None else burst)
 
 
-def _host_and_port(address: str) -> tuple[str, int]:
+def _host_and_port(name: str, address: str) -> tuple[str, int]:
     host, colon, port = address.rpartition(":")
     if not (colon and host and port.isdecimal() and int(port) < 65536):
-        raise ValueError(f"metrics is {address!r}; expected host:port")
+        raise ValueError(f"{name} is {address!r}; expected host:port")
     return host, int(port)
 
 

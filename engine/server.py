@@ -468,6 +468,7 @@ async def serve(
     metrics: Metrics | None = None,
     others: Mapping[str, RecommendationPipeline] = NO_OTHERS,
     share: float = 0.0,
+    reuse_port: bool = False,
 ) -> None:
     """Answer requests until SIGTERM or SIGINT, then finish what is under way and return.
 
@@ -489,6 +490,7 @@ async def serve(
         metrics: where calls are counted.
         others: pipelines of other bundles, by their names in engine/variants.py.
         share: of the users whom the pipeline OTHER answers.
+        reuse_port: whether other servers may listen on the same port.
 
     Raises:
         AddressError: the address is taken, or is none.
@@ -498,8 +500,8 @@ async def serve(
         server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", messages.MAX_MESSAGE_BYTES),
-                # Without this two servers may share a port on Linux, each with a part of the requests.
-                ("grpc.so_reuseport", 0),
+                # Two servers that share a port by mistake would each get a part of the requests.
+                ("grpc.so_reuseport", int(reuse_port)),
             ]
         )
         service = RecommenderService(
