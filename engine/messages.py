@@ -259,26 +259,32 @@ def write_trace(trace: Trace, context: Iterable[str] = ()) -> pb.Trace:
         trace: what the pipeline recorded.
         context: the context keys of the request that nobody read.
     """
-    return pb.Trace(
+    written = pb.Trace(
         bundle_version=trace.bundle_version,
         visitor_kind=pb.VisitorKind.Value(f"VISITOR_KIND_{trace.visitor_kind.name}"),
         degraded_stages=trace.degraded_stages,
-        timings=[
-            pb.StageTiming(
-                stage=timing.stage,
-                duration_us=timing.duration_us,
-                num_in=timing.num_in,
-                num_out=timing.num_out,
-            )
-            for timing in trace.timings
-        ],
-        total_us=trace.total_us,
         num_unknown_history_items=trace.num_unknown_history_items,
         ignored_context_keys=sorted(context),
         relaxed_rules=trace.relaxed_rules,
         unknown_user=trace.unknown_user,
         variant=trace.variant,
     )
+    written.MergeFrom(write_times(trace))
+    return written
+
+
+def write_times(trace: Trace) -> pb.Trace:
+    """Return the part of a trace that says how long things took."""
+    timings = [
+        pb.StageTiming(
+            stage=timing.stage,
+            duration_us=timing.duration_us,
+            num_in=timing.num_in,
+            num_out=timing.num_out,
+        )
+        for timing in trace.timings
+    ]
+    return pb.Trace(timings=timings, total_us=trace.total_us)
 
 
 def write_recorded(recorded: Recorded) -> pb.RecordEventsResponse:

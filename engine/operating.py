@@ -26,6 +26,7 @@ from engine.event_log import EventLog, LogInUseError
 from engine.event_store import EventStore, LocalEventStore, MemoryEventStore
 from engine.following import log_policies, prepared
 from engine.policy_files import PolicyFiles
+from engine.response_cache import ResponseCache
 from engine.server import serve as run_server
 from engine.shared_events import SharedEventStore
 from engine.telemetry import Metrics, log_as_json
@@ -82,6 +83,13 @@ def _serve_parser() -> ArgumentParser:
         default=None,
         help="policies instead of the bundle's own: a YAML file, or a directory of such files; "
         "what changes is loaded again, at once on SIGHUP",
+    )
+    add(
+        "--cache_s",
+        type=float,
+        default=0.0,
+        help="seconds for which the same question gets the same slate again, unless there is a new event, "
+        "bundle or policy (default: none)",
     )
     add(
         "--other",
@@ -148,6 +156,8 @@ def _serve(args: Any, argv: list[str], closing: contextlib.ExitStack) -> None:
         if args[name] < 1:
             raise ValueError(f"{name} is {args[name]}; expected at least 1")
     Split(args.share, "")  # raises where it is none
+    if args.cache_s < 0:
+        raise ValueError(f"cache_s is {args.cache_s}; expected 0 or more")
     rate_limit = _rate_limit(args.requests_per_s, args.burst)
     if args.metrics:
         _host_and_port("metrics", args.metrics)
@@ -221,6 +231,7 @@ def _serve(args: Any, argv: list[str], closing: contextlib.ExitStack) -> None:
         metrics=metrics,
         others=others,
         share=args.share,
+        cache=ResponseCache(args.cache_s) if args.cache_s else None,
         reuse_port=worker is not None,
     )
     del pipeline

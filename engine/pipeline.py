@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -91,6 +92,7 @@ class Filters:
 NO_FILTERS = Filters()
 NO_CONTEXT: Mapping[str, str] = MappingProxyType({})
 NOBODY = Visitor(EMPTY_HISTORY)
+NUMBERS = itertools.count()  # of pipelines: no two of a process are taken for each other
 
 
 class Answer(NamedTuple):
@@ -119,6 +121,7 @@ class RecommendationPipeline:
         self.events = events
         self.variant = ""  # another name where another bundle is served to others
         self.costs = StageCosts()
+        self.number = next(NUMBERS)
         settings = bundle.manifest["pipeline"]
         check_settings(settings)
         self.sources, self.quotas = sources_from_config(settings["sources"], bundle)
@@ -139,6 +142,7 @@ class RecommendationPipeline:
         """
         other = copy.copy(self)
         other.reranker = Reranker(policies, self.reranker.facts)
+        other.number = next(NUMBERS)
         return other
 
     def policy(self, name: str = "", overrides: Mapping[str, float] | None = None) -> Policy:
@@ -183,7 +187,7 @@ class RecommendationPipeline:
             explain: whether to work out the reasons (trace.arrangement.explanation).
         """
         _check_limit(limit)
-        trace = self._trace(visitor, budget)
+        trace = self.begin_trace(visitor, budget)
         query = self.query(visitor, now)
         num_items = self.bundle.catalog.num_items
         request = Request(now_ms=query.now if self.has_clock else None, seed=seed, context=context)
@@ -265,7 +269,7 @@ class RecommendationPipeline:
 
         Where time is short, the most popular are scored and stand before the others.
         """
-        trace = self._trace(visitor, budget)
+        trace = self.begin_trace(visitor, budget)
         popularity = self.bundle.catalog.popularity[candidates].astype(np.float32)
         asked = ItemList(candidates, popularity, np.full(len(candidates), "caller"))
         by_popularity = asked.ordered_by(popularity, len(asked)).items
@@ -449,7 +453,8 @@ class RecommendationPipeline:
         found = ranked.items.followed_by(ranked.reserve).followed_by(pins)
         return found.take(np.array([(found.rows == row).argmax() for row in arranged.rows], np.int64))
 
-    def _trace(self, visitor: Visitor, budget: Budget | None) -> Trace:
+    def begin_trace(self, visitor: Visitor, budget: Budget | None = None) -> Trace:
+        """Return the trace of a request that begins with what is known of the visitor."""
         return Trace(
             self.bundle.version,
             self.variant,

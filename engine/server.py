@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import logging
 import signal
 import time
@@ -31,6 +32,7 @@ from engine.event_store import StoreUnavailableError
 from engine.following import follow_bundles, follow_keys, follow_policies
 from engine.pipeline import RecommendationPipeline
 from engine.policy_files import PolicyFiles
+from engine.response_cache import ResponseCache
 from engine.telemetry import LimitedLog, Metrics, StageTime, Tracing, read_request_id, request_id
 from engine.tls import ServerTls
 from engine.trace import Trace
@@ -109,6 +111,7 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         policies: Policies | None = None,
         others: Mapping[str, RecommendationPipeline] = NO_OTHERS,
         share: float = 0.0,
+        cache: ResponseCache | None = None,
     ) -> None:
         """Begin to answer.
 
@@ -122,6 +125,7 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
             policies: those that the pipeline has instead of its bundle's own; the next bundle gets them too.
             others: pipelines of other bundles, by their names in engine/variants.py.
             share: of the users whom the pipeline OTHER answers.
+            cache: of slates; None to make each anew.
         """
         self.pipelines: Mapping[str, RecommendationPipeline] = {"": pipeline, **others}
         self.keys = keys
@@ -129,6 +133,7 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         self.limit = limit or ConcurrencyLimit(min_limit=1)
         self.metrics = metrics or Metrics()
         self._pool = pool
+        self._cache = cache
         self._rates = RateLimiter(rate_limit)
         self._tracing = Tracing()
         self.metrics.in_flight.set_function(lambda: self.limit.in_flight)
@@ -240,7 +245,8 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
     async def _recommend(
         self, request: pb.RecommendRequest, context: pb_grpc._ServicerContext
     ) -> Reply[pb.RecommendResponse]:
-        reply = await self._run(recommend, self._pipeline_for(request.visitor), request, context)
+        call = functools.partial(recommend, cache=self._cache)
+        reply = await self._run(call, self._pipeline_for(request.visitor), request, context)
         if self._shadow:
             shadow = self.pipelines[SHADOW]
             self._shadow.offer(lambda: recommend(shadow, request, Budget(None)).response, reply.response)
@@ -359,9 +365,12 @@ def _refusal(error: Exception) -> Refusal:
 
 
 def recommend(
-    pipeline: RecommendationPipeline, request: pb.RecommendRequest, budget: Budget
+    pipeline: RecommendationPipeline,
+    request: pb.RecommendRequest,
+    budget: Budget,
+    cache: ResponseCache | None = None,
 ) -> Reply[pb.RecommendResponse]:
-    """Answer Recommend."""
+    """Answer Recommend, from the cache where it has the answer."""
     limit = messages.read_limit(request, pipeline.default_limit)
     user_id, events = messages.read_visitor(request.visitor)
     context = messages.read_context(request.visitor.context)
@@ -371,6 +380,11 @@ def recommend(
 
     catalog = pipeline.bundle.catalog
     visitor = pipeline.resolve_visitor(user_id, events)
+    key = None
+    if cache and not (visitor.is_degraded or request.explain):
+        key = cache.key(pipeline, request, visitor)
+        if found := cache.get(key):
+            return _again(found, pipeline.begin_trace(visitor, budget))
     items, trace = pipeline.recommend(
         visitor,
         limit,
@@ -389,6 +403,18 @@ def recommend(
         trace=messages.write_trace(trace, context.keys() - policy.context_keys),
         arrangement=messages.write_arrangement(trace.arrangement, catalog),
     )
+    if cache and key and not trace.degraded_stages:
+        cache.put(key, response)
+    return Reply(response, trace)
+
+
+def _again(found: pb.RecommendResponse, trace: Trace) -> Reply[pb.RecommendResponse]:
+    """Return an answer of the cache, with the times of this request."""
+    trace.run("cache", lambda: found.items, num_in=len(found.items))
+    response = pb.RecommendResponse()
+    response.CopyFrom(found)
+    del response.trace.timings[:]
+    response.trace.MergeFrom(messages.write_times(trace))
     return Reply(response, trace)
 
 
@@ -468,6 +494,7 @@ async def serve(
     metrics: Metrics | None = None,
     others: Mapping[str, RecommendationPipeline] = NO_OTHERS,
     share: float = 0.0,
+    cache: ResponseCache | None = None,
     reuse_port: bool = False,
 ) -> None:
     """Answer requests until SIGTERM or SIGINT, then finish what is under way and return.
@@ -490,6 +517,7 @@ async def serve(
         metrics: where calls are counted.
         others: pipelines of other bundles, by their names in engine/variants.py.
         share: of the users whom the pipeline OTHER answers.
+        cache: of slates; None to make each anew.
         reuse_port: whether other servers may listen on the same port.
 
     Raises:
@@ -514,6 +542,7 @@ async def serve(
             policies=policies.current if policies else None,
             others=others,
             share=share,
+            cache=cache,
         )
         del pipeline  # or it would stay in memory when another has replaced it
         pb_grpc.add_RecommenderServiceServicer_to_server(service, server)
