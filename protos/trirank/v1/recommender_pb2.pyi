@@ -417,7 +417,7 @@ class StageTiming(_message.Message):
     NUM_OUT_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
     """A name with a dot is a part of the stage before the dot, whose time includes it:
-    "retrieval.popular".
+    "retrieval.popular". "history": recorded events were asked for; "cache": the slate was made before.
     """
     duration_us: _builtins.int
     num_in: _builtins.int
