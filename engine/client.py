@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -12,11 +13,15 @@ from engine.messages import MAX_MESSAGE_BYTES
 from protos.trirank.v1 import recommender_pb2 as pb
 from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
 
+# What clients of all languages should do: balance, and retry. Every call may be made twice.
+SERVICE_CONFIG = Path(pb.__file__).parent / "service_config.json"
+
 
 class RecommenderClient:
     """A connection to `trirank serve`; close it, or use it in a `with` block.
 
     Every call raises grpc.RpcError, whose code() and details() say what went wrong.
+    Calls go to all addresses that a name has in turn, and a call that is UNAVAILABLE is made up to three times.
     """
 
     def __init__(
@@ -38,6 +43,7 @@ class RecommenderClient:
         options = [
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.service_config", SERVICE_CONFIG.read_text(encoding="utf-8")),
         ]
         self._channel = (
             grpc.secure_channel(address, credentials, options=options)

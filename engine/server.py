@@ -200,7 +200,8 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         request_id.set(read_request_id(metadata))
         named = (("x-request-id", request_id.get()),)
         context.set_trailing_metadata(named)
-        code, reason, trace = grpc.StatusCode.CANCELLED, "", None  # unless it ends otherwise
+        code, reason = grpc.StatusCode.CANCELLED, ""  # unless it ends otherwise
+        trace: Trace | None = None
         try:
             try:
                 self._check_caller(ROLE_OF.get(method, "reader"), metadata, context.peer())
@@ -309,16 +310,18 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
             self.metrics.observe_refusal(method, code.name, reason)
             return
         ended_s = time.perf_counter()
-        stages = [
-            StageTime(one.stage, one.began_s, one.ended_s, one.stage in trace.degraded_stages)
-            for one in (trace.timings if trace else ())
-            if trace
-        ]
+        stages = (
+            []
+            if trace is None
+            else [
+                StageTime(one.stage, one.began_s, one.ended_s, one.stage in trace.degraded_stages)
+                for one in trace.timings
+            ]
+        )
         self.metrics.observe_request(method, code.name, ended_s - began_s, stages)
         attributes = {"request_id": request_id.get(), "code": code.name}
         if trace:
-            attributes["bundle"] = trace.bundle_version
-            attributes["variant"] = trace.variant
+            attributes |= {"bundle": trace.bundle_version, "variant": trace.variant}
         texts = {name: value for name, value in metadata if isinstance(value, str)}
         self._tracing.record(method, began_s, ended_s, stages, attributes=attributes, metadata=texts)
 

@@ -293,8 +293,9 @@ def start_process() -> Callable[..., Any]:
 class Served:
     """A service in the test's own loop, and a client that speaks to it."""
 
-    def __init__(self, service: RecommenderService, channel: grpc.aio.Channel) -> None:
+    def __init__(self, service: RecommenderService, channel: grpc.aio.Channel, address: str) -> None:
         self.service = service
+        self.address = address
         self.channel = channel
         self.stub: Any = pb_grpc.RecommenderServiceStub(channel)  # type: ignore[arg-type]
 
@@ -328,8 +329,9 @@ async def serve_in_process(
         await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield Served(service, channel)
+        address = f"127.0.0.1:{port}"
+        async with grpc.aio.insecure_channel(address) as channel:
+            yield Served(service, channel, address)
         await server.stop(None)
         service.close()
 

@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from engine.admission import ConcurrencyLimit, RateLimit
 from engine.bundle import Bundle
-from engine.client import visitor
+from engine.client import RecommenderClient, visitor
 from engine.deadline import AbandonedError, Budget
 from engine.event_store import MemoryEventStore, Recorded, StoreUnavailableError, UserEvent
 from engine.pipeline import Event, RecommendationPipeline, Visitor
@@ -346,7 +346,8 @@ def test_metrics_logs_and_spans_of_real_requests(
     asyncio.run(scene())
     method, began_s, ended_s, stages, options = recorded[0]
     assert method == "Recommend"
-    assert options["attributes"] == {"request_id": "id-loyal", "code": "OK", "bundle": bundle.version}
+    expected = {"request_id": "id-loyal", "code": "OK", "bundle": bundle.version, "variant": ""}
+    assert options["attributes"] == expected
     assert options["metadata"]["traceparent"] == "t"
     assert [stage.stage for stage in stages if "." not in stage.stage] == [
         "history",
@@ -392,3 +393,29 @@ def test_the_request_s_id_reaches_the_threads_of_the_pool(bundle: Bundle, served
         ("asked by loyal", "id-loyal"),
         ("asked by reader", "id-reader"),
     }
+
+
+def test_the_client_asks_again_where_that_helps(bundle: Bundle, served: Any) -> None:
+    class Hiccup(MemoryEventStore):
+        num_asked = 0
+
+        def record(self, events: Sequence[UserEvent]) -> Future[Recorded]:
+            self.num_asked += 1
+            if self.num_asked == 1:
+                raise StoreUnavailableError("in a moment")
+            return super().record(events)
+
+    async def scene() -> None:
+        store = Hiccup()
+        async with served(RecommendationPipeline(bundle, events=store)) as shop:
+            address = shop.address
+            event = pb.RecordedEvent(event_id="1", user_id="loyal", item_id="null")
+
+            def record() -> int:
+                with RecommenderClient(address, timeout_s=WAIT_S) as client:
+                    return client.record_events([event]).num_new
+
+            assert await asyncio.to_thread(record) == 1
+            assert store.num_asked == 2
+
+    asyncio.run(scene())
