@@ -139,7 +139,7 @@ def measure(
     num_calls = max(1, round(rate_per_s * load.seconds))
     arrivals = np.cumsum(rng.exponential(1 / rate_per_s, num_calls))
     with _watched(server_pid) as usage, asyncio.Runner(loop_factory=_precise_loop) as runner:
-        outcomes = runner.run(_offer_to(address, requests, arrivals, load))
+        outcomes = runner.run(offer_to(address, requests, arrivals, load))
     return summarize(outcomes, rate_per_s, load, usage)
 
 
@@ -344,9 +344,10 @@ def _server(
             yield found
 
 
-async def _offer_to(
+async def offer_to(
     address: str, requests: Sequence[bytes], arrivals: NDArray[np.float64], load: Load
 ) -> list[Outcome]:
+    """Offer requests to a server (see `offer`), over channels that are all connected before the first."""
     options = [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.use_local_subchannel_pool", 1),  # a connection for each channel

@@ -21,7 +21,7 @@ class RecommenderClient:
     """A connection to `trirank serve`; close it, or use it in a `with` block.
 
     Every call raises grpc.RpcError, whose code() and details() say what went wrong.
-    Calls go to all addresses that a name has in turn, and a call that is UNAVAILABLE is made up to three times.
+    Calls go in turn to all addresses that a name has; one that is UNAVAILABLE is made up to three times.
     """
 
     def __init__(
