@@ -168,7 +168,7 @@ def rank(argv: list[str]) -> int:
 def record(argv: list[str]) -> int:
     """Tell a running server what a user did, so that its next answer knows."""
     parser = ArgumentParser(prog="trirank record", description=record.__doc__)
-    parser.add_argument("items", type=str, nargs="+", help="ids of the items, oldest first")
+    parser.add_argument("item_ids", type=str, nargs="+", help="ids of the items, oldest first")
     parser.add_argument("--user", type=str, required=True, help="user id")
     parser.add_argument(
         "--type", type=str, choices=EVENT_TYPES, default=EVENT_TYPES[0], help="what the user did with them"
@@ -177,7 +177,7 @@ def record(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     events = [
         pb.RecordedEvent(event_id=uuid.uuid4().hex, user_id=args.user, item_id=item, event_type=args.type)
-        for item in args.items
+        for item in args.item_ids
     ]
     return ask(args, lambda client: client.record_events(events), _print_recorded)
 
@@ -345,7 +345,8 @@ def ask(
     if args.json:
         stdout.print_json(data=MessageToDict(response, preserving_proto_field_name=True))
     else:
-        (show or _print_answer)(response)
+        printing: Callable[[Any], None] = show or _print_answer
+        printing(response)
     return 0
 
 

@@ -245,7 +245,9 @@ class RecommendationPipeline:
         _check_limit(limit)
         if not 1 <= item_row <= self.bundle.catalog.num_items:
             raise ValueError(f"item_row is {item_row}; expected 1 to {self.bundle.catalog.num_items}")
-        trace = Trace(self.bundle.version, self.variant, budget=budget or Budget(None), costs=self.costs)
+        trace = Trace(
+            self.bundle.version, variant=self.variant, budget=budget or Budget(None), costs=self.costs
+        )
         request = Request(now_ms=self.query(NOBODY, now).now if self.has_clock else None, context=context)
         ask = _Ask(policy or self.policy(), request)
         eligible = trace.run(
@@ -457,7 +459,7 @@ class RecommendationPipeline:
         """Return the trace of a request that begins with what is known of the visitor."""
         return Trace(
             self.bundle.version,
-            self.variant,
+            variant=self.variant,
             visitor_kind=visitor.kind,
             unknown_user=visitor.is_unknown_user,
             num_unknown_history_items=visitor.num_unknown_items,

@@ -196,7 +196,7 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
     ) -> Response:
         """Let a caller in, do the work, and turn what it raises into the status of the contract."""
         began_s = time.perf_counter()
-        metadata: Metadata = tuple(context.invocation_metadata() or ())  # type: ignore[arg-type]
+        metadata: Metadata = tuple(context.invocation_metadata() or ())
         request_id.set(read_request_id(metadata))
         named = (("x-request-id", request_id.get()),)
         context.set_trailing_metadata(named)
@@ -208,7 +208,8 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
                 response, trace = await work()
             except Exception as error:
                 code, message, reason, hints = _refusal(error)
-                await context.abort(code, message, (*named, *hints))
+                context.set_trailing_metadata((*named, *hints))
+                await context.abort(code, message)
                 raise AssertionError("abort always raises") from error
             code = grpc.StatusCode.OK
             return response
@@ -579,7 +580,12 @@ async def serve(
             follow(lambda hangup: follow_keys(service, keys, hangup))
         if bundles is not None:
             follow(lambda hangup: follow_bundles(service, bundles, open_bundle, hangup))
-        loop.add_signal_handler(signal.SIGHUP, lambda: [hangup.set() for hangup in hangups])
+
+        def hang_up() -> None:
+            for hangup in hangups:
+                hangup.set()
+
+        loop.add_signal_handler(signal.SIGHUP, hang_up)
         await server.start()
         for name in (health.OVERALL_HEALTH, SERVICE):
             await servicer.set(name, STATUSES.SERVING)

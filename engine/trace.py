@@ -52,10 +52,10 @@ class Trace:
     """What happened to one request, stage by stage."""
 
     bundle_version: str
-    variant: str = ""  # of the pipeline (engine/variants.py)
     visitor_kind: VisitorKind = VisitorKind.UNSPECIFIED
     unknown_user: bool = False  # a user id was given, and the bundle does not know it
     num_unknown_history_items: int = 0
+    variant: str = ""  # of the pipeline (engine/variants.py)
     budget: Budget = field(default_factory=lambda: Budget(None))
     costs: StageCosts = field(default_factory=StageCosts)  # of requests before this one
     timings: list[StageTiming] = field(default_factory=list)
