@@ -57,7 +57,9 @@ def told() -> Worker | None:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()  # ends when the other end of the pipe does
+    # Not sys.stdin: its lock, held by this thread, would make the interpreter abort when it ends.
+    while os.read(0, 1024):
+        pass  # until the other end of the pipe is closed
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -317,7 +317,10 @@ class Served:
 
 @asynccontextmanager
 async def serve_in_process(
-    pipeline: RecommendationPipeline, num_threads: int = 2, **options: Any
+    pipeline: RecommendationPipeline,
+    num_threads: int = 2,
+    credentials: grpc.ServerCredentials | None = None,
+    **options: Any,
 ) -> AsyncIterator[Served]:
     with ThreadPoolExecutor(num_threads) as pool:
         service = RecommenderService(pipeline, pool, **options)
@@ -327,7 +330,10 @@ async def serve_in_process(
         servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
-        port = server.add_insecure_port("127.0.0.1:0")
+        if credentials:
+            port = server.add_secure_port("127.0.0.1:0", credentials)
+        else:
+            port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         address = f"127.0.0.1:{port}"
         async with grpc.aio.insecure_channel(address) as channel:
