@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
+import weakref
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 1.0  # how often files are looked at
 TRIAL_HISTORIES = (0, 1, 2, 5, 20, 100)  # events
+WAIT_S, NUM_WAITS = 0.1, 100  # for requests of a bundle that was replaced
 
 
 class Service(Protocol):
@@ -116,7 +119,9 @@ async def follow_bundles(
             if seen == refused:
                 continue
             logger.info("bundle %s is found", path)
+            before = weakref.ref(service.pipeline)
             await _swap(service, path, open_bundle)
+            await _give_memory_back(before)
         except (ValueError, OSError) as error:  # such as a BundleError, a PolicyError
             if (seen or str(error)) != refused:
                 logger.error("bundle %s stays: %s", service.pipeline.bundle.version, error)
@@ -139,6 +144,19 @@ async def _swap(service: Service, path: Path, open_bundle: Callable[[Path], Bund
     service.use(pipeline)
     service.metrics.bundle_swaps.labels("swapped").inc()
     logger.info("bundle %s is served instead of %s", bundle.version, before)
+
+
+async def _give_memory_back(before: weakref.ref[RecommendationPipeline]) -> None:
+    """Wait for the last request of a pipeline, and have the C library return what it held to the system.
+
+    glibc would keep it: after eight bundles of 12,000 items 390 MB instead of 240.
+    """
+    for _ in range(NUM_WAITS):
+        if before() is None:
+            break
+        await asyncio.sleep(WAIT_S)
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        await asyncio.to_thread(ctypes.CDLL(None).malloc_trim, 0)
 
 
 def prepared(
