@@ -194,7 +194,7 @@ def sweep(
     """Measure at rates that rise by a factor until the server saturates or max_rate is passed.
 
     Where `overload` is given, and the server saturates, a last measurement follows at that multiple of the
-    best goodput seen.
+    best goodput seen, unless that is none.
     """
     if start_rate <= 0 or growth <= 1:
         raise ValueError(f"start_rate is {start_rate}, growth {growth}; expected above 0 and above 1")
@@ -203,8 +203,9 @@ def sweep(
     while rate <= max_rate:
         results.append(measure_at(rate))
         if is_saturated(results[-1]):
-            if overload:
-                results.append(measure_at(overload * max(result.goodput_per_s for result in results)))
+            best = max(result.goodput_per_s for result in results)
+            if overload and best:
+                results.append(measure_at(overload * best))
             break
         rate *= growth
     return results
