@@ -20,6 +20,8 @@ from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import grpc
+from google.protobuf import message_factory
+from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -168,31 +170,32 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         self, request: pb.RecommendRequest, context: pb_grpc._ServicerContext
     ) -> pb.RecommendResponse:
         """See recommender.proto."""
-        return await self._answer("Recommend", context, lambda: self._recommend(request, context))
+        return await self._answer("Recommend", request, context, self._recommend)
 
     async def SimilarItems(  # noqa: N802
         self, request: pb.SimilarItemsRequest, context: pb_grpc._ServicerContext
     ) -> pb.SimilarItemsResponse:
         """See recommender.proto."""
-        return await self._answer("SimilarItems", context, lambda: self._similar(request, context))
+        return await self._answer("SimilarItems", request, context, self._similar)
 
     async def Rank(  # noqa: N802
         self, request: pb.RankRequest, context: pb_grpc._ServicerContext
     ) -> pb.RankResponse:
         """See recommender.proto."""
-        return await self._answer("Rank", context, lambda: self._rank(request, context))
+        return await self._answer("Rank", request, context, self._rank)
 
     async def RecordEvents(  # noqa: N802
         self, request: pb.RecordEventsRequest, context: pb_grpc._ServicerContext
     ) -> pb.RecordEventsResponse:
         """See recommender.proto. Needs no thread of the pool, so it takes no place among the requests."""
-        return await self._answer("RecordEvents", context, lambda: self._record(request))
+        return await self._answer("RecordEvents", request, context, self._record)
 
     async def _answer(
         self,
         method: str,
+        request: Request,
         context: pb_grpc._ServicerContext,
-        work: Callable[[], Awaitable[Reply[Response]]],
+        work: Callable[[Request, pb_grpc._ServicerContext], Awaitable[Reply[Response]]],
     ) -> Response:
         """Let a caller in, do the work, and turn what it raises into the status of the contract."""
         began_s = time.perf_counter()
@@ -205,7 +208,9 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         try:
             try:
                 self._check_caller(ROLE_OF.get(method, "reader"), metadata, context.peer())
-                response, trace = await work()
+                if isinstance(request, DecodeError):  # see add_to_server
+                    raise messages.InvalidRequestError("the request", str(request), f"a {method}Request")
+                response, trace = await work(request, context)
             except Exception as error:
                 code, message, reason, hints = _refusal(error)
                 context.set_trailing_metadata((*named, *hints))
@@ -284,7 +289,9 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
             budget.cancel()
             raise
 
-    async def _record(self, request: pb.RecordEventsRequest) -> Reply[pb.RecordEventsResponse]:
+    async def _record(
+        self, request: pb.RecordEventsRequest, context: pb_grpc._ServicerContext
+    ) -> Reply[pb.RecordEventsResponse]:
         events = messages.read_events(request)
         store, count = self.pipeline.events, self.metrics.events.labels
         if store is None:
@@ -325,6 +332,33 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
             attributes |= {"bundle": trace.bundle_version, "variant": trace.variant}
         texts = {name: value for name, value in metadata if isinstance(value, str)}
         self._tracing.record(method, began_s, ended_s, stages, attributes=attributes, metadata=texts)
+
+
+def add_to_server(service: RecommenderService, server: grpc.aio.Server) -> None:
+    """Have a server answer with a service.
+
+    As the generated function does, but that bytes which are no request come to the service too, as a
+    DecodeError: gRPC would answer UNKNOWN before the service could count them or ask for a key.
+    """
+
+    def reading(kind: type[Message]) -> Callable[[bytes], Message | DecodeError]:
+        def read(data: bytes) -> Message | DecodeError:
+            try:
+                return kind.FromString(data)
+            except DecodeError as error:
+                return error
+
+        return read
+
+    handlers = {
+        method.name: grpc.unary_unary_rpc_method_handler(
+            getattr(service, method.name),
+            request_deserializer=reading(message_factory.GetMessageClass(method.input_type)),
+            response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
+        )
+        for method in pb.DESCRIPTOR.services_by_name["RecommenderService"].methods
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
 
 def _begin(
@@ -549,7 +583,7 @@ async def serve(
             cache=cache,
         )
         del pipeline  # or it would stay in memory when another has replaced it
-        pb_grpc.add_RecommenderServiceServicer_to_server(service, server)
+        add_to_server(service, server)
         servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in the stubs
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -27,7 +27,7 @@ from engine.catalog import CATALOG_SCHEMA
 from engine.client import visitor
 from engine.history import USERS_SCHEMA
 from engine.pipeline import RecommendationPipeline
-from engine.server import RecommenderService
+from engine.server import RecommenderService, add_to_server
 from protos.trirank.v1 import recommender_pb2 as pb
 from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
 from retrieval.item_index import ItemIndex
@@ -326,7 +326,7 @@ async def serve_in_process(
         service = RecommenderService(pipeline, pool, **options)
         del pipeline
         server = grpc.aio.server()
-        pb_grpc.add_RecommenderServiceServicer_to_server(service, server)
+        add_to_server(service, server)
         servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         await servicer.set("", health_pb2.HealthCheckResponse.SERVING)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import random
 import signal
 import socket
 import subprocess
@@ -425,3 +426,32 @@ def test_serving_never_loads_torch(bundle_path: Path) -> None:
         [sys.executable, "-c", program, str(bundle_path)], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_random_bytes_and_mutated_requests(server_address: str) -> None:
+    """Whatever comes in, each call gets a status that the contract has, and the server goes on."""
+    rng = random.Random(11)
+    event = pb.RecordedEvent(event_id="1", user_id="u", item_id="null")
+    good: dict[str, Any] = {
+        "Recommend": pb.RecommendRequest(visitor=visitor("loyal", ["null", "?"], {"a": "b"}), limit=3),
+        "SimilarItems": pb.SimilarItemsRequest(item_id="null", limit=3),
+        "Rank": pb.RankRequest(candidate_item_ids=["null", "0042"]),
+        "RecordEvents": pb.RecordEventsRequest(events=[event]),
+    }
+    seen: dict[Any, bytes] = {}
+    with grpc.insecure_channel(server_address) as channel:
+        for method, request in good.items():
+            call = channel.unary_unary(f"/{SERVICE}/{method}", None, None)
+            for number in range(150):
+                payload = bytearray(request.SerializeToString())
+                if number % 3:
+                    for _ in range(rng.randint(1, 4)):
+                        payload[rng.randrange(len(payload))] = rng.randrange(256)
+                else:
+                    payload = bytearray(rng.randbytes(rng.randint(0, 60)))
+                try:
+                    call(bytes(payload), timeout=WAIT_S)
+                except grpc.RpcError as error:
+                    seen[error.code(), error.details()[:15]] = bytes(payload)
+    assert {code for code, _ in seen} == {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}, seen
+    assert (grpc.StatusCode.INVALID_ARGUMENT, "the request is ") in seen
