@@ -280,7 +280,7 @@ def bundle_to_serve(path: str | Path) -> Path:
     path = Path(path)
     try:
         name = (path / PIN).read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return resolve_bundle(path)
     except (OSError, ValueError) as error:
         raise BundleError(f"{path / PIN} cannot be read: {error}") from error
