@@ -203,27 +203,24 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         request_id.set(read_request_id(metadata))
         named = (("x-request-id", request_id.get()),)
         context.set_trailing_metadata(named)
-        code, reason = grpc.StatusCode.CANCELLED, ""  # unless it ends otherwise
-        trace: Trace | None = None
         try:
-            try:
-                self._check_caller(ROLE_OF.get(method, "reader"), metadata, context.peer())
-                if isinstance(request, DecodeError):  # see add_to_server
-                    raise messages.InvalidRequestError("the request", str(request), f"a {method}Request")
-                response, trace = await work(request, context)
-            except Exception as error:
-                code, message, reason, hints = _refusal(error)
-                context.set_trailing_metadata((*named, *hints))
-                await context.abort(code, message)
-                raise AssertionError("abort always raises") from error
-            code = grpc.StatusCode.OK
-            return response
+            self._check_caller(ROLE_OF.get(method, "reader"), metadata, context.peer())
+            if isinstance(request, DecodeError):  # see add_to_server
+                raise messages.InvalidRequestError("the request", str(request), f"a {method}Request")
+            response, trace = await work(request, context)
         except asyncio.CancelledError:
-            if context.time_remaining() == 0:
-                code = grpc.StatusCode.DEADLINE_EXCEEDED
+            is_late = context.time_remaining() == 0
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
+            self._observe(method, code, "", began_s, None, metadata)
             raise
-        finally:
-            self._observe(method, code, reason, began_s, trace, metadata)
+        except Exception as error:
+            code, message, reason, hints = _refusal(error)
+            self._observe(method, code, reason, began_s, None, metadata)
+            context.set_trailing_metadata((*named, *hints))
+            await context.abort(code, message)
+            raise AssertionError("abort always raises") from error
+        self._observe(method, grpc.StatusCode.OK, "", began_s, trace, metadata)
+        return response
 
     def _check_caller(self, role: str, metadata: Metadata, peer: str) -> None:
         """Raise UnknownCallerError or ForbiddenError without a good key, RejectedError above the rate."""
