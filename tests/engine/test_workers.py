@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
 import sys
 import time
 import urllib.request
@@ -20,10 +22,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from engine.client import visitor
 from engine.event_store import LocalEventStore, MemoryEventStore, Recorded, StoreUnavailableError, UserEvent
 from engine.shared_events import EventServer, SharedEventStore
+from engine.workers import WORKER, Worker
 from protos.trirank.v1 import recommender_pb2 as pb
 from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
 
 WAIT_S = 60
+ROOT = Path(__file__).parents[2]
 
 
 def until(happens: Callable[[], bool]) -> None:
@@ -143,16 +147,28 @@ def test_two_servers_on_one_port(bundle_path: Path, start_process: Any, tmp_path
         process.send_signal(signal.SIGTERM)
         assert process.wait(WAIT_S) == 0
         assert all(map(has_ended, servers))
-
-        with start_process(command, errors) as (process, ready):
-            assert ready, log.read_text()
-            servers = psutil.Process(process.pid).children()
-            assert record(json.loads(ready)["address"], 2, "somebody").num_new == 1
-            process.kill()  # they end with it
-            until(lambda: all(map(has_ended, servers)))
     store = LocalEventStore(tmp_path / "events")
-    assert [event.event_id for event in store.recent("somebody")] == ["1", "2"]
+    assert [event.event_id for event in store.recent("somebody")] == ["1"]
     store.close()
+
+
+def test_a_worker_ends_with_the_process_that_started_it() -> None:
+    program = "import time; from engine.workers import told; print(told(), flush=True); time.sleep(60)"
+    worker = Worker("127.0.0.1:1", None, "events")
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**os.environ, WORKER: json.dumps(worker._asdict())},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert process.stdin
+    assert process.stdout
+    assert process.stdout.readline() == f"{worker}\n"
+    process.stdin.close()  # as the system does when its owner is killed
+    assert process.wait(WAIT_S) == -signal.SIGTERM
+    process.stdout.close()
 
 
 def test_a_port_that_is_taken_and_a_bundle_that_is_none(
