@@ -30,6 +30,7 @@ from engine.arguments import ArgumentParser
 from engine.bundle import Bundle, resolve_bundle
 from engine.history import EVENT_CODE, EVENT_TYPES, History
 from engine.pipeline import Filters, RecommendationPipeline, Visitor
+from ranking.context import ContextTable
 from reranking.families import Filter
 from reranking.items import DAY_MS, ItemFacts, Request
 from reranking.policy import PolicyError, policies_from_config
@@ -244,6 +245,7 @@ class _Broken:
 
     name = "broken"
     history_length = 1
+    context = ContextTable()
 
     def find(self, *asked: object) -> Any:
         raise RuntimeError("broken")

@@ -109,7 +109,7 @@ def read_seed(request: pb.RecommendRequest) -> int:
     return zlib.crc32(request.visitor.SerializeToString(deterministic=True))
 
 
-def read_now(request: pb.RecommendRequest | pb.SimilarItemsRequest) -> int | None:
+def read_now(request: pb.RecommendRequest | pb.SimilarItemsRequest | pb.RankRequest) -> int | None:
     """Return the time of the request in ms; None where it does not say."""
     if not request.HasField("now_ms"):
         return None

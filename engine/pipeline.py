@@ -33,6 +33,7 @@ from engine.item_list import ItemList, Ranked
 from engine.policies import Arrangement, Filtered, explanation, exposure_of, item_facts
 from engine.sources import check_sources, choice, is_number, sources_from_config
 from engine.trace import Trace, VisitorKind
+from ranking.context import Encoded
 from reranking.constraints import DropSeen
 from reranking.items import Request
 from reranking.policy import Policies, Policy, policies_from_config
@@ -117,6 +118,8 @@ class RecommendationPipeline:
         # Where people return to the same items (groceries, sessions), no item counts as seen.
         self.has_repeats: bool = bundle.manifest["data"].get("repeats", False)
         self.has_clock = bundle.manifest["data"]["time"] == "unix"
+        # What the ranker knows of the moment, beside what the policy asks for.
+        self.context_keys = frozenset(bundle.scorer.context.names if bundle.scorer else ())
 
     def with_policies(self, policies: Policies) -> RecommendationPipeline:
         """Return a pipeline over the same bundle with other policies; this one stays as it is.
@@ -165,12 +168,13 @@ class RecommendationPipeline:
                 sale yet; the time of the newest training event where it is not given.
             policy: one that `policy` returned, of this pipeline; the default one where None.
             seed: of all that is random; the same question with the same seed gets the same slate.
-            context: what else is known, such as {"region": "DE", "age": "17"}.
+            context: what else is known, such as {"region": "DE", "age": "17"}; what rules and the ranker
+                may ask for.
             explain: whether to work out the reasons (trace.arrangement.explanation).
         """
         _check_limit(limit)
         trace = self._trace(visitor, deadline)
-        query = self.query(visitor, now)
+        query = self.query(visitor, now, context)
         num_items = self.bundle.catalog.num_items
         request = Request(now_ms=query.now if self.has_clock else None, seed=seed, context=context)
         ask = _Ask(policy or self.policy(), request, _purchases(visitor.history), explain)
@@ -186,7 +190,7 @@ class RecommendationPipeline:
         candidates = trace.run(
             "retrieval",
             lambda: self._retrieve(query, eligible, seen, limit, trace),
-            otherwise=lambda: self._retrieve(self.query(NOBODY, now), eligible, seen, limit, trace),
+            otherwise=lambda: self._retrieve(self.query(NOBODY, now, context), eligible, seen, limit, trace),
             num_in=trace.timings[-1].num_out,
         )
         num_ranked = max(self.num_ranked, limit)
@@ -243,16 +247,25 @@ class RecommendationPipeline:
         return Answer(items, trace)
 
     def rank(
-        self, visitor: Visitor, candidates: NDArray[np.int32], *, deadline: float | None = None
+        self,
+        visitor: Visitor,
+        candidates: NDArray[np.int32],
+        *,
+        deadline: float | None = None,
+        now: int | None = None,
+        context: Mapping[str, str] = NO_CONTEXT,
     ) -> Answer:
-        """Return the caller's own candidates (rows, none twice), best first, all of them."""
+        """Return the caller's own candidates (rows, none twice), best first, all of them.
+
+        The other arguments are those of `recommend`.
+        """
         trace = self._trace(visitor, deadline)
         popularity = self.bundle.catalog.popularity[candidates].astype(np.float32)
         asked = ItemList(candidates, popularity, np.full(len(candidates), "caller"))
         by_popularity = asked.ordered_by(popularity, len(asked)).items
         items = trace.run(
             "ranking",
-            lambda: self._rank(self.query(visitor), by_popularity, len(asked)).items,
+            lambda: self._rank(self.query(visitor, now, context), by_popularity, len(asked)).items,
             otherwise=lambda: by_popularity,
             num_in=len(asked),
         )
@@ -285,19 +298,25 @@ class RecommendationPipeline:
         is_unknown = bool(user_id) and not user_row
         return Visitor(history, user_row, is_unknown, num_unknown, time.perf_counter() - begin)
 
-    def query(self, visitor: Visitor, now: int | None = None) -> Query:
+    def query(
+        self, visitor: Visitor, now: int | None = None, context: Mapping[str, str] = NO_CONTEXT
+    ) -> Query:
         """Return what the stages may know; the ranker's state is worked out once, when first asked for."""
+        clock = self.bundle.manifest["data"]["clock"]
+        moment = clock if now is None else now
 
         @functools.cache
         def state() -> NDArray[np.float32]:
-            assert self.bundle.scorer is not None
-            history = left_padded([visitor.history.items], self.bundle.scorer.history_length)
-            found: NDArray[np.float32] = self.bundle.scorer.user_states(history)[0]
+            scorer = self.bundle.scorer
+            assert scorer is not None
+            history = left_padded([visitor.history.items], scorer.history_length)
+            rows, weights = scorer.context.encode(context, moment if self.has_clock else None)
+            asked_in = Encoded(rows[np.newaxis], weights[np.newaxis])
+            found: NDArray[np.float32] = scorer.user_states(history, asked_in)[0]
             return found
 
         weights = history_weights(self.bundle, visitor.history)
-        clock = self.bundle.manifest["data"]["clock"]
-        return Query(visitor.history.wanted, weights, state, clock if now is None else now)
+        return Query(visitor.history.wanted, weights, state, moment)
 
     # The stages.
 

@@ -121,7 +121,7 @@ def recommend(
     assert trace.arrangement is not None
     return pb.RecommendResponse(
         items=messages.write_items(items, catalog, trace.arrangement.explanation),
-        trace=messages.write_trace(trace, context.keys() - policy.context_keys),
+        trace=messages.write_trace(trace, context.keys() - policy.context_keys - pipeline.context_keys),
         arrangement=messages.write_arrangement(trace.arrangement, catalog),
     )
 
@@ -168,16 +168,19 @@ def rank(
     catalog = pipeline.bundle.catalog
     visitor = pipeline.resolve_visitor(user_id, events)
     rows = catalog.rows(candidate_ids)
-    items, trace = pipeline.rank(visitor, rows[rows > 0], deadline=deadline)
+    items, trace = pipeline.rank(
+        visitor, rows[rows > 0], deadline=deadline, now=_now(pipeline, request), context=context
+    )
     return pb.RankResponse(
         items=messages.write_items(items, catalog),
         unknown_item_ids=[item_id for item_id, row in zip(candidate_ids, rows, strict=True) if not row],
-        trace=messages.write_trace(trace, context),
+        trace=messages.write_trace(trace, context.keys() - pipeline.context_keys),
     )
 
 
 def _now(
-    pipeline: RecommendationPipeline, request: pb.RecommendRequest | pb.SimilarItemsRequest
+    pipeline: RecommendationPipeline,
+    request: pb.RecommendRequest | pb.SimilarItemsRequest | pb.RankRequest,
 ) -> int | None:
     """Return the time of a request; None for that of the bundle's newest event, where a shop has no now."""
     now = messages.read_now(request)

@@ -50,7 +50,9 @@ class ContextKey:
 
     def __post_init__(self) -> None:
         if self.kind not in ("categorical", "numeric", "clock"):
-            raise ValueError(f"kind of {self.name!r} is {self.kind!r}; expected categorical, numeric or clock")
+            raise ValueError(
+                f"kind of {self.name!r} is {self.kind!r}; expected categorical, numeric or clock"
+            )
         if len(set(self.values)) != len(self.values):
             raise ValueError(f"values of {self.name!r} has one of them twice; expected each once")
         if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
@@ -139,7 +141,9 @@ class ContextTable:
     def from_json(cls, text: str) -> ContextTable:
         """Return the table of a text that to_json wrote; ValueError where it is none."""
         try:
-            return cls(tuple(ContextKey(**entry | {"values": tuple(entry["values"])}) for entry in json.loads(text)))
+            return cls(
+                tuple(ContextKey(**entry | {"values": tuple(entry["values"])}) for entry in json.loads(text))
+            )
         except (TypeError, KeyError) as error:
             raise ValueError(f"the context of the ranker cannot be read: {error}") from error
 

@@ -69,8 +69,9 @@ class GraphCrossAttention(nn.Module):
 class ContextFusion(nn.Module):
     """Bends a state to the moment: state * (1 + scale) + shift, each a sum over the context's values.
 
-    FiLM (Perez et al., "FiLM: Visual Reasoning with a General Conditioning Layer", AAAI 2018, eq. 1). The
-    shift says what is wanted more at such a moment whoever asks, the scale which of the visitor's wishes count.
+    FiLM (Perez et al., "FiLM: Visual Reasoning with a General Conditioning Layer", AAAI 2018, eq. 1).
+    The shift says what is wanted more at such a moment whoever asks, the scale which of the visitor's wishes
+    count.
     All effects start at zero: training starts from the ranker without context.
 
     Args:

@@ -1,7 +1,7 @@
 """HybridRanker: sequence states fused with graph vectors, then one score per candidate.
 
-Shapes: B batch, T history, C candidates, D dimension, G graph dimension, F content dimension, I items, K keys of
-the context.
+Shapes: B batch, T history, C candidates, D dimension, G graph dimension, F content dimension, I items,
+K keys of the context.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ class HybridRanker(nn.Module):
             if rows is None:
                 continue
             if num_items is not None and len(rows) != num_items + 1:
-                raise ValueError(f"{name} has {len(rows)} rows; expected {num_items + 1}, one more than items")
+                raise ValueError(
+                    f"{name} has {len(rows)} rows; expected {num_items + 1}, one more than items"
+                )
             num_items = len(rows) - 1
         if num_items is None:
             raise ValueError("num_items must be given where graph_vectors are not")

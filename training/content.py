@@ -1,10 +1,10 @@
 """What items are, as vectors: their texts, categories, brands, attributes and prices.
 
-`python -m training.content data/beauty --out content.safetensors` writes what `trirank train` hands the ranker.
+`python -m training.content data/beauty --out content.safetensors` writes what `trirank train` gives the ranker.
 
-Texts become vectors in one of two ways. "lsa" needs no weights and no network: latent semantic analysis of the
-words, categories, brands and attributes. Any other name is a text encoder that `transformers` loads, from a
-folder or a model hub; its vectors are kept on disk by what they were made from, so that a text is encoded once.
+Texts become vectors in one of two ways. "lsa" needs no weights and no network: latent semantic analysis of
+the words, categories, brands and attributes. Any other name is a text encoder that `transformers` loads, from
+a folder or a model hub; its vectors are kept on disk under a hash of the text, so that a text is encoded once.
 
 Shapes: I items, F features, C content dimension, N texts.
 """
@@ -49,8 +49,8 @@ class ContentOptions:
 
     Attributes:
         encoder: what makes vectors of the texts. "none" leaves the content out; "lsa" needs no weights; else
-            the folder or hub name of a transformers model; "auto": the model of the extra `text` where that is
-            installed, lsa where it is not.
+            the folder or hub name of a transformers model; "auto": the model of the extra `text` where that
+            is installed, lsa where it is not.
         dim: numbers of an item's text vector, at most.
         cache: directory of the vectors of texts that a model has encoded; null: text-vectors/ beside the data
             set.
@@ -112,7 +112,9 @@ def item_texts(items: pl.DataFrame) -> list[str]:
 
     Attributes that are numbers alone are the source's codes, and no text.
     """
-    known = [name for name in ("title", "category", "brand", "attributes", "description") if name in items.columns]
+    known = [
+        name for name in ("title", "category", "brand", "attributes", "description") if name in items.columns
+    ]
     texts = []
     for row in items.select(known).iter_rows(named=True):
         words = [word for word in row.get("attributes") or [] if not word.isdigit()]
@@ -212,8 +214,9 @@ def content_embedding(features: SparseRows, dim: int = CONTENT_DIM) -> NDArray[n
 class TextEncoder:
     """Texts to vectors: a transformers encoder, the mean of its last states, at length 1.
 
-    As sentence-transformers uses such models (Reimers and Gurevych, "Sentence-BERT", EMNLP 2019). The weights
-    are read when the first text is encoded, from safetensors alone; code that a model brings along is not run.
+    As sentence-transformers uses such models (Reimers and Gurevych, "Sentence-BERT", EMNLP 2019). The
+    weights are read when the first text is encoded, from safetensors alone; code that comes with a model is
+    not run.
 
     Args:
         name: a folder with config.json, the tokenizer's files and *.safetensors, or a name on the model hub.
@@ -271,7 +274,9 @@ class TextEncoder:
                 tokenizer = AutoTokenizer.from_pretrained(self.folder, **options)
                 model = AutoModel.from_pretrained(self.folder, use_safetensors=True, **options)
             except (OSError, KeyError, ImportError) as error:
-                raise ValueError(f"content.encoder is {self.name!r}, which cannot be loaded: {error}") from error
+                raise ValueError(
+                    f"content.encoder is {self.name!r}, which cannot be loaded: {error}"
+                ) from error
             device = "cuda" if torch.cuda.is_available() else "cpu"
             self._loaded = tokenizer, model.to(device).float().eval()
         return self._loaded
@@ -289,8 +294,8 @@ def _model_folder(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES)))
     except Exception as error:  # of many kinds: no such name, no network, a refused request
         raise ValueError(
-            f"content.encoder is {name!r}; expected auto, none, lsa, a model's folder, or a name that the model "
-            f"hub answers to: {error}"
+            f"content.encoder is {name!r}; expected auto, none, lsa, a model's folder, or a name that the "
+            f"model hub answers to: {error}"
         ) from error
 
 
@@ -310,8 +315,9 @@ def packaged_encoder() -> Path | None:
 def encoded(texts: Sequence[str], encoder: TextEncoder, cache: Path) -> NDArray[np.float32]:
     """Return the vectors of some texts, [N+1, C], behind a row of zeros; an empty text has the zero vector.
 
-    What was encoded before comes from the cache: files of hashes [n, 32] uint8 (sha256 of the text) and vectors
-    [n, C] float32, in a folder named after the encoder's identity. New vectors are added in files of their own.
+    What was encoded before comes from the cache: files of hashes [n, 32] uint8 (sha256 of the text) and
+    vectors [n, C] float32, in a folder named after the encoder's identity. New vectors are added in files of
+    their own.
 
     Args:
         texts: [N].
@@ -326,7 +332,8 @@ def encoded(texts: Sequence[str], encoder: TextEncoder, cache: Path) -> NDArray[
     for start in range(0, len(keys), TEXTS_A_FILE):
         part = keys[start : start + TEXTS_A_FILE]
         print(
-            f"content: encoding texts {start + 1:,} to {start + len(part):,} of {len(keys):,}", file=sys.stderr
+            f"content: encoding texts {start + 1:,} to {start + len(part):,} of {len(keys):,}",
+            file=sys.stderr,
         )
         vectors = encoder.encode([missing[key] for key in part])
         _add_to_cache(folder, part, vectors)
@@ -417,7 +424,9 @@ def main(argv: list[str] | None = None) -> int:
     chosen = ContentOptions(encoder=options.encoder, dim=options.dim, cache=options.cache)
     try:
         if not write_content(options.dataset, chosen, options.out):
-            raise ValueError(f"{options.dataset} has nothing to tell of its items (encoder {encoder_of(chosen)})")
+            raise ValueError(
+                f"{options.dataset} has nothing to tell of its items (encoder {encoder_of(chosen)})"
+            )
     except (ValueError, OSError) as error:
         print(f"training.content: {error}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -23,6 +24,7 @@ from engine.pipeline import check_settings
 from engine.policies import check_policies
 from ranking.ranker import HybridRanker
 from retrieval.item_index import IndexOptions
+from training.content import ContentOptions, encoder_name, write_content
 from training.data.dataset import Dataset
 from training.data.modules import RankingData, RetrievalData
 from training.data.splits import Split, SplitOptions, final_split, load_split
@@ -40,14 +42,15 @@ from training.stages import (
     refit_stage,
 )
 
-EMBEDDINGS, CHOSEN = "embeddings.safetensors", "chosen.json"
+EMBEDDINGS, CONTENT, CHOSEN = "embeddings.safetensors", "content.safetensors", "chosen.json"
 
 DESCRIPTION = """\
 Train both stages on a data set directory and publish a bundle.
 
 Stage one fits LightGCN to the graph of training events; stage two fits a Transformer ranker to the histories,
-on the vectors of stage one. Validation chooses the epochs of each; then both are fitted again, for as many
-epochs, on train and validation together. --no-refit leaves that out. No fit learns from test events.
+on the vectors of stage one and what the catalog says of the items. Validation chooses the epochs of each;
+then both are fitted again, for as many epochs, on train and validation together. --no-refit leaves that out.
+No fit learns from test events.
 The bundle is verified (ONNX against torch, FAISS against brute force) before it appears in OUT.
 
   trirank train data/beauty --out bundles
@@ -119,6 +122,7 @@ def build_parser() -> LightningArgumentParser:
         "--no-refit: the strict protocol, where the model never learns from what validation asks for.",
     )
     parser.add_class_arguments(SplitOptions, "split")
+    parser.add_class_arguments(ContentOptions, "content")
     for stage, module, data, epochs in (
         ("retrieval", RetrievalModule, RetrievalData, RETRIEVAL_EPOCHS),
         ("ranking", RankingModule, RankingData, RANKING_EPOCHS),
@@ -129,7 +133,7 @@ def build_parser() -> LightningArgumentParser:
             default=epochs,  # what a falling rate settles in the last epochs is worth having
             help="Validations, 50 steps apart at least, without a better one until the end.",
         )
-        parser.add_class_arguments(module, f"{stage}.model", skip={"embeddings"})
+        parser.add_class_arguments(module, f"{stage}.model", skip={"embeddings", "content"})
         parser.add_class_arguments(data, f"{stage}.data", skip={"directory", "split"}, instantiate=False)
         parser.add_lightning_class_args(L.Trainer, f"{stage}.trainer")
         parser.set_defaults(
@@ -176,7 +180,8 @@ def recipe_of(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
 
     A run is resumed, and a bundle reproduced, by these alone.
     """
-    settings = json.loads(parser.dump(config, format="json"))
+    settings: dict[str, Any] = json.loads(parser.dump(config, format="json"))
+    del settings["content"]["cache"]
     where = ("config", "dataset", "out", "runs", "resume")
     return {key: value for key, value in settings.items() if key not in where}
 
@@ -232,6 +237,7 @@ def train(
 
     _say(f"{next(step)}: retrieval on train; validation chooses the epochs")
     chosen["retrieval"] = fit_retrieval(directory, split, run, settings, recipe["seed"], resume)
+    content = content_of(directory, settings().content, run) if split.ordered else None
     if split.ordered:
         _say(f"{next(step)}: ranking on train; validation chooses the epochs")
         before = chosen_before(run) if refit else None
@@ -240,7 +246,7 @@ def train(
             chosen["ranking"] = before
         else:
             ranker, chosen["ranking"] = fit_ranking(
-                directory, split, run / EMBEDDINGS, run, settings, recipe["seed"], resume
+                directory, split, run / EMBEDDINGS, run, settings, recipe["seed"], resume, content=content
             )
     else:
         _say(f"ranking: left out, split {split.name} leaves the events without an order to learn from")
@@ -255,7 +261,15 @@ def train(
                 fit_retrieval(directory, data.split, vectors.parent, settings, recipe["seed"], resume, fit)
             else:
                 ranker, _ = fit_ranking(
-                    directory, data.split, vectors, vectors.parent, settings, recipe["seed"], resume, fit
+                    directory,
+                    data.split,
+                    vectors,
+                    vectors.parent,
+                    settings,
+                    recipe["seed"],
+                    resume,
+                    fit,
+                    content=content,
                 )
 
     _say("export: writing and verifying the bundle")
@@ -267,12 +281,28 @@ def train(
         training={
             "protocol": "refit" if refit else "strict",
             "epochs": {stage: fit.epochs for stage, fit in chosen.items()},
+            "content": encoder_name(settings().content) if content else "none",
         },
         recipe=recipe,
         metrics={"validation": {stage: {MONITOR[stage]: fit.metric} for stage, fit in chosen.items()}},
     )  # fmt: skip
     (run / "bundle.txt").write_text(f"{bundle}\n", encoding="utf-8")
     return bundle
+
+
+def content_of(directory: Path, options: ContentOptions, folder: Path) -> Path | None:
+    """Return the file of what the items of a data set are, in this folder, made where it is not there.
+
+    None where the recipe wants none, or the catalog says nothing.
+    """
+    file = folder / CONTENT
+    if not file.is_file():
+        begin = time.perf_counter()
+        if not write_content(directory, options, file):
+            _say("content: none")
+            return None
+        _say(f"content: vectors of the items by {encoder_name(options)}, {time.perf_counter() - begin:.1f} s")
+    return file
 
 
 def fit_retrieval(
@@ -331,6 +361,8 @@ def fit_ranking(
     seed: int,
     resume: bool,
     chosen: Chosen | None = None,
+    *,
+    content: Path | None = None,
 ) -> tuple[HybridRanker, Chosen]:
     """Fit stage two on the vectors of stage one; what validation chose is kept for chosen_before.
 
@@ -343,11 +375,12 @@ def fit_ranking(
         seed: of everything random.
         resume: go on with a fit that was cut short.
         chosen: what validation chose before: fit for as many epochs, without validation. None: choose now.
+        content: file of what items are; None leaves that out.
     """
     L.seed_everything(seed, verbose=False)
     options = settings().ranking
     data, module = RankingData(directory, **options.data.as_dict()), options.model
-    data.split, module.embeddings = split, embeddings
+    data.split, module.embeddings, module.content = split, embeddings, content
     trainer = options.trainer.as_dict()
     if chosen is None:
         chosen = fit_stage(

@@ -11,12 +11,11 @@ from ranking.encoders.sasrec import SASRec
 from ranking.onnx_scorer import OnnxScorer
 from ranking.ranker import HybridRanker
 from retrieval.item_index import EXACT_KINDS, KINDS, IndexOptions, ItemIndex
+from training.content import content_embedding, content_features
 from training.data.dataset import ITEM_SCHEMA
 from training.data.interactions import Interactions
 from training.export import (
     _check_index,
-    content_embedding,
-    content_features,
     export_ranker,
     index_options,
     recent_popularity,

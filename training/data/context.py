@@ -1,4 +1,4 @@
-"""The context of events, as the ranker takes it: which keys and values have effects, and the rows of each event.
+"""The context of events, as the ranker takes it: which keys and values have effects, and what each event has.
 
 Shapes: N events, K keys.
 """

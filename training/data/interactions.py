@@ -20,7 +20,9 @@ class ContextColumn:
     """One key of the context, as each event has it."""
 
     kind: KeyKind
-    values: NDArray[np.int32] | NDArray[np.float32]  # [N] codes, 0 for none; of a numeric key numbers, NaN for none
+    values: (
+        NDArray[np.int32] | NDArray[np.float32]
+    )  # [N] codes, 0 for none; of a numeric key numbers, NaN for none
     names: tuple[str, ...] = ()  # names[code - 1] is what a code stands for
 
     def take(self, where: NDArray[np.bool_] | NDArray[np.int64]) -> ContextColumn:
@@ -48,7 +50,7 @@ class Interactions:
     timestamps: NDArray[np.int64]  # the data set's clock
     num_users: int  # U
     num_items: int  # I
-    # What is known of the moment of each event: declared keys, and hour and weekday where there are unix times
+    # Of the moment of each event: the declared keys, and hour and weekday where there are unix times.
     context: Mapping[str, ContextColumn] = field(default_factory=dict)
 
     def __len__(self) -> int:

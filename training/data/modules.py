@@ -118,8 +118,8 @@ class RankingData(_StageData):
         max_tokens: most events of a step, padding included; long histories get smaller batches.
         history_length: newest events that the ranker sees. None: as many as 95% of the users have,
             at least 50 and at most 200.
-        context: keys of the context that the ranker takes (DatasetInfo.context, and hour and weekday where the data
-            has unix times). None: all.
+        context: keys of the context that the ranker takes (DatasetInfo.context, and hour and weekday where
+            the data has unix times). None: all.
         max_validation_users: most users asked at each validation.
     """
 
