@@ -4,7 +4,7 @@
 
 Texts become vectors in one of two ways. "lsa" needs no weights and no network: latent semantic analysis of
 the words, categories, brands and attributes. Any other name is a text encoder that `transformers` loads, from
-a folder or a model hub; its vectors are kept on disk under a hash of the text, so that a text is encoded once.
+a folder or a model hub; its vectors are kept on disk by a hash of the text, so that a text is encoded once.
 
 Shapes: I items, F features, C content dimension, N texts.
 """
@@ -76,24 +76,30 @@ def item_content(items: pl.DataFrame, options: ContentOptions, cache: Path) -> N
     Raises:
         ValueError: the encoder cannot be had.
     """
-    encoder = encoder_of(options)
-    if encoder == "none":
-        return None
     if options.dim < 1:
         raise ValueError(f"content.dim is {options.dim}; expected 1 or more")
-    parts = []
-    if encoder == "lsa":
-        parts.append(content_embedding(content_features(items), options.dim))
-    else:
-        texts = item_texts(items)
-        vectors = encoded(texts, TextEncoder(encoder), options.cache or cache)
-        parts.append(principal_components(vectors, options.dim))
-    parts = [_unit_scale(part) for part in parts if part.any()]
-    if not parts:
+    vectors = text_vectors(items, options, cache)
+    if not vectors.any():
         return None
+    parts = [_unit_scale(principal_components(vectors, options.dim))]
     if "price" in items.columns and items["price"].is_not_null().any():
         parts.append(price_features(items["price"]))
     return np.ascontiguousarray(np.concatenate(parts, axis=1), np.float32)
+
+
+def text_vectors(items: pl.DataFrame, options: ContentOptions, cache: Path) -> NDArray[np.float32]:
+    """Return the vectors of the items' texts, [I+1, C] float32, each of length 1 or zero.
+
+    The arguments are those of item_content; with the encoder "none" all are zero.
+    """
+    encoder = encoder_of(options)
+    if encoder == "none":
+        return np.zeros((len(items) + 1, 1), np.float32)
+    if encoder != "lsa":
+        return encoded(item_texts(items), TextEncoder(encoder), options.cache or cache)
+    vectors = content_embedding(content_features(items), options.dim)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
 
 
 def encoder_of(options: ContentOptions) -> str:

@@ -116,8 +116,8 @@ def export_ranker(
 
     ranker_state.onnx takes history [B, T], and where the ranker has a context context_rows and
     context_weights [B, K], to state [B, D]; ranker_scores.onnx takes state [B, D] and candidates [B or 1, C]
-    to scores [B, C]. All axes but D and K are dynamic. A single row of candidates is scored for every state of
-    the batch.
+    to scores [B, C]. All axes but D and K are dynamic. A single row of candidates is scored for every
+    state of the batch.
 
     Args:
         ranker: on any device; it is left on the CPU, in float32 and in evaluation mode.

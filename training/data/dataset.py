@@ -151,8 +151,8 @@ class Dataset:
         for key, kind in self.info.context.items():
             if key in EVENT_SCHEMA or kind not in CONTEXT_TYPES:
                 raise DatasetError(
-                    f"{self.directory / 'dataset.json'}: context names {key!r} as {kind!r}; expected a column "
-                    "that is no other part of an event, categorical or numeric"
+                    f"{self.directory / 'dataset.json'}: context names {key!r} as {kind!r}; expected a "
+                    "column that is no other part of an event, categorical or numeric"
                 )
             if schema.get(key) != CONTEXT_TYPES[kind]:
                 raise DatasetError(
