@@ -1,6 +1,6 @@
 """What items are, as vectors: their texts, categories, brands, attributes and prices.
 
-`python -m training.content data/beauty --out content.safetensors` writes what `trirank train` gives the ranker.
+`python -m training.content data/beauty --out content.safetensors` writes what the ranker is told.
 
 Texts become vectors in one of two ways. "lsa" needs no weights and no network: latent semantic analysis of
 the words, categories, brands and attributes. Any other name is a text encoder that `transformers` loads, from

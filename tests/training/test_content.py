@@ -35,7 +35,22 @@ ITEMS = pl.DataFrame(
     },
     schema={name: ITEM_SCHEMA[name] for name in NAMES},
 )
-WORDS = ["red", "blue", "green", "shoe", "hat", "wear", "shoes", "alder", "brim", "leather", "sea", "for", "the", "a", ".", ">", ","]
+WORDS = (
+    "red",
+    "blue",
+    "green",
+    "shoe",
+    "hat",
+    "wear",
+    "shoes",
+    "alder",
+    "brim",
+    "leather",
+    "sea",
+    "for",
+    ".",
+    ">",
+)
 
 
 @pytest.fixture(scope="module")

@@ -136,6 +136,6 @@ def test_wrong_declarations(dataset, context, message):
 def test_a_key_that_the_data_does_not_have(dataset):
     events = load_event_log(dataset).events
     with pytest.raises(
-        ValueError, match="names 'devise', which the data set does not .* did you mean device"
+        ValueError, match=r"names 'devise', which the data set does not .* did you mean device"
     ):
         context_table(events, ["devise"])
