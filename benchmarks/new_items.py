@@ -1,10 +1,10 @@
-"""Items that nobody has touched yet: `python -m benchmarks.new_items --data data/beauty --out runs/new-items`.
+"""Items that nobody has touched yet: `python -m benchmarks.new_items --data data/beauty --out runs/new`.
 
-A share of the items is withheld from training entirely: both stages learn from the training events of all other
-items, and validation, which chooses the epochs, asks for other items alone. Then the questions of a part whose
-target is withheld are asked, and only the withheld items are ranked: recall@10 is the share of questions whose
-target is among the first ten of them, the items of the history left out unless repeats are normal. Histories
-are whole: who has touched a withheld item before has it in the history.
+A share of the items is withheld from training entirely: both stages learn from the training events of all
+other items, and validation, which chooses the epochs, asks for other items alone. Then the questions of a
+part whose target is withheld are asked, and only the withheld items are ranked: recall@10 is the share of
+questions whose target is among the first ten of them, the items of the history left out unless repeats are
+normal. Histories are whole: who has touched a withheld item before has it in the history.
 
     chance            ten drawn at random
     text similarity   cosine of an item's text vector with the mean of those of the history
@@ -80,7 +80,11 @@ def among(scores: Scores, candidates: NDArray[np.bool_]) -> Scores:
 
 
 def text_similarity(vectors: NDArray[np.float32]) -> Scores:
-    """Return the cosine of each item's vector with the mean over the history; vectors [I+1, C], length 1 or 0."""
+    """Return the products of each item's vector with the mean of those of the history.
+
+    Args:
+        vectors: [I+1, C] float32, of length 1 or zero.
+    """
 
     def scores(questions: Holdout) -> NDArray[np.float32]:
         histories = [questions.history(q).wanted for q in range(len(questions))]

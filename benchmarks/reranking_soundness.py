@@ -246,6 +246,7 @@ class _Broken:
     name = "broken"
     history_length = 1
     context = ContextTable()
+    heads = ()
 
     def find(self, *asked: object) -> Any:
         raise RuntimeError("broken")

@@ -117,6 +117,7 @@ def recommend(
         seed=messages.read_seed(request),
         context=context,
         explain=request.explain,
+        head_weights=messages.read_head_weights(request, pipeline.heads),
     )
     assert trace.arrangement is not None
     return pb.RecommendResponse(
@@ -169,7 +170,12 @@ def rank(
     visitor = pipeline.resolve_visitor(user_id, events)
     rows = catalog.rows(candidate_ids)
     items, trace = pipeline.rank(
-        visitor, rows[rows > 0], deadline=deadline, now=_now(pipeline, request), context=context
+        visitor,
+        rows[rows > 0],
+        deadline=deadline,
+        now=_now(pipeline, request),
+        context=context,
+        head_weights=messages.read_head_weights(request, pipeline.heads),
     )
     return pb.RankResponse(
         items=messages.write_items(items, catalog),

@@ -107,3 +107,27 @@ class ContextFusion(nn.Module):
         effect = (self.effects(rows) * weights.unsqueeze(-1)).sum(-2)
         scale, shift = effect.chunk(2, dim=-1)
         return states * (1 + scale) + shift
+
+
+class HeadQueries(nn.Module):
+    """One query for each kind of event, over the same item vectors: state + W_k state + b_k.
+
+    So a score of any kind is an inner product, and a weighted sum of scores is the inner product with the
+    weighted sum of the queries. The heads start where the state is.
+
+    Args:
+        dim: D.
+        num_heads: K, beside the one that the state itself is.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.turn = nn.Linear(dim, num_heads * dim)
+        nn.init.zeros_(self.turn.weight)
+        nn.init.zeros_(self.turn.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return the queries [..., 1 + K, D] of states [..., D]: the state itself, then one for each head."""
+        own = states.unsqueeze(-2)
+        return torch.cat([own, own + self.turn(states).unflatten(-1, (self.num_heads, -1))], dim=-2)

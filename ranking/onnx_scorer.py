@@ -8,6 +8,7 @@ Shape legend: B batch, T history, C candidates, D dimension, I items, K keys of 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from ranking.context import ContextTable, Encoded
 # The two graphs' inputs and outputs.
 STATE_INPUTS = ["history"]  # int64 [B, T], left-padded with 0
 CONTEXT_INPUTS = ["context_rows", "context_weights"]  # int64 and float32 [B, K], where K is not 0
+HEAD_INPUTS = ["head_weights"]  # float32 [B, heads], where there are several
 STATE_OUTPUTS = ["state"]  # float32 [B, D]
 SCORES_INPUTS = ["state", "candidates"]  # float32 [B, D]; int64 [B or 1, C]
 SCORES_OUTPUTS = ["scores"]  # float32 [B, C]
@@ -35,8 +37,8 @@ class OnnxScorer:
 
         Args:
             state_path: an ONNX file from STATE_INPUTS to STATE_OUTPUTS, with the metadata "history_length"
-                and "num_items"; where it has the metadata "context" (ContextTable.to_json), from STATE_INPUTS
-                and CONTEXT_INPUTS.
+                and "num_items". Where it has the metadata "context" (ContextTable.to_json), CONTEXT_INPUTS
+                are inputs too, and where it has "heads" (a JSON list of names), HEAD_INPUTS.
             scores_path: an ONNX file from SCORES_INPUTS to SCORES_OUTPUTS, with the metadata "num_items".
             num_threads: CPU threads of one call. Calls that run at once fight for them: under load 1 is best.
 
@@ -49,11 +51,17 @@ class OnnxScorer:
         self._state = _open(state_path, num_threads)
         told = self._state.get_modelmeta().custom_metadata_map.get("context", "[]")
         self.context = ContextTable.from_json(told)  # what the ranker knows of the moment
-        inputs = STATE_INPUTS + (CONTEXT_INPUTS if len(self.context) else [])
+        # What a score is the weighted sum of; the first alone where nobody says. Empty: there is one score.
+        self.heads = _names(self._state, state_path, "heads")
+        sizes = dict.fromkeys(CONTEXT_INPUTS if len(self.context) else [], len(self.context))
+        sizes |= dict.fromkeys(HEAD_INPUTS if self.heads else [], len(self.heads))
+        inputs = [*STATE_INPUTS, *sizes]
         _check_nodes(self._state, state_path, inputs, STATE_OUTPUTS)
         for node in self._state.get_inputs():
-            if node.name in CONTEXT_INPUTS and node.shape[1] != len(self.context):
-                raise ValueError(f"{state_path} takes {node.shape[1]} keys; expected {len(self.context)}")
+            if node.shape[1] != (expected := sizes.get(node.name, node.shape[1])):
+                raise ValueError(
+                    f"{state_path}: {node.name} has {node.shape[1]} columns; expected {expected}"
+                )
         self._scores = _open(scores_path, num_threads)
         _check_nodes(self._scores, scores_path, SCORES_INPUTS, SCORES_OUTPUTS)
         self.history_length = _number(self._state, state_path, "history_length")  # events it looks at
@@ -75,6 +83,7 @@ class OnnxScorer:
         history: NDArray[np.integer],
         candidates: NDArray[np.integer],
         context: Encoded | None = None,
+        head_weights: NDArray[np.floating] | None = None,
     ) -> NDArray[np.float32]:
         """Return the score of each candidate: [B, C] float32, higher is better.
 
@@ -83,18 +92,22 @@ class OnnxScorer:
                 the newest count. A row of zeros, or T = 0, is a visitor without a history: scored as well.
             candidates: [B, C] item rows in any order, or [1, C]: the same for every history.
             context: of the moment, [B, K] each (`self.context`); None where nothing is known of it.
+            head_weights: [B, heads], of each of `self.heads`; None asks for the first alone.
 
         Raises:
             ValueError: on other shapes, numbers that are no integers, or rows outside 0..I.
         """
         if candidates.ndim == 2 and len(candidates) not in (1, len(history)):
             raise ValueError(f"history is for {len(history)} users, candidates for {len(candidates)}")
-        return self.score_states(self.user_states(history, context), candidates)
+        return self.score_states(self.user_states(history, context, head_weights), candidates)
 
     def user_states(
-        self, history: NDArray[np.integer], context: Encoded | None = None
+        self,
+        history: NDArray[np.integer],
+        context: Encoded | None = None,
+        head_weights: NDArray[np.floating] | None = None,
     ) -> NDArray[np.float32]:
-        """Return what the model makes of each history: [B, D] float32. Takes both as `score` does."""
+        """Return what the model makes of each history: [B, D] float32. Takes all as `score` does."""
         history = self._check_rows("history", history)
         history = (
             history[:, -self.history_length :] if history.shape[1] else np.zeros((len(history), 1), np.int64)
@@ -103,6 +116,14 @@ class OnnxScorer:
         inputs: dict[str, NDArray[np.generic]] = {"history": np.ascontiguousarray(history)}
         if len(self.context):
             inputs |= self._checked(context or self.context.unknown(len(history)), len(history))
+        if self.heads:
+            if head_weights is None:
+                head_weights = np.tile(np.eye(1, len(self.heads)), (len(history), 1))
+            if head_weights.shape != (len(history), len(self.heads)):
+                raise ValueError(
+                    f"head_weights has shape {head_weights.shape}; expected {(len(history), len(self.heads))}"
+                )
+            inputs["head_weights"] = np.ascontiguousarray(head_weights, np.float32)
         (states,) = self._state.run(STATE_OUTPUTS, inputs)
         return states
 
@@ -186,3 +207,14 @@ def _number(session: ort.InferenceSession, path: str | Path, key: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"{path} has the metadata {key} {text!r}; expected a number of at least 1")
     return int(text)
+
+
+def _names(session: ort.InferenceSession, path: str | Path, key: str) -> tuple[str, ...]:
+    text = session.get_modelmeta().custom_metadata_map.get(key, "[]")
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path} has the metadata {key} {text!r}; expected a JSON list of names")
+    return tuple(names)

@@ -6,13 +6,16 @@ K keys of the context.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ranking.context import ContextTable
-from ranking.fusion import ContextFusion, GraphCrossAttention
+from ranking.fusion import ContextFusion, GraphCrossAttention, HeadQueries
 
 NO_CONTEXT = ContextTable()
+NEXT = "next"  # the head of the next item, whatever the event
 
 
 class HybridRanker(nn.Module):
@@ -39,6 +42,8 @@ class HybridRanker(nn.Module):
         is_trained: [I+1] bool, the items that training has events of. None: all.
         num_items: I; needed without graph_vectors and content_vectors.
         context: the keys of the context; the ranker has no context where there are none.
+        heads: kinds of events that have a query of their own, beside the next item whatever the event. None:
+            the state is all that candidates are scored with.
         dropout: on graph vectors and on the fusion's output.
         content_dropout: on content vectors.
         id_dropout: share of the ids that the stand-in takes the place of, in training.
@@ -60,6 +65,7 @@ class HybridRanker(nn.Module):
         is_trained: Tensor | None = None,
         num_items: int | None = None,
         context: ContextTable = NO_CONTEXT,
+        heads: Sequence[str] = (),
         dropout: float = 0.5,
         content_dropout: float = 0.5,
         id_dropout: float = 0.0,
@@ -110,6 +116,8 @@ class HybridRanker(nn.Module):
         self.context_fusion: ContextFusion | None = None
         if len(context):
             self.context_fusion = ContextFusion(dim, context, context_dropout)
+        self.heads: tuple[str, ...] = (NEXT, *heads) if heads else ()
+        self.head_queries = HeadQueries(dim, len(heads)) if heads else None
 
     def vectors(self, rows: Tensor) -> Tensor:
         """Return the vectors of items, [..., D]: what they are scored with, and what a history is read from.
@@ -166,22 +174,43 @@ class HybridRanker(nn.Module):
         bent: Tensor = self.context_fusion(states, rows, weights)
         return bent
 
+    def queries(self, states: Tensor) -> Tensor:
+        """Return the query of each of `heads`, [..., K, D], for states [..., D] of `in_context`."""
+        if self.head_queries is None:
+            return states.unsqueeze(-2)
+        queries: Tensor = self.head_queries(states)
+        return queries
+
+    def combined(self, states: Tensor, head_weights: Tensor | None = None) -> Tensor:
+        """Return the one query [..., D] whose scores are the weighted sums of the heads' scores.
+
+        Args:
+            states: [..., D], of `in_context`.
+            head_weights: [..., K], in the order of `heads`; None asks for the next item alone.
+        """
+        if head_weights is None:
+            return states
+        return (self.queries(states) * head_weights.unsqueeze(-1)).sum(-2)
+
     def forward(
         self,
         history: Tensor,
         candidates: Tensor,
         context_rows: Tensor | None = None,
         context_weights: Tensor | None = None,
+        head_weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the candidates' scores [B, C] and the users' states [B, D].
+        """Return the candidates' scores [B, C] and what they are scored with, [B, D].
 
         Args:
             history: [B, T] int64, T >= 1; see `states`.
             candidates: [B, C] int64 item rows.
             context_rows: [B, K] int64; see `in_context`.
             context_weights: [B, K] float32.
+            head_weights: [B, heads] float32; see `combined`.
         """
         state = self.in_context(self.states(history)[:, -1], context_rows, context_weights)
+        state = self.combined(state, head_weights)
         scores = (self.item_vectors()[candidates] @ state.unsqueeze(-1)).squeeze(-1)
         return scores, state
 

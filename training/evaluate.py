@@ -25,7 +25,7 @@ from engine.arguments import ArgumentParser
 from engine.bundle import Bundle, resolve_bundle
 from engine.history import left_padded
 from engine.item_list import largest
-from engine.pipeline import RecommendationPipeline, Visitor, query_vector
+from engine.pipeline import RecommendationPipeline, Visitor, default_head_weights, query_vector
 from engine.policies import item_facts
 from engine.policy_files import PolicyFiles
 from training import metrics
@@ -241,7 +241,11 @@ def _ranking_scores(bundle: Bundle, questions: _Questions) -> NDArray[np.float32
     history = left_padded(questions.histories, bundle.scorer.history_length)
     scores = np.empty((len(history), bundle.catalog.num_items + 1), np.float32)
     context = encoded_context(bundle.scorer.context, questions.events, questions.ends)
-    scores[:, 1:] = bundle.scorer.score(history, np.arange(1, bundle.catalog.num_items + 1)[None], context)
+    everything = np.arange(1, bundle.catalog.num_items + 1)[None]
+    weights = default_head_weights(bundle)
+    if weights is not None:
+        weights = np.repeat(weights, len(history), axis=0)
+    scores[:, 1:] = bundle.scorer.score(history, everything, context, weights)
     return scores
 
 

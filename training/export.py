@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import warnings
@@ -68,24 +69,22 @@ DEFAULT_SOURCES: list[dict[str, Any]] = [
 
 
 class _State(nn.Module):
-    """The half of a HybridRanker that reads a history, with the items' vectors worked out."""
+    """The half of a HybridRanker that reads a history, with the items' vectors worked out.
+
+    Inputs behind the history: context_rows and context_weights where the ranker has a context, then
+    head_weights where it has heads.
+    """
 
     def __init__(self, ranker: HybridRanker) -> None:
         super().__init__()
         self.ranker = ranker
         self.register_buffer("table", ranker.all_vectors().detach().clone())
 
-    def forward(self, history: Tensor) -> Tensor:
-        return self.ranker.states(history, self.table)[:, -1]  # type: ignore[arg-type]
-
-
-class _StateInContext(_State):
-    """The same, for a ranker that knows the moment."""
-
-    def forward(  # type: ignore[override]
-        self, history: Tensor, context_rows: Tensor, context_weights: Tensor
-    ) -> Tensor:
-        return self.ranker.in_context(super().forward(history), context_rows, context_weights)
+    def forward(self, history: Tensor, *more: Tensor) -> Tensor:
+        state = self.ranker.states(history, self.table)[:, -1]  # type: ignore[arg-type]
+        if len(self.ranker.context):
+            state, more = self.ranker.in_context(state, *more[:2]), more[2:]
+        return self.ranker.combined(state, *more)
 
 
 class _Scores(nn.Module):
@@ -114,10 +113,10 @@ def export_ranker(
 ) -> dict[str, Any]:
     """Write a ranker into a directory: two ONNX graphs and an index over the vectors that it scores with.
 
-    ranker_state.onnx takes history [B, T], and where the ranker has a context context_rows and
-    context_weights [B, K], to state [B, D]; ranker_scores.onnx takes state [B, D] and candidates [B or 1, C]
-    to scores [B, C]. All axes but D and K are dynamic. A single row of candidates is scored for every
-    state of the batch.
+    ranker_state.onnx takes history [B, T], and where the ranker has them context_rows and context_weights
+    [B, K] and head_weights [B, heads], to state [B, D]; ranker_scores.onnx takes state [B, D] and candidates
+    [B or 1, C] to scores [B, C]. B, T and C are dynamic. A single row of candidates is scored for every state
+    of the batch.
 
     Args:
         ranker: on any device; it is left on the CPU, in float32 and in evaluation mode.
@@ -139,10 +138,14 @@ def export_ranker(
         if len(ranker.context):
             rows, weights = ranker.context.unknown(2)
             inputs |= {"context_rows": torch.from_numpy(rows), "context_weights": torch.from_numpy(weights)}
-            shapes |= {"context_rows": {0: batch}, "context_weights": {0: batch}}
             metadata["context"] = ranker.context.to_json()
+        if ranker.heads:
+            inputs["head_weights"] = torch.ones(2, len(ranker.heads))
+            metadata["heads"] = json.dumps(ranker.heads)
+        if len(inputs) > 1:
+            shapes["more"] = tuple({0: batch} for _ in range(len(inputs) - 1))
         _export_onnx(
-            (_StateInContext if len(ranker.context) else _State)(ranker),
+            _State(ranker),
             inputs,
             "state",
             shapes,
@@ -322,6 +325,7 @@ def export_bundle(
                 "kind": "none" if ranker is None else "ordered",
                 "history_length": 0 if ranker is None else ranker.history_length,
                 "context": [] if ranker is None else list(ranker.context.names),
+                "heads": [] if ranker is None else list(ranker.heads),
             },
             "pipeline": pipeline,
             "indexes": indexes,
@@ -410,12 +414,18 @@ def verify_bundle(bundle: Bundle, ranker: HybridRanker | None, data: SplitData) 
     for place, (key, default) in enumerate(zip(table.keys, table.defaults, strict=True)):
         context.rows[:, place] = default + rng.integers(0, key.num_rows, len(history))
         context.weights[:, place] = rng.uniform(0.5, 1.5, len(history))
-    tensors = map(torch.from_numpy, (history, candidates, *context))
+    # Without heads there is nothing to weigh.
+    weights = (
+        rng.uniform(0, 1, (len(history), len(ranker.heads))).astype(np.float32) if ranker.heads else None
+    )
+    tensors = map(torch.from_numpy, (history, candidates, *context, *([weights] if ranker.heads else [])))
     with torch.no_grad():
         scores, states = ranker(*tensors)
         fused = ranker.item_vectors().detach().numpy()
-    _check_close("ONNX states differ from torch", bundle.scorer.user_states(history, context), states.numpy())
-    found = bundle.scorer.score(history, candidates, context)
+    _check_close(
+        "ONNX states differ from torch", bundle.scorer.user_states(history, context, weights), states.numpy()
+    )
+    found = bundle.scorer.score(history, candidates, context, weights)
     _check_close("ONNX scores differ from torch", found, scores.numpy())
     asked = bundle.scorer.user_states(left_padded([history.items for history in histories], longest))
     _check_index(RANKER_INDEX, bundle.ranker_index, asked, fused, options)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from engine.history import left_padded
+from engine.history import EVENT_CODE, left_padded
 from ranking.encoders.sasrec import SASRec
 from ranking.ranker import HybridRanker
 from training.data.modules import QuestionBatch, RankingData
@@ -38,6 +38,9 @@ class RankingModule(L.LightningModule):
         loss: "full": softmax over the catalog; "sampled": over shared uniform negatives; "auto": full up to
             50,000 items.
         num_negatives: of the sampled loss.
+        heads: kinds of events, such as [cart, purchase], that candidates are scored for as well. Beside them
+            there is always "next", the next item whatever the event. What counts how much is for
+            pipeline.head_weights and for each request to say.
         learning_rate: of Adam.
         schedule: "linear" lets the learning rate fall to zero over the epochs; "constant" does not.
         dropout: on graph vectors and on the fusion's output.
@@ -56,6 +59,7 @@ class RankingModule(L.LightningModule):
         content: Path | None = None,
         loss: Literal["auto", "full", "sampled"] = "auto",
         num_negatives: int = 4096,
+        heads: list[str] | None = None,
         learning_rate: float = 2e-3,
         schedule: Literal["constant", "linear"] = "linear",
         dropout: float = 0.5,
@@ -73,6 +77,7 @@ class RankingModule(L.LightningModule):
         }
         self.loss, self.num_negatives, self.learning_rate = loss, num_negatives, learning_rate
         self.schedule = schedule
+        self.heads = tuple(heads or ())
         self._possible: Tensor | None = None  # [N] rows of the items that training has events of
 
     @property
@@ -95,6 +100,14 @@ class RankingModule(L.LightningModule):
                 raise ValueError(
                     f"{file} has {len(rows) - 1} items; the data set has {self.data.num_items}: {how}"
                 )
+        for name in self.heads:
+            if name not in self.data.event_types:
+                raise ValueError(
+                    f"heads names {name!r}, of which training has no event; it has "
+                    f"{', '.join(self.data.event_types)}"
+                )
+        if len(set(self.heads)) != len(self.heads):
+            raise ValueError(f"heads is {', '.join(self.heads)}; expected each once")
         self.ranker = HybridRanker(
             self.make_encoder(self.data.history_length + 1),
             graph_vectors=graph.get("item_vectors"),
@@ -103,6 +116,7 @@ class RankingModule(L.LightningModule):
             is_trained=self.data.is_trained,
             num_items=self.data.num_items,
             context=self.data.context,
+            heads=self.heads,
             **self.dropouts,
         )
 
@@ -129,6 +143,8 @@ class RankingModule(L.LightningModule):
             batch.context_rows[known],
             batch.context_weights[known],
         )
+        if self.heads:
+            states, targets = self._of_every_head(states, targets, batch.target_kinds[known])
         # An item that training never saw is no negative: nothing says that it was not wanted.
         possible = self._possible_rows(targets.device)
         full = self.loss == "full" or (self.loss == "auto" and self.data.num_items <= FULL_SOFTMAX_ITEMS)
@@ -143,6 +159,18 @@ class RankingModule(L.LightningModule):
             )
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(targets))
         return loss
+
+    def _of_every_head(self, states: Tensor, targets: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the queries of all heads, each where its kind of event came, and their targets.
+
+        An example of one head counts as much as one of another, so a rare kind of event moves the shared
+        vectors little.
+        """
+        queries = self.ranker.queries(states)
+        came = torch.ones(queries.shape[:-1], dtype=torch.bool, device=kinds.device)
+        for place, name in enumerate(self.heads, start=1):
+            came[:, place] = (kinds & (1 << EVENT_CODE[name])) > 0
+        return queries[came], targets.unsqueeze(1).expand(-1, queries.shape[1])[came]
 
     def _possible_rows(self, device: torch.device) -> Tensor:
         if self._possible is None or self._possible.device != device:

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from engine.catalog import Catalog
 from engine.pipeline import check_settings
 from engine.policies import check_policies
-from ranking.ranker import HybridRanker
+from ranking.ranker import NEXT, HybridRanker
 from retrieval.item_index import IndexOptions
 from training.content import ContentOptions, encoder_name, write_content
 from training.data.dataset import Dataset
@@ -77,6 +77,8 @@ class PipelineOptions:
         half_life_days: the same in days, where the data has times.
         index: the kind of index to search with, and how much of the best it must find; there is one over the
             graph vectors and one over the ranker's. A k of null is num_candidates.
+        head_weights: how much each head of the ranker counts where a request does not say, such as {next: 1,
+            purchase: 3}; of ranking.model.heads and "next". Empty: the next item alone.
         num_neighbours: how many neighbours the bundle holds of each item.
         popular_window_days: popular is what is popular in the last days of the training data; null, and data
             without times, count all of it.
@@ -91,6 +93,7 @@ class PipelineOptions:
     half_life_events: float | None = 3.0
     half_life_days: float | None = None
     index: IndexOptions = field(default_factory=IndexOptions)
+    head_weights: dict[str, float] = field(default_factory=dict)
     num_neighbours: int = 200
     popular_window_days: float | None = 30.0
     policies: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(DEFAULT_POLICIES))
@@ -205,6 +208,11 @@ def train(
     """
     # What can be wrong is found before the training, not after it.
     check_settings(recipe["pipeline"])
+    heads = recipe["ranking"]["model"]["heads"] or []
+    for name in recipe["pipeline"]["head_weights"]:
+        if name not in (NEXT, *heads) or not heads:
+            known = f"one of {', '.join((NEXT, *heads))}" if heads else "none without ranking.model.heads"
+            raise ValueError(f"pipeline.head_weights names {name!r}; expected {known}")
     refit: bool = recipe["refit"]
     for stage in ("retrieval", "ranking") if refit else ():
         max_steps = recipe[stage]["trainer"]["max_steps"]

@@ -312,7 +312,7 @@ def test_context_bends_the_last_state():
     model = ranker(context=TABLE)
     history, candidates = histories(0, LENGTH), torch.arange(1, NUM_ITEMS + 1).expand(2, -1)
     unknown = map(torch.from_numpy, TABLE.unknown(2))
-    scores, state = model(history, candidates, *unknown)
+    scores, _ = model(history, candidates, *unknown)
     torch.testing.assert_close(model(history, candidates)[0], scores)  # nothing said is nothing known
     rows, weights = torch.tensor([[1, 4], [2, 3]]), torch.tensor([[1.0, -1.5], [1.0, 1.0]])
     in_context, bent = model(history, candidates, rows, weights)
@@ -348,6 +348,36 @@ def test_the_defaults_are_learned():
     assert counts[[0, 3]].tolist() == pytest.approx([200, 200], abs=40)  # each once
     assert counts[[1, 4]].tolist() == pytest.approx([400, 400], abs=80)  # each twice: the weight is 2
     assert counts[2] == 0
+
+
+# --- heads
+
+
+@torch.no_grad()
+def test_a_weighted_sum_of_scores_is_one_inner_product():
+    model = ranker(with_content=True, context=TABLE, heads=("cart", "purchase"))
+    assert model.heads == ("next", "cart", "purchase")
+    history, candidates = histories(0, 2, LENGTH), torch.arange(1, NUM_ITEMS + 1).expand(3, -1)
+    moment = torch.tensor([[1, 4]] * 3), torch.tensor([[1.0, 0.5]] * 3)
+    by_head = []
+    for place in range(3):
+        scores, _ = model(history, candidates, *moment, torch.eye(3)[place].expand(3, -1))
+        by_head.append(scores)
+    torch.testing.assert_close(by_head[0], model(history, candidates, *moment)[0])  # the next item alone
+    assert all(not torch.allclose(by_head[0], other) for other in by_head[1:])
+    weights = torch.tensor([[0.5, 2.0, 0.0], [1.0, 0.0, 3.0], [0.0, 0.0, 1.0]])
+    scores, query = model(history, candidates, *moment, weights)
+    torch.testing.assert_close(scores, (torch.stack(by_head) * weights.T[:, :, None]).sum(0))
+    torch.testing.assert_close(scores, query @ model.item_vectors()[1:].T)
+
+
+@torch.no_grad()
+def test_heads_start_where_the_state_is():
+    model = ranker(trained=False, heads=("purchase",))
+    states = model.states(histories(0, 3))[:, -1]
+    assert torch.equal(model.queries(states), states[:, None].expand(-1, 2, -1))
+    assert ranker().heads == ()
+    assert torch.equal(ranker().queries(states), states[:, None])
 
 
 # --- it learns

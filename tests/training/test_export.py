@@ -253,6 +253,24 @@ def test_a_ranker_in_context_scores_as_in_torch(tmp_path):
         np.testing.assert_allclose(scorer.user_states(history[:count], alone), states[:count], atol=1e-5)
 
 
+@pytest.mark.parametrize("context", [ContextTable(), TABLE])
+def test_heads_are_weighed_as_in_torch(tmp_path, context):
+    model = ranker(context=context, heads=("cart", "purchase"))
+    export_ranker(model, tmp_path)
+    scorer = scorer_of(tmp_path)
+    assert scorer.heads == ("next", "cart", "purchase")
+    history, candidates = histories(2, 3), np.arange(1, NUM_ITEMS + 1)[None].repeat(2, axis=0)
+    weights = np.array([[1, 0, 0], [0.5, 0, 2]], np.float32)
+    moment = context.unknown(2)
+    with torch.no_grad():
+        tensors = map(torch.from_numpy, (history, candidates, *moment, weights))
+        scores = model(*tensors)[0].numpy()
+    assert np.abs(scorer.score(history, candidates, moment, weights) - scores).max() <= 1e-4
+    assert np.abs(scorer.score(history, candidates)[0] - scores[0]).max() <= 1e-4  # the first head alone
+    with pytest.raises(ValueError, match=r"head_weights has shape \(1, 3\); expected \(2, 3\)"):
+        scorer.user_states(history, None, weights[:1])
+
+
 def test_content_costs_serving_nothing(tmp_path):
     """It is in the items' vectors: no file grows with what it was made from."""
     sizes = []

@@ -37,6 +37,8 @@ class Sequences:
     ends: NDArray[np.int64]  # [W]
     has_start: NDArray[np.bool_]  # [W] whether the window begins where the user's history begins
     context: Encoded  # [N, K] of the moment of each event
+    # [N] which kinds of events the user has with the item, here or later: 1 << code, added up
+    kinds: NDArray[np.uint8]
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -55,6 +57,7 @@ def make_sequences(
     the history and is not predicted, unless `repeats`. `context` says which keys of the context to keep.
     """
     kept = events.is_next_item
+    kinds = _kinds(events, repeats)[kept]
     target = (np.ones(len(events), bool) if repeats else events.is_first_touch) & (
         events.event_types != NEGATIVE_EVENT
     )
@@ -78,7 +81,24 @@ def make_sequences(
         np.asarray(ends, np.int64),
         np.asarray(has_start, bool),
         encoded_context(context, events),
+        kinds,
     )
+
+
+def _kinds(events: Interactions, repeats: bool) -> NDArray[np.uint8]:
+    """Return the kinds of events that a user has with an item, [N] for each event of theirs.
+
+    Where repeats are normal, each run of events with one item stands alone: what was bought once is not
+    bought at every visit.
+    """
+    if repeats:
+        group = np.cumsum(events.is_next_item) - 1
+    else:
+        pair = events.users.astype(np.int64) * (events.num_items + 1) + events.items
+        group = np.unique(pair, return_inverse=True)[1]
+    kinds = np.zeros(int(group.max(initial=-1)) + 1, np.uint8)
+    np.bitwise_or.at(kinds, group, np.left_shift(np.uint8(1), events.event_types))
+    return kinds[group]
 
 
 @dataclass  # not frozen: Lightning moves a batch's tensors in place
@@ -89,6 +109,7 @@ class SequenceBatch:
     targets: Tensor  # [B, T+1] int64, 0 where nothing is to be predicted
     context_rows: Tensor  # [B, T+1, K] int64, of the moment at which each target is asked for
     context_weights: Tensor  # [B, T+1, K] float32
+    target_kinds: Tensor  # [B, T+1] uint8, Sequences.kinds of each target
 
 
 def sequence_batches(
@@ -146,6 +167,7 @@ def _collate(sequences: Sequences, batch: NDArray[np.int64]) -> SequenceBatch:
         torch.from_numpy(targets.astype(np.int64)),
         torch.from_numpy(sequences.context.rows[place]),
         torch.from_numpy(sequences.context.weights[place]),
+        torch.from_numpy(sequences.kinds[place]),
     )
 
 
