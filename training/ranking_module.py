@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,17 @@ from training.metrics import mean_accuracy
 # Above this the softmax over the whole catalog costs more than it brings, and negatives are sampled.
 FULL_SOFTMAX_ITEMS = 50_000
 RANKING_EPOCHS = 24  # by default: how long the learning rate takes to fall to zero
+
+
+def check_heads(heads: Sequence[str], event_types: Sequence[str]) -> None:
+    """Raise ValueError unless each head is an event type that training has, and is there once."""
+    for name in heads:
+        if name not in event_types:
+            raise ValueError(
+                f"heads names {name!r}, of which training has no event; it has {', '.join(event_types)}"
+            )
+    if len(set(heads)) != len(heads):
+        raise ValueError(f"heads is {', '.join(heads)}; expected each once")
 
 
 class RankingModule(L.LightningModule):
@@ -100,14 +111,7 @@ class RankingModule(L.LightningModule):
                 raise ValueError(
                     f"{file} has {len(rows) - 1} items; the data set has {self.data.num_items}: {how}"
                 )
-        for name in self.heads:
-            if name not in self.data.event_types:
-                raise ValueError(
-                    f"heads names {name!r}, of which training has no event; it has "
-                    f"{', '.join(self.data.event_types)}"
-                )
-        if len(set(self.heads)) != len(self.heads):
-            raise ValueError(f"heads is {', '.join(self.heads)}; expected each once")
+        check_heads(self.heads, self.data.event_types)
         self.ranker = HybridRanker(
             self.make_encoder(self.data.history_length + 1),
             graph_vectors=graph.get("item_vectors"),

@@ -29,7 +29,7 @@ from training.data.dataset import Dataset
 from training.data.modules import RankingData, RetrievalData
 from training.data.splits import Split, SplitOptions, final_split, load_split
 from training.export import DEFAULT_POLICIES, DEFAULT_SOURCES, export_bundle
-from training.ranking_module import RANKING_EPOCHS, RankingModule
+from training.ranking_module import RANKING_EPOCHS, RankingModule, check_heads
 from training.retrieval_module import RETRIEVAL_EPOCHS, RetrievalModule
 from training.stages import (
     MONITOR,
@@ -224,6 +224,7 @@ def train(
     dataset = Dataset.open(directory)
     check_policies(recipe["pipeline"]["policies"], Catalog(dataset.items.collect()))
     data = load_split(directory, settings().split)
+    check_heads(heads, data.split.train.wanted_types)
     run = _run_directory(runs, dataset, recipe, resume)
     split = data.split
     _say(
@@ -238,6 +239,7 @@ def train(
             "those that it trains on (leave-one-out: at least 3 different items)"
         )
 
+    content = content_of(directory, settings().content, run) if split.ordered else None
     num_fits = (2 if split.ordered else 1) * (2 if refit else 1)
     step = iter(f"fit {number} of {num_fits}" for number in range(1, num_fits + 1))
     chosen: dict[str, Chosen] = {}
@@ -245,7 +247,6 @@ def train(
 
     _say(f"{next(step)}: retrieval on train; validation chooses the epochs")
     chosen["retrieval"] = fit_retrieval(directory, split, run, settings, recipe["seed"], resume)
-    content = content_of(directory, settings().content, run) if split.ordered else None
     if split.ordered:
         _say(f"{next(step)}: ranking on train; validation chooses the epochs")
         before = chosen_before(run) if refit else None

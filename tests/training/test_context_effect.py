@@ -1,4 +1,4 @@
-"""A ranker with context on simulated shops: better where the moment decides, and no worse where it does not."""
+"""A ranker with context on simulated shops: better where the moment decides, no worse where it does not."""
 
 import lightning as L
 import pytest

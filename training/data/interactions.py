@@ -73,6 +73,12 @@ class Interactions:
             {name: column.take(where) for name, column in self.context.items()},
         )
 
+    @property
+    def wanted_types(self) -> tuple[str, ...]:
+        """The event types that there are, less the one that says "not this"."""
+        counts = np.bincount(self.event_types, minlength=len(EVENT_TYPES))
+        return tuple(name for code, name in enumerate(EVENT_TYPES) if counts[code] and code != NEGATIVE_EVENT)
+
     def context_at(self, position: int) -> dict[str, str]:
         """Return what a request at the moment of an event would say of it, but for what the time says."""
         told = {

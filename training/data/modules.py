@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from engine.history import EVENT_TYPES, NEGATIVE_EVENT
 from ranking.context import ContextTable, Encoded
 from training.data.context import context_table, encoded_context
 from training.data.graph import USER_ITEM, build_graph
@@ -160,10 +159,7 @@ class RankingData(_StageData):
             split.train, self.history_length, repeats=split.repeats, context=self.context
         )
         self.num_items = split.train.num_items
-        counts = np.bincount(split.train.event_types, minlength=len(EVENT_TYPES))
-        self.event_types = tuple(
-            name for code, name in enumerate(EVENT_TYPES) if counts[code] and code != NEGATIVE_EVENT
-        )
+        self.event_types = split.train.wanted_types
         # An event that says "not this" is one too: the item was there to be chosen, or not.
         self.is_trained = torch.from_numpy(
             np.bincount(split.train.items, minlength=split.train.num_items + 1) > 0
