@@ -118,10 +118,10 @@ class ContextTable:
             context: key -> value, as a request gives them.
             now_ms: time of the request, milliseconds since 1970 UTC; None where there is no clock.
         """
-        told = {**clock(now_ms), **context} if now_ms is not None else context
+        hours = clock(now_ms) if now_ms is not None else {}
         rows, weights = self.defaults.copy(), np.ones(len(self), np.float32)
         for place, key in enumerate(self.keys):
-            text = told.get(key.name)
+            text = context.get(key.name, hours.get(key.name) if key.kind == "clock" else None)
             if text is None:
                 continue
             if key.kind == "numeric":

@@ -79,9 +79,10 @@ def item_content(items: pl.DataFrame, options: ContentOptions, cache: Path) -> N
     if options.dim < 1:
         raise ValueError(f"content.dim is {options.dim}; expected 1 or more")
     vectors = text_vectors(items, options, cache)
-    if not vectors.any():
+    components = principal_components(vectors, options.dim)
+    if not components.any():  # no texts, or one text for all
         return None
-    parts = [_unit_scale(principal_components(vectors, options.dim))]
+    parts = [_unit_scale(components)]
     if "price" in items.columns and items["price"].is_not_null().any():
         parts.append(price_features(items["price"]))
     return np.ascontiguousarray(np.concatenate(parts, axis=1), np.float32)
@@ -279,7 +280,7 @@ class TextEncoder:
             try:
                 tokenizer = AutoTokenizer.from_pretrained(self.folder, **options)
                 model = AutoModel.from_pretrained(self.folder, use_safetensors=True, **options)
-            except (OSError, KeyError, ImportError) as error:
+            except (OSError, ValueError, KeyError, ImportError) as error:
                 raise ValueError(
                     f"content.encoder is {self.name!r}, which cannot be loaded: {error}"
                 ) from error

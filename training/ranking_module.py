@@ -197,7 +197,7 @@ class RankingModule(L.LightningModule):
 
     def _log_accuracy(self, batch: QuestionBatch, part: str) -> None:
         history = torch.from_numpy(left_padded(batch.histories, self.ranker.history_length))
-        rows, weights = (torch.from_numpy(part).to(self.device) for part in batch.context)
+        rows, weights = (torch.from_numpy(array).to(self.device) for array in batch.context)
         states = self.ranker.states(history.to(self.device))[:, -1]
         states = self.ranker.in_context(states, rows, weights).float()
         scores = (states @ self._item_vectors.T).float().cpu().numpy()

@@ -184,7 +184,7 @@ def recipe_of(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
     A run is resumed, and a bundle reproduced, by these alone.
     """
     settings: dict[str, Any] = json.loads(parser.dump(config, format="json"))
-    del settings["content"]["cache"]
+    settings["content"].pop("cache", None)
     where = ("config", "dataset", "out", "runs", "resume")
     return {key: value for key, value in settings.items() if key not in where}
 
@@ -208,7 +208,7 @@ def train(
     """
     # What can be wrong is found before the training, not after it.
     check_settings(recipe["pipeline"])
-    heads = recipe["ranking"]["model"]["heads"] or []
+    heads = recipe["ranking"]["model"].get("heads") or []
     for name in recipe["pipeline"]["head_weights"]:
         if name not in (NEXT, *heads) or not heads:
             known = f"one of {', '.join((NEXT, *heads))}" if heads else "none without ranking.model.heads"

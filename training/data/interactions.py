@@ -179,6 +179,8 @@ def _context(dataset: Dataset, columns: pl.DataFrame) -> dict[str, ContextColumn
             context[name] = ContextColumn("numeric", values.fill_null(np.nan).cast(pl.Float32).to_numpy())
         else:
             names = tuple(values.replace("", None).drop_nulls().unique().sort().to_list())
+            if not names:
+                continue
             codes = values.cast(pl.Enum(names), strict=False).to_physical().cast(pl.Int32) + 1
             context[name] = ContextColumn("categorical", codes.fill_null(0).to_numpy(), names)
     if dataset.info.time == "unix":

@@ -352,7 +352,7 @@ def walk(
         for code, shelf in enumerate(shelves):
             here = active[leaf[active] == code]
             liking = shop.appeal[shelf] * np.exp(TASTE * shoppers.taste[user[here]] @ shop.taste[shelf].T)
-            liking *= np.exp(shop.placement_taste[placement[here, step]][:, shelf])
+            liking *= np.exp(shop.placement_taste[np.ix_(placement[here, step], shelf)])
             liking[start[here, None] < shop.available_from[shelf]] = 0
             items[here, step] = shelf[draw(liking, rng)]
     return items

@@ -259,7 +259,7 @@ def test_what_is_said_of_the_moment(tmp_path, capsys):
     assert [(e["device"], e["basket"]) for e in events] == [("phone", 3.5), (None, -2.0), ("desktop", None)]
     assert rows[0]["description"] == "Runs fast"
     for wrong, message in (
-        ('{"devise": "categorical"}', "no column 'devise' for --columns.devise \\(did you mean 'device'"),
+        ('{"devise": "categorical"}', "no column 'devise' for --context.devise \\(did you mean 'device'"),
         (
             '{"price": "numeric"}',
             "context names 'price'; expected a column that is no other part of an event",

@@ -132,8 +132,8 @@ def read(
             raise ValueError(f"context names {name!r}; expected a column that is no other part of an event")
     files = matching_files(src)
     parts = [OpenTable.open(file, separator) for file in files]
-    wanted = dataclasses.asdict(columns) | dict.fromkeys(context)
-    chosen = parts[0].choose(wanted, required=("user_id", "item_id", *context), option="columns")
+    chosen = parts[0].choose(dataclasses.asdict(columns), required=("user_id", "item_id"), option="columns")
+    chosen |= parts[0].choose(dict.fromkeys(context), required=tuple(context), option="context")
     for part in parts[1:]:
         if missing := sorted(set(chosen.values()) - set(part.columns)):
             raise ValueError(f"{part.path} has no column {missing[0]!r}, which {parts[0].path} has")
