@@ -29,8 +29,9 @@ class HybridRanker(nn.Module):
     softmax over the whole catalog, and serving needs one table of vectors, whatever they are made of.
 
     An item that training never saw has no id embedding: a learned vector that stands for all such items takes
-    its place, and what is left is what graph and content say. In training the same vector stands in for a
-    random part of the ids, so that it, and the projections beside it, are learned.
+    its place, and what is left is what graph and content say. In training a random part of the items is treated
+    as if they were new (DropoutNet, Volkovs et al., NIPS 2017), so that the stand-in is learned and what is left
+    suffices: with content they lose id and graph vector, which new items do not have either; without it the id.
 
     Args:
         encoder: a SequenceEncoder with attributes `dim` and `max_length`:
@@ -46,7 +47,7 @@ class HybridRanker(nn.Module):
             the state is all that candidates are scored with.
         dropout: on graph vectors and on the fusion's output.
         content_dropout: on content vectors.
-        id_dropout: share of the ids that the stand-in takes the place of, in training.
+        id_dropout: share of the items that are treated as new in a step of training.
         context_dropout: share of the context's values that count as unknown, in training.
     """
 
@@ -54,6 +55,7 @@ class HybridRanker(nn.Module):
     fold_weights: Tensor
     content_vectors: Tensor
     has_id: Tensor
+    may_be_new: Tensor
 
     def __init__(
         self,
@@ -112,6 +114,10 @@ class HybridRanker(nn.Module):
             self.register_buffer("content_vectors", _unit_scale(content_vectors))
             self.content_projection = _projection(content_vectors.shape[1], dim)
             self.content_dropout = nn.Dropout(content_dropout)
+        known = torch.zeros(num_items + 2, dtype=torch.bool)
+        for name in ("graph_vectors", "content_vectors"):  # the last one there is: what new items are told by
+            known = getattr(self, name).any(dim=1) if hasattr(self, name) else known
+        self.register_buffer("may_be_new", known, persistent=False)
         self.context = context
         self.context_fusion: ContextFusion | None = None
         if len(context):
@@ -127,11 +133,14 @@ class HybridRanker(nn.Module):
         """
         ids, known = self.embedding(rows), self.has_id[rows]
         if self.training and self.id_dropout:
-            dropped = torch.rand(rows.shape, device=rows.device) < self.id_dropout
-            known = known & ~(dropped & (rows > 0) & (rows <= self.num_items))
+            as_new = torch.rand(rows.shape, device=rows.device) < self.id_dropout
+            known = known & ~(as_new & self.may_be_new[rows])
         vectors: Tensor = torch.where(known.unsqueeze(-1), ids, self.unknown_id)
         if self.fusion is not None:
-            vectors = vectors + self.item_projection(self.graph_dropout(self.graph_vectors[rows]))
+            graph = self.graph_vectors[rows]
+            if self.content_projection is not None:
+                graph = graph * known.unsqueeze(-1)
+            vectors = vectors + self.item_projection(self.graph_dropout(graph))
         if self.content_projection is not None:
             vectors = vectors + self.content_projection(self.content_dropout(self.content_vectors[rows]))
         return vectors

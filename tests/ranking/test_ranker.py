@@ -286,22 +286,33 @@ def test_content_matters_and_its_scale_does_not():
     assert "content_vectors" not in dict(scaled.named_parameters())
 
 
-def test_ids_are_left_out_in_training_alone():
-    model = ranker(with_content=True, id_dropout=0.3)
-    with torch.no_grad():
-        ids = model.embedding.weight.clone()
-        for projection in (model.item_projection, model.content_projection):
-            projection.weight.zero_()
-    assert torch.equal(model.all_vectors()[1:], ids[1:])
+@all_kinds
+def test_some_items_are_treated_as_new_in_training_alone(with_graph, with_content):
+    model = ranker(with_graph, with_content=with_content, id_dropout=0.3, dropout=0.0, content_dropout=0.0)
+    plain = ranker(with_graph, with_content=with_content)
+    assert torch.equal(model.all_vectors(), plain.all_vectors())
     model.train()
-    left_out = 0
+    # By hand: what is left of each item where it is new. Padding, the start token and items of which nothing
+    # would be left are never new.
+    new = model.unknown_id.expand(NUM_ITEMS + 2, -1).clone()
+    never = [0, NUM_ITEMS + 1]
+    if with_content:
+        new += model.content_vectors @ model.content_projection.weight.T
+        never.append(7)
+    elif with_graph:
+        new += model.graph_vectors @ model.item_projection.weight.T
+    else:
+        never = list(range(NUM_ITEMS + 2))
+    count = torch.zeros(NUM_ITEMS + 2)
     for _ in range(200):
         vectors = model.all_vectors()
-        dropped = (vectors == model.unknown_id).all(1)
-        assert not dropped[[0, -1]].any()  # padding and the start token are no items
-        assert torch.equal(vectors[~dropped], ids[~dropped])
-        left_out += int(dropped.sum())
-    assert left_out / (200 * NUM_ITEMS) == pytest.approx(0.3, abs=0.03)
+        as_new = torch.isclose(vectors, new, atol=1e-5).all(1)
+        torch.testing.assert_close(vectors[~as_new], plain.all_vectors()[~as_new])
+        count += as_new
+    assert not count[never].any()
+    others = [row for row in range(NUM_ITEMS + 2) if row not in never]
+    if others:
+        assert (count[others].mean() / 200).item() == pytest.approx(0.3, abs=0.03)
 
 
 # --- context
