@@ -31,7 +31,7 @@ class HybridRanker(nn.Module):
     An item that training never saw has no id embedding: a learned vector that stands for all such items takes
     its place, and what is left is what graph and content say. In training a random part of the items is treated
     as if they were new (DropoutNet, Volkovs et al., NIPS 2017), so that the stand-in is learned and what is left
-    suffices: with content they lose id and graph vector, which new items do not have either; without it the id.
+    suffices: with content they lose id and graph vector, since most new items have neither; without it the id.
 
     Args:
         encoder: a SequenceEncoder with attributes `dim` and `max_length`:
@@ -114,10 +114,12 @@ class HybridRanker(nn.Module):
             self.register_buffer("content_vectors", _unit_scale(content_vectors))
             self.content_projection = _projection(content_vectors.shape[1], dim)
             self.content_dropout = nn.Dropout(content_dropout)
-        known = torch.zeros(num_items + 2, dtype=torch.bool)
-        for name in ("graph_vectors", "content_vectors"):  # the last one there is: what new items are told by
-            known = getattr(self, name).any(dim=1) if hasattr(self, name) else known
-        self.register_buffer("may_be_new", known, persistent=False)
+        # What of an item is left without its id: content, or the graph where there is no content.
+        left = content_vectors if content_vectors is not None else graph_vectors
+        may_be_new = torch.zeros(num_items + 2, dtype=torch.bool)
+        if left is not None:
+            may_be_new[1:-1] = left[1:].any(dim=1)
+        self.register_buffer("may_be_new", may_be_new, persistent=False)
         self.context = context
         self.context_fusion: ContextFusion | None = None
         if len(context):
@@ -131,15 +133,16 @@ class HybridRanker(nn.Module):
         Args:
             rows: [...] int64 item rows; row 0 is padding and has the zero vector, row I+1 the start token.
         """
-        ids, known = self.embedding(rows), self.has_id[rows]
+        has_id, as_new = self.has_id[rows], None
         if self.training and self.id_dropout:
             as_new = torch.rand(rows.shape, device=rows.device) < self.id_dropout
-            known = known & ~(as_new & self.may_be_new[rows])
-        vectors: Tensor = torch.where(known.unsqueeze(-1), ids, self.unknown_id)
+            as_new &= self.may_be_new[rows]
+            has_id = has_id & ~as_new
+        vectors: Tensor = torch.where(has_id.unsqueeze(-1), self.embedding(rows), self.unknown_id)
         if self.fusion is not None:
             graph = self.graph_vectors[rows]
-            if self.content_projection is not None:
-                graph = graph * known.unsqueeze(-1)
+            if as_new is not None and self.content_projection is not None:
+                graph = graph * ~as_new.unsqueeze(-1)
             vectors = vectors + self.item_projection(self.graph_dropout(graph))
         if self.content_projection is not None:
             vectors = vectors + self.content_projection(self.content_dropout(self.content_vectors[rows]))

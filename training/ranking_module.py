@@ -56,7 +56,7 @@ class RankingModule(L.LightningModule):
         schedule: "linear" lets the learning rate fall to zero over the epochs; "constant" does not.
         dropout: on graph vectors and on the fusion's output.
         content_dropout: on content vectors.
-        id_dropout: share of the items that are treated as new in a step, so that new ones are scored well too.
+        id_dropout: share of the items that are treated as new in a step, so that new ones are scored well.
         context_dropout: share of the context's values that are left out of a step.
     """
 
