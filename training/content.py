@@ -122,6 +122,8 @@ def item_texts(items: pl.DataFrame) -> list[str]:
     known = [
         name for name in ("title", "category", "brand", "attributes", "description") if name in items.columns
     ]
+    if not known:
+        return [""] * len(items)
     texts = []
     for row in items.select(known).iter_rows(named=True):
         words = [word for word in row.get("attributes") or [] if not word.isdigit()]

@@ -208,7 +208,7 @@ def test_a_context_that_does_not_fit_is_refused(tmp_path):
         opened(tmp_path, (state, scores))
     for name, kind in (("context_rows", TensorProto.INT64), ("context_weights", TensorProto.FLOAT)):
         state.graph.input.append(helper.make_tensor_value_info(name, kind, ["B", 2]))
-    with pytest.raises(ValueError, match="takes 2 keys; expected 1"):
+    with pytest.raises(ValueError, match="context_rows has 2 columns; expected 1"):
         opened(tmp_path, (state, scores))
     for node in state.graph.input[1:]:
         node.type.tensor_type.shape.dim[1].dim_value = 1
