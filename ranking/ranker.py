@@ -30,7 +30,7 @@ class HybridRanker(nn.Module):
 
     An item that training never saw has no id embedding: a learned vector that stands for all such items takes
     its place, and what is left is what graph and content say. In training some items, drawn anew each time, are
-    treated as if they were new (DropoutNet, Volkovs et al., NIPS 2017), so that the stand-in is learned and
+    treated as if they were new (DropoutNet, Volkovs et al., NIPS 2017): so the stand-in is learned, and
     what is left suffices. With content they lose id and graph vector, as most new items have neither,
     without it the id.
 
