@@ -29,7 +29,7 @@ class HybridRanker(nn.Module):
     softmax over the whole catalog, and serving needs one table of vectors, whatever they are made of.
 
     An item that training never saw has no id embedding: a learned vector that stands for all such items takes
-    its place, and what is left is what graph and content say. In training some items, drawn anew each time, are
+    its place, and what is left is what graph and content say. In training some items, drawn at each step, are
     treated as if they were new (DropoutNet, Volkovs et al., NIPS 2017): so the stand-in is learned, and
     what is left suffices. With content they lose id and graph vector, as most new items have neither,
     without it the id.
