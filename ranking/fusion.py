@@ -106,7 +106,8 @@ class ContextFusion(nn.Module):
             weights = torch.where(unknown, 1.0, weights)
         effect = (self.effects(rows) * weights.unsqueeze(-1)).sum(-2)
         scale, shift = effect.chunk(2, dim=-1)
-        return states * (1 + scale) + shift
+        bent: Tensor = states * (1 + scale) + shift
+        return bent
 
 
 class HeadQueries(nn.Module):

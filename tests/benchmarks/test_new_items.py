@@ -11,7 +11,8 @@ from training.data.dataset import DatasetInfo, write_info
 from training.data.splits import SplitOptions, load_split
 
 TINY = [
-    "ranking.trainer.max_epochs=12",
+    "ranking.trainer.max_epochs=30",
+    "ranking.model.learning_rate=0.01",
     "retrieval.trainer.max_epochs=1",
     "ranking.model.encoder.dim=16",
     "ranking.model.id_dropout=0.2",
