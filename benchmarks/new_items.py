@@ -135,14 +135,20 @@ def compare(
     }
     for name, file in (("ranker", content), ("no content", None)):
         folder = out / name.replace(" ", "-")
-        ranker, _ = fit_ranking(
-            directory, split, out / EMBEDDINGS, folder, settings, seed, resume=True, content=file
-        )
-        rows[name] = {"recall": recall(ranker_answers(ranker, asked).scores)}
-        found = question_metrics(
-            ranker_answers(ranker, others).scores, others, [f"ndcg@{CUTOFF}"], repeats=split.repeats
-        )
-        rows[name]["others_ndcg"] = float(found[f"ndcg@{CUTOFF}"].mean())
+        done = folder / f"{part}.json"
+        if not done.is_file():
+            ranker, _ = fit_ranking(
+                directory, split, out / EMBEDDINGS, folder, settings, seed, resume=True, content=file
+            )
+            found = question_metrics(
+                ranker_answers(ranker, others).scores, others, [f"ndcg@{CUTOFF}"], repeats=split.repeats
+            )
+            row = {
+                "recall": recall(ranker_answers(ranker, asked).scores),
+                "others_ndcg": float(found[f"ndcg@{CUTOFF}"].mean()),
+            }
+            done.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        rows[name] = json.loads(done.read_text(encoding="utf-8"))
     return {
         "data": data.info.name,
         "simulated": data.info.simulated,

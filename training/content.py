@@ -100,7 +100,8 @@ def text_vectors(items: pl.DataFrame, options: ContentOptions, cache: Path) -> N
         return encoded(item_texts(items), TextEncoder(encoder), options.cache or cache)
     vectors = content_embedding(content_features(items), options.dim)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
+    scaled: NDArray[np.float32] = np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
+    return scaled
 
 
 def encoder_of(options: ContentOptions) -> str:

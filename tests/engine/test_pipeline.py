@@ -400,7 +400,9 @@ def test_whatever_is_asked_nothing_forbidden_and_nothing_missing(
     if broken == "index":
         pipeline = without(pipeline, index=SimpleNamespace())
     elif broken == "scorer":
-        pipeline = without(pipeline, scorer=SimpleNamespace(history_length=6))
+        pipeline = without(
+            pipeline, scorer=SimpleNamespace(history_length=6, context=ContextTable(), heads=())
+        )
     elif broken in ("popular", "neighbours"):
         pipeline = without(pipeline)
         pipeline.sources = [FailingSource(s.name) if s.name == broken else s for s in pipeline.sources]

@@ -185,8 +185,8 @@ def _context(dataset: Dataset, columns: pl.DataFrame) -> dict[str, ContextColumn
             context[name] = ContextColumn("categorical", codes.fill_null(0).to_numpy(), names)
     if dataset.info.time == "unix":
         hours = columns["timestamp"].to_numpy() // HOUR_MS
-        for name, codes, size in (("hour", hours % 24, 24), ("weekday", (hours // 24 + 3) % 7, 7)):
+        for name, told, size in (("hour", hours % 24, 24), ("weekday", (hours // 24 + 3) % 7, 7)):
             if name not in context:
-                values = (codes + 1).astype(np.int32)
-                context[name] = ContextColumn("clock", values, tuple(map(str, range(size))))
+                names = tuple(map(str, range(size)))
+                context[name] = ContextColumn("clock", (told + 1).astype(np.int32), names)
     return context
