@@ -64,8 +64,10 @@ def asking_for(holdout: Holdout, wanted: NDArray[np.bool_]) -> Holdout:
         holdout: the questions.
         wanted: [I+1] bool.
     """
-    missed = np.add.reduceat(~wanted[holdout.targets], holdout.target_offsets[:-1]) if len(holdout) else []
-    return holdout.take(np.flatnonzero(np.asarray(missed) == 0))
+    if not len(holdout):
+        return holdout
+    fits = np.logical_and.reduceat(wanted[holdout.targets], holdout.target_offsets[:-1])
+    return holdout.take(np.flatnonzero(fits))
 
 
 def among(scores: Scores, candidates: NDArray[np.bool_]) -> Scores:

@@ -98,7 +98,8 @@ def _kinds(events: Interactions, repeats: bool) -> NDArray[np.uint8]:
         group = np.unique(pair, return_inverse=True)[1]
     kinds = np.zeros(int(group.max(initial=-1)) + 1, np.uint8)
     np.bitwise_or.at(kinds, group, np.left_shift(np.uint8(1), events.event_types))
-    return kinds[group]
+    of_event: NDArray[np.uint8] = kinds[group]
+    return of_event
 
 
 @dataclass  # not frozen: Lightning moves a batch's tensors in place
