@@ -29,10 +29,9 @@ class HybridRanker(nn.Module):
     softmax over the whole catalog, and serving needs one table of vectors, whatever they are made of.
 
     An item that training never saw has no id embedding: a learned vector that stands for all such items takes
-    its place, and what is left is what graph and content say. In training some items, drawn at each step, are
-    treated as if they were new (DropoutNet, Volkovs et al., NIPS 2017): so the stand-in is learned, and
-    what is left suffices. With content they lose id and graph vector, as most new items have neither,
-    without it the id.
+    its place, and what is left is what graph and content say. Where there is content, some items, drawn at each
+    step of training, are treated as if they were new (DropoutNet, Volkovs et al., NIPS 2017): without id and
+    graph vector, which most new items do not have either. So the stand-in is learned, and content suffices.
 
     Args:
         encoder: a SequenceEncoder with attributes `dim` and `max_length`:
@@ -48,7 +47,7 @@ class HybridRanker(nn.Module):
             the state is all that candidates are scored with.
         dropout: on graph vectors and on the fusion's output.
         content_dropout: on content vectors.
-        id_dropout: share of the items that are treated as new in a step of training.
+        id_dropout: share of the items with content that are treated as new in a step of training.
         context_dropout: share of the context's values that count as unknown, in training.
     """
 
@@ -115,11 +114,9 @@ class HybridRanker(nn.Module):
             self.register_buffer("content_vectors", _unit_scale(content_vectors))
             self.content_projection = _projection(content_vectors.shape[1], dim)
             self.content_dropout = nn.Dropout(content_dropout)
-        # What of an item is left without its id: content, or the graph where there is no content.
-        left = content_vectors if content_vectors is not None else graph_vectors
         may_be_new = torch.zeros(num_items + 2, dtype=torch.bool)
-        if left is not None:
-            may_be_new[1:-1] = left[1:].any(dim=1)
+        if content_vectors is not None:
+            may_be_new[1:-1] = content_vectors[1:].any(dim=1)
         self.register_buffer("may_be_new", may_be_new, persistent=False)
         self.context = context
         self.context_fusion: ContextFusion | None = None
@@ -142,7 +139,7 @@ class HybridRanker(nn.Module):
         vectors: Tensor = torch.where(has_id.unsqueeze(-1), self.embedding(rows), self.unknown_id)
         if self.fusion is not None:
             graph = self.graph_vectors[rows]
-            if as_new is not None and self.content_projection is not None:
+            if as_new is not None:
                 graph = graph * ~as_new.unsqueeze(-1)
             vectors = vectors + self.item_projection(self.graph_dropout(graph))
         if self.content_projection is not None:

@@ -56,7 +56,8 @@ class RankingModule(L.LightningModule):
         schedule: "linear" lets the learning rate fall to zero over the epochs; "constant" does not.
         dropout: on graph vectors and on the fusion's output.
         content_dropout: on content vectors.
-        id_dropout: share of the items that are treated as new in a step, so that new ones are scored well.
+        id_dropout: share of the items that are treated as new in a step, so that new ones are scored well;
+            with content alone.
         context_dropout: share of the context's values that are left out of a step.
     """
 
@@ -88,7 +89,7 @@ class RankingModule(L.LightningModule):
         self.loss, self.num_negatives, self.learning_rate = loss, num_negatives, learning_rate
         self.schedule = schedule
         self.heads = tuple(heads or ())
-        self._possible: Tensor | None = None  # [N] rows of the items that training has events of
+        self._possible: Tensor | None = None  # [N] rows, worked out at the first step
 
     @property
     def data(self) -> RankingData:
@@ -148,7 +149,6 @@ class RankingModule(L.LightningModule):
         )
         if self.heads:
             states, targets = self._of_every_head(states, targets, batch.target_kinds[known])
-        # An item that training never saw is no negative: nothing says that it was not wanted.
         possible = self._possible_rows(targets.device)
         full = self.loss == "full" or (self.loss == "auto" and self.data.num_items <= FULL_SOFTMAX_ITEMS)
         if full:
@@ -176,8 +176,14 @@ class RankingModule(L.LightningModule):
         return queries[came], targets.unsqueeze(1).expand(-1, queries.shape[1])[came]
 
     def _possible_rows(self, device: torch.device) -> Tensor:
+        """Return the rows that a target is told apart from.
+
+        An item that training never saw is no negative: nothing says that it was not wanted, and what is known
+        of it would be learned to be unwanted. Without content nothing is known, and it is to stay below others.
+        """
         if self._possible is None or self._possible.device != device:
-            self._possible = (self.ranker.has_id[1:-1].nonzero().squeeze(1) + 1).to(device)
+            possible = self.ranker.has_id[1:-1] | (self.ranker.content_projection is None)
+            self._possible = (possible.nonzero().squeeze(1) + 1).to(device)
         return self._possible
 
     def on_validation_epoch_start(self) -> None:

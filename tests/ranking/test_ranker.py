@@ -294,15 +294,10 @@ def test_some_items_are_treated_as_new_in_training_alone(with_graph, with_conten
     model.train()
     # By hand: what is left of each item where it is new. Padding, the start token and items of which nothing
     # would be left are never new.
-    new = model.unknown_id.expand(NUM_ITEMS + 2, -1).clone()
-    never = [0, NUM_ITEMS + 1]
+    new, never = model.unknown_id.expand(NUM_ITEMS + 2, -1), list(range(NUM_ITEMS + 2))
     if with_content:
-        new += model.content_vectors @ model.content_projection.weight.T
-        never.append(7)
-    elif with_graph:
-        new += model.graph_vectors @ model.item_projection.weight.T
-    else:
-        never = list(range(NUM_ITEMS + 2))
+        new = new + model.content_vectors @ model.content_projection.weight.T
+        never = [0, 7, NUM_ITEMS + 1]
     count = torch.zeros(NUM_ITEMS + 2)
     for _ in range(200):
         vectors = model.all_vectors()
