@@ -178,8 +178,9 @@ class RankingModule(L.LightningModule):
     def _possible_rows(self, device: torch.device) -> Tensor:
         """Return the rows that a target is told apart from.
 
-        An item that training never saw is no negative: nothing says that it was not wanted, and what is known
-        of it would be learned to be unwanted. Without content nothing is known, and it is to stay below others.
+        An item that training never saw is no negative: nothing says that it was not wanted, and what is
+        known of it would be learned to be unwanted. Without content nothing is known, and it is to stay below
+        the others.
         """
         if self._possible is None or self._possible.device != device:
             possible = self.ranker.has_id[1:-1] | (self.ranker.content_projection is None)
