@@ -31,7 +31,7 @@ class HybridRanker(nn.Module):
     An item that training never saw has no id embedding: a learned vector that stands for all such items takes
     its place, and what is left is what graph and content say. Where there is content, training treats some
     items, drawn anew in each step, as if they were new (DropoutNet, Volkovs et al., NIPS 2017): without id
-    and graph vector, which most new items do not have either. So the stand-in is learned, and content suffices.
+    and graph vector, which most new items lack too. So the stand-in is learned, and content suffices.
 
     Args:
         encoder: a SequenceEncoder with attributes `dim` and `max_length`:
