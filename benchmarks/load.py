@@ -139,7 +139,7 @@ def measure(
     num_calls = max(1, round(rate_per_s * load.seconds))
     arrivals = np.cumsum(rng.exponential(1 / rate_per_s, num_calls))
     with _watched(server_pid) as usage, asyncio.Runner(loop_factory=_precise_loop) as runner:
-        outcomes = runner.run(_offer_to(address, requests, arrivals, load))
+        outcomes = runner.run(offer_to(address, requests, arrivals, load))
     return summarize(outcomes, rate_per_s, load, usage)
 
 
@@ -194,7 +194,7 @@ def sweep(
     """Measure at rates that rise by a factor until the server saturates or max_rate is passed.
 
     Where `overload` is given, and the server saturates, a last measurement follows at that multiple of the
-    best goodput seen.
+    best goodput seen, unless that is none.
     """
     if start_rate <= 0 or growth <= 1:
         raise ValueError(f"start_rate is {start_rate}, growth {growth}; expected above 0 and above 1")
@@ -203,8 +203,9 @@ def sweep(
     while rate <= max_rate:
         results.append(measure_at(rate))
         if is_saturated(results[-1]):
-            if overload:
-                results.append(measure_at(overload * max(result.goodput_per_s for result in results)))
+            best = max(result.goodput_per_s for result in results)
+            if overload and best:
+                results.append(measure_at(overload * best))
             break
         rate *= growth
     return results
@@ -344,9 +345,10 @@ def _server(
             yield found
 
 
-async def _offer_to(
+async def offer_to(
     address: str, requests: Sequence[bytes], arrivals: NDArray[np.float64], load: Load
 ) -> list[Outcome]:
+    """Offer requests to a server (see `offer`), over channels that are all connected before the first."""
     options = [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.use_local_subchannel_pool", 1),  # a connection for each channel

@@ -2,7 +2,8 @@
 
 Ranks all items for every user of the validation split with the bundle's ranker, once, and keeps the best 500.
 Then arranges them by one rule at a time, from mild to strong, and measures NDCG@10 against intra-list
-diversity@10 (mean of 1 - cosine of the bundle's graph vectors) and against expected margin.
+diversity@10 (mean of 1 - cosine, of the bundle's graph vectors and of its content vectors) and against
+expected margin. --over says which vectors the rules for variety go by, and which diversity counts.
 
 Of each rule, the setting with the most of what it is for at a loss of at most 3% of NDCG@10 is chosen there,
 and measured on the test split, beside the bundle's default policy. The bundle must not know the answers of
@@ -18,7 +19,7 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,24 +42,28 @@ NUM_RANKED = 500
 LENGTH = 10
 MAX_LOSS = 0.03  # of NDCG@10
 BLOCK = 128
+GRAPH, CONTENT = "diversity", "content_diversity"  # by whose vectors
 
-# What each family of settings is for.
-GOALS = {
-    "mmr": "diversity",
-    "dpp": "diversity",
-    "max_sum": "diversity",
-    "cap": "diversity",
-    "margin": "margin",
-}
+Over = Literal["graph", "content"]
 
 
-def settings(temperature: float) -> dict[str, list[list[dict[str, Any]]]]:
+def goal(family: str, over: Over) -> str:
+    """Return what a family of settings is for."""
+    return "margin" if family == "margin" else {"graph": GRAPH, "content": CONTENT}[over]
+
+
+def settings(temperature: float, over: Over = "graph") -> dict[str, list[list[dict[str, Any]]]]:
     """Return the policies to measure, by family, from mild to strong."""
     return {
-        "mmr": [[{"rule": "mmr", "relevance_weight": w}] for w in (0.9, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5)],
-        "dpp": [[{"rule": "dpp", "relevance_weight": w}] for w in (0.99, 0.97, 0.95, 0.9, 0.85, 0.8)],
+        "mmr": [
+            [{"rule": "mmr", "relevance_weight": w, "over": over}]
+            for w in (0.9, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5)
+        ],
+        "dpp": [
+            [{"rule": "dpp", "relevance_weight": w, "over": over}] for w in (0.99, 0.97, 0.95, 0.9, 0.85, 0.8)
+        ],
         "max_sum": [
-            [{"rule": "max_sum", "relevance_weight": w, "temperature": temperature}]
+            [{"rule": "max_sum", "relevance_weight": w, "temperature": temperature, "over": over}]
             for w in (0.99, 0.985, 0.98, 0.976, 0.973, 0.97, 0.967, 0.96, 0.95, 0.93)
         ],
         "cap": [[{"rule": "cap", "field": "category", "max_items": m}] for m in (5, 4, 3, 2, 1)],
@@ -108,9 +113,11 @@ def measure(ranked: Ranked, policy: Policy, facts: ItemFacts, label: str) -> dic
     rules = policy.bound_to(facts).rules
     columns = {column for rule in rules for column in rule.reads}
     groups = {group for rule in rules for group in rule.groups}
-    categories, margins, vectors = facts.groups["category"], facts.margins, facts.vectors
+    categories, margins = facts.groups["category"], facts.margins
+    vectors, content = facts.vectors, facts.content_vectors
     assert margins is not None
     assert vectors is not None
+    assert content is not None
     seen = np.zeros(ranked.rows.shape[1], np.bool_)
     slates, totals = [], []
     for rows, scores, targets in track(
@@ -126,11 +133,12 @@ def measure(ranked: Ranked, policy: Policy, facts: ItemFacts, label: str) -> dic
             (
                 metrics.ndcg(metrics.places_in_list(slate, targets), LENGTH),
                 metrics.diversity(slate, vectors),
+                metrics.diversity(slate, content),
                 metrics.expected_margin(slate, margins),
                 metrics.group_entropy(slate, categories),
             )
         )
-    names = ("ndcg", "diversity", "margin", "category_entropy")
+    names = ("ndcg", GRAPH, CONTENT, "margin", "category_entropy")
     means = {
         f"{name}@{LENGTH}": float(mean) for name, mean in zip(names, np.mean(totals, axis=0), strict=True)
     }
@@ -146,7 +154,9 @@ def facts_with_margins(bundle: Bundle) -> tuple[ItemFacts, bool]:
     return replace(facts, margins=np.concatenate([[np.nan], drawn])), True
 
 
-def compare(bundle: Bundle, data: Path, max_users: int | None, temperature: float) -> dict[str, Any]:
+def compare(
+    bundle: Bundle, data: Path, max_users: int | None, temperature: float, over: Over = "graph"
+) -> dict[str, Any]:
     """Return the curves on validation and, of each family, the chosen setting on test."""
     facts, is_simulated = facts_with_margins(bundle)
     no_rules = single_policy([], "no rules")[None]
@@ -160,14 +170,15 @@ def compare(bundle: Bundle, data: Path, max_users: int | None, temperature: floa
             {"policy": policy, **measure(ranked, single_policy(policy)[None], facts, family)}
             for policy in policies
         ]
-        for family, policies in settings(temperature).items()
+        for family, policies in settings(temperature, over).items()
     }
     floor = (1 - MAX_LOSS) * plain[f"ndcg@{LENGTH}"]
     chosen: dict[str, list[dict[str, Any]]] = {}
     for family, curve in curves.items():
         bearable = [point for point in curve if point[f"ndcg@{LENGTH}"] >= floor]
         if bearable:
-            chosen[family] = max(bearable, key=lambda point: point[f"{GOALS[family]}@{LENGTH}"])["policy"]
+            wanted = f"{goal(family, over)}@{LENGTH}"
+            chosen[family] = max(bearable, key=lambda point: point[wanted])["policy"]
     ranked = rank_all(bundle, test_questions, split.repeats)
     test: dict[str, Any] = {"no rules": measure(ranked, no_rules, facts, "no rules")}
     test["default policy"] = measure(ranked, default, facts, default.name)
@@ -179,6 +190,7 @@ def compare(bundle: Bundle, data: Path, max_users: int | None, temperature: floa
         "bundle": bundle.version,
         "num_users": {"validation": len(validation), "test": len(test_questions)},
         "num_ranked": ranked.rows.shape[1],
+        "over": over,
         "margins_simulated": is_simulated,
         "validation": {"no rules": plain, **curves},
         "test": test,
@@ -219,19 +231,19 @@ def draw(results: dict[str, Any], file: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 5))
     plain = results["validation"]["no rules"]
-    for panel, goal in zip(axes, ("diversity", "margin"), strict=True):
+    for panel, measured in zip(axes, (goal("max_sum", results["over"]), "margin"), strict=True):
         for family, points in results["validation"].items():
-            if family == "no rules" or (goal == "margin") != (GOALS[family] == "margin"):
+            if family == "no rules" or goal(family, results["over"]) != measured:
                 continue
             line = [plain, *points]
             panel.plot(
-                [point[f"{goal}@{LENGTH}"] for point in line],
+                [point[f"{measured}@{LENGTH}"] for point in line],
                 [point[f"ndcg@{LENGTH}"] for point in line],
                 marker="o",
                 label=family,
             )
         panel.axhline((1 - MAX_LOSS) * plain[f"ndcg@{LENGTH}"], linestyle=":", label=f"{MAX_LOSS:.0%} loss")
-        panel.set_xlabel(f"{goal}@{LENGTH}")
+        panel.set_xlabel(f"{measured}@{LENGTH}")
         panel.set_ylabel(f"NDCG@{LENGTH}")
         panel.legend()
     axes[1].set_title("simulated margins" if results["margins_simulated"] else "margins of the catalog")
@@ -248,6 +260,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--data", type=Path, required=True, help="The data set directory it was trained on.")
     parser.add_argument("--max_users", type=int, default=None, help="Ask a fixed random part of the users.")
+    parser.add_argument("--over", type=Over, default="graph", help="Vectors that say what is alike.")
     parser.add_argument("--temperature", type=float, default=1.15, help="Of max_sum's softmax.")
     parser.add_argument(
         "--json", type=str, default=None, help="File for all figures; - for stdout, no table."
@@ -259,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         bundle = Bundle.load(resolve_bundle(options.bundle), num_threads=os.cpu_count() or 1)
-        results = compare(bundle, options.data, options.max_users, options.temperature)
+        results = compare(bundle, options.data, options.max_users, options.temperature, options.over)
     except (ValueError, OSError) as error:
         print(f"benchmarks.quality_reranking: {error}", file=sys.stderr)
         return 2

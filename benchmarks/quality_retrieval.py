@@ -19,7 +19,8 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -46,6 +47,7 @@ from retrieval.encoders.ngcf import NGCF
 from retrieval.encoders.spectral import SpectralFilter
 from training.data.modules import RetrievalData
 from training.data.splits import Holdout, Split, SplitData, SplitOptions, final_split, load_split
+from training.retrieval_losses import RetrievalLoss
 from training.retrieval_module import RetrievalModule
 from training.stages import default_precision, keep_freed_memory, quiet_lightning
 
@@ -98,18 +100,24 @@ class Recipe:
     Attributes:
         encoder: makes the GraphEncoder from the graph.
         epochs: of the final fit.
+        batch_size: edges of a step; None for RetrievalData's own.
         module: keywords of RetrievalModule; what is missing has its default.
     """
 
     encoder: Callable[[HeteroData], nn.Module]
     epochs: int
+    batch_size: int | None = None
     module: Mapping[str, Any] = field(default_factory=dict)
 
 
 # Chosen on Gowalla, on a validation set of a fifth of each user's training events (see results/README.md).
 ENCODERS = {
     "mf": Recipe(encoder=MF, epochs=20, module={"l2": 0.2}),
-    "ngcf": Recipe(encoder=NGCF, epochs=20),
+    "ngcf": Recipe(
+        encoder=partial(NGCF, message_dropout=0.0, init="spectral", init_std=0.3),
+        epochs=10,
+        module={"learning_rate": 1e-2, "l2": 0.1},
+    ),
     "lightgcn": Recipe(encoder=LightGCN, epochs=40, module={"l2": 0.05}),
     "spectral": Recipe(encoder=SpectralFilter, epochs=1),
     "spectral-lightgcn": Recipe(encoder=SpectralLightGCN, epochs=40, module={"l2": 0.05}),
@@ -138,7 +146,7 @@ def train_vectors(
     Returns item_vectors [I+1, D], user_vectors [U+1, D] and item_degrees [I+1].
     """
     L.seed_everything(seed, verbose=False)
-    data = RetrievalData(directory)
+    data = RetrievalData(directory, batch_size=recipe.batch_size)
     data.split = split
     module = RetrievalModule(recipe.encoder, **recipe.module)
     trainer = L.Trainer(
@@ -175,6 +183,7 @@ def compare(
     *,
     part: Literal["test", "validation"] = "test",
     epochs: int | None = None,
+    loss: RetrievalLoss | None = None,
     precision: str = "32-true",
 ) -> dict[str, Any]:
     """Return the rows of the table; see main's options.
@@ -196,7 +205,9 @@ def compare(
                 if name in ENCODERS:
                     recipe = ENCODERS[name]
                     if epochs is not None:
-                        recipe = Recipe(encoder=recipe.encoder, epochs=epochs, module=recipe.module)
+                        recipe = replace(recipe, epochs=epochs)
+                    if loss is not None:
+                        recipe = replace(recipe, module={**recipe.module, "loss": loss})
                     scores = fit_encoder(recipe, directory, split, seed, precision)
                 else:
                     scores = fit_baseline(BASELINES[name], split)
@@ -282,6 +293,13 @@ def main(argv: list[str] | None = None) -> int:
         "--epochs", type=int, default=None, help="Of the encoders, in place of their recipes'."
     )
     parser.add_argument(
+        "--loss",
+        type=RetrievalLoss | None,
+        default=None,
+        help="Of the encoders, in place of their recipes': a class of training.retrieval_losses, and its "
+        "keywords as --loss.NAME.",
+    )
+    parser.add_argument(
         "--precision", type=str, default=default_precision(), help="Of the encoders' lightning.Trainer."
     )
     parser.add_argument("--json", type=Path, default=None, help="File for all figures.")
@@ -298,6 +316,7 @@ def main(argv: list[str] | None = None) -> int:
             options.seeds,
             part=options.part,
             epochs=options.epochs,
+            loss=parser.instantiate(options).loss,
             precision=options.precision,
         )
     except (ValueError, OSError) as error:

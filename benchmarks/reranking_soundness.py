@@ -28,6 +28,7 @@ from rich.progress import track
 from benchmarks.reranking_latency import NOW_MS, simulated_funnel, simulated_shop
 from engine.arguments import ArgumentParser
 from engine.bundle import Bundle, resolve_bundle
+from engine.deadline import Budget
 from engine.history import EVENT_CODE, EVENT_TYPES, History
 from engine.pipeline import Filters, RecommendationPipeline, Visitor
 from ranking.context import ContextTable
@@ -297,7 +298,7 @@ def check_pipeline(bundle: Bundle, num_requests: int, seed: int = 0) -> dict[str
             "now": clock + int(random.integers(-30, 30)) * DAY_MS,
             "seed": int(random.integers(1000)),
             "context": context,
-            "deadline": 0.0 if random.random() < 0.1 else None,
+            "budget": Budget(0.0) if random.random() < 0.1 else None,
         }
         answer, trace = pipeline.recommend(Visitor(history), limit, **ask)
         eligible = catalog.matching(min_price=filters.min_price, max_price=filters.max_price)

@@ -1,13 +1,15 @@
 """What each candidate source finds: `python -m benchmarks.sources bundles --data data/beauty`.
 
 Recall of the held-out items among 500 and 1,000 candidates, of each source alone and of all of them merged by
-the bundle's quotas; and the funnel: how much of the ranker's full-ranking NDCG@10 is left in the slate when
-500 candidates reach the ranker and the rules are off. Items of the history take no part, unless repeats are
-normal.
+the bundle's quotas, or by others (--quotas '{"sequence": 0.8, "popular": 0.2}'); and the funnel: how much of
+the ranker's full-ranking NDCG@10 is left in the slate when 500 candidates reach the ranker and the rules are
+off.
+Items of the history take no part, unless repeats are normal.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -93,6 +95,22 @@ def measure(
     }
 
 
+def with_quotas(bundle: Bundle, quotas: dict[str, float]) -> Bundle:
+    """Return a bundle whose sources have these quotas; 0 for those that are not named.
+
+    Raises:
+        ValueError: a source that the bundle does not have.
+    """
+    settings = bundle.manifest["pipeline"]
+    names = [source["source"] for source in settings["sources"]]
+    if unknown := sorted(quotas.keys() - set(names)):
+        raise ValueError(f"quotas name {', '.join(unknown)}; expected of {', '.join(names)}")
+    sources = [source | {"quota": quotas.get(source["source"], 0.0)} for source in settings["sources"]]
+    return dataclasses.replace(
+        bundle, manifest=bundle.manifest | {"pipeline": settings | {"sources": sources}}
+    )
+
+
 def print_tables(result: dict[str, Any], console: Console) -> None:
     """Print the sources and the funnel."""
     asked = f"{result['split']}, {result['protocol']}, {result['part']}"
@@ -122,12 +140,15 @@ def main(argv: list[str] | None = None) -> int:
         "--part", type=Literal["test", "validation"], default="test", help="Tune on validation, report test."
     )
     parser.add_argument("--max_users", type=int | None, default=None, help="Ask a fixed part of the users.")
+    parser.add_argument("--quotas", type=dict[str, float] | None, default=None, help="By source; see above.")
     parser.add_argument("--json", action="store_true", help="Print JSON, no table.")
     options = parser.parse_args(argv)
     try:
         if options.max_users is not None and options.max_users < 1:
             raise ValueError(f"max_users is {options.max_users}; expected 1 or more")
         bundle = Bundle.load(resolve_bundle(options.bundle), num_threads=os.cpu_count() or 1)
+        if options.quotas is not None:
+            bundle = with_quotas(bundle, options.quotas)
         result = measure(bundle, options.data, options.part, options.max_users)
     except (ValueError, OSError) as error:
         print(f"benchmarks.sources: {error}", file=sys.stderr)

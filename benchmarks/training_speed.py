@@ -34,10 +34,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -58,8 +58,9 @@ from training.data.importing import import_source
 from training.data.modules import RetrievalData
 from training.data.splits import SplitOptions, final_split, load_split
 from training.losses import bpr_loss, embedding_l2
+from training.retrieval_losses import SampledSoftmax
 from training.retrieval_module import RetrievalModule
-from training.stages import keep_freed_memory, quiet_lightning
+from training.stages import default_precision, keep_freed_memory, quiet_lightning
 
 WARM_UP = 3
 REFERENCE = "pyg"
@@ -76,7 +77,8 @@ class Work:
         num_negatives: of our sampled softmax; the others draw one a pair.
         steps: to measure, after a warm-up.
         threads: of torch (and of implicit).
-        precision: of ours (lightning.Trainer's); PyG's loop has float32 alone.
+        precision: of ours (lightning.Trainer's), by default that of `trirank train` on this machine; PyG's
+            loop has float32 alone.
     """
 
     batch_size: int = 8192
@@ -85,7 +87,7 @@ class Work:
     num_negatives: int = 2048
     steps: int = 20
     threads: int = os.cpu_count() or 1
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    precision: str = field(default_factory=default_precision)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "dim", "num_negatives", "steps", "threads"):
@@ -130,14 +132,14 @@ class _OneNegative(RetrievalModule):
 
 def _trirank(kind: type[RetrievalModule], data: RetrievalData, work: Work) -> list[float]:
     module = kind(
-        partial(LightGCN, dim=work.dim, num_layers=work.num_layers), num_negatives=work.num_negatives
+        partial(LightGCN, dim=work.dim, num_layers=work.num_layers), SampledSoftmax(work.num_negatives)
     )
     clock = _StepClock()
     trainer = L.Trainer(
         max_steps=WARM_UP + work.steps,
         max_epochs=-1,
         accelerator="cpu",
-        precision=work.precision,
+        precision=work.precision,  # type: ignore[arg-type]
         callbacks=[clock],
         limit_val_batches=0,
         logger=False,
@@ -349,7 +351,8 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     table = Table(
         title=f"LightGCN on {results['data']}: {results['num_edges']:,} pairs an epoch, "
-        f"{work['batch_size']:,} a step, D={work['dim']}, {work['num_layers']} layers",
+        f"{work['batch_size']:,} a step, D={work['dim']}, {work['num_layers']} layers; "
+        f"ours in {work['precision']}",
         caption=f"{results['machine']}, load {results['load_average']:.1f}; {versions}; "
         "an epoch is the median step times its steps",
     )

@@ -20,9 +20,10 @@ from typing import Self
 class RejectedError(Exception):
     """A request that must not come in now."""
 
-    def __init__(self, reason: str, retry_after_s: float) -> None:
+    def __init__(self, reason: str, retry_after_s: float, *, is_from_limit: bool = False) -> None:
         super().__init__(f"{reason}; try again in {retry_after_s:.2f} s")
         self.reason = reason
+        self.is_from_limit = is_from_limit  # the server is full; otherwise the caller asks too often
         self.retry_after_s = retry_after_s
 
     @property
@@ -52,6 +53,7 @@ class ConcurrencyLimit:
         self,
         *,
         min_limit: int,
+        initial: int | None = None,
         max_limit: int = 1000,
         tolerance: float = 2.0,
         smoothing: float = 0.2,
@@ -61,10 +63,11 @@ class ConcurrencyLimit:
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
-        """Begin at twice min_limit.
+        """Begin to limit.
 
         Args:
             min_limit: requests that are worked on at once without a queue: the number of workers.
+            initial: the limit before anything was measured; twice min_limit where None.
             max_limit: the limit never exceeds this.
             tolerance: how many times its queue-free latency a request may take.
             smoothing: how far one window moves the limit, 0 to 1.
@@ -79,7 +82,7 @@ class ConcurrencyLimit:
         if tolerance <= 1:
             raise ValueError(f"tolerance is {tolerance}; expected more than 1")
         self.in_flight = 0
-        self._limit = float(min(2 * min_limit, max_limit))
+        self._limit = float(min(initial or 2 * min_limit, max_limit))
         self._min_limit = min_limit
         self._max_limit = max_limit
         self._tolerance = tolerance
@@ -104,7 +107,7 @@ class ConcurrencyLimit:
         """Let a request in, to be used in a `with` block. Raises RejectedError where there is no room."""
         if self.in_flight >= self.limit:
             self._num_rejected += 1
-            raise RejectedError("the server is at its limit", self._retry_after_s())
+            raise RejectedError("the server is at its limit", self._retry_after_s(), is_from_limit=True)
         self.in_flight += 1
         self._num_admitted += 1
         self._peak = max(self._peak, self.in_flight)
@@ -153,7 +156,7 @@ class ConcurrencyLimit:
 
 
 class Permit:
-    """A place among the requests under way, given back at the end of the `with` block.
+    """A place among the requests under way, given back at the end of the `with` block or by `release`.
 
     A block that ends with an exception (cancelled, refused) says nothing about latency and is not measured.
     """
@@ -172,7 +175,11 @@ class Permit:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._limit._release(self._began, self._queued, counts=kind is None)
+        self.release(counts=kind is None)
+
+    def release(self, *, counts: bool) -> None:
+        """Give the place back, once, where no `with` block does; `counts` says whether to measure."""
+        self._limit._release(self._began, self._queued, counts)
 
 
 @dataclass(frozen=True)

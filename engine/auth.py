@@ -20,14 +20,15 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
 from engine.admission import RateLimit
 
-ROLES = ("client", "admin")  # an admin may do what a client may
+# Each may do what those before it may: a reader asks, a client records events too.
+ROLES = ("reader", "client")
 ID_ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZ"  # without what looks alike
 KEY = re.compile(rf"trk_([{ID_ALPHABET}]{{8}})_([A-Za-z0-9_-]{{43}})")
 NO_DIGEST = "0" * 64  # of no key
@@ -69,7 +70,7 @@ class ApiKey:
 
     def may(self, role: str) -> bool:
         """Return whether the key is good for what a role may do."""
-        return self.role in ("admin", role)
+        return ROLES.index(self.role) >= ROLES.index(role)
 
 
 class ApiKeys:
@@ -86,6 +87,9 @@ class ApiKeys:
     def __len__(self) -> int:
         return len(self._of_id)
 
+    def __iter__(self) -> Iterator[ApiKey]:
+        return iter(self._of_id.values())
+
     def find(self, presented: str | None) -> ApiKey | None:
         """Return the key that was presented, or None.
 
@@ -97,6 +101,30 @@ class ApiKeys:
         digest = hashlib.sha256((presented or "").encode()).hexdigest()
         is_right = hmac.compare_digest(digest, known.sha256 if known else NO_DIGEST)
         return known if is_right else None
+
+
+class KeyFile:
+    """A key file that may change while its keys are in use."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._loaded: object = None
+
+    def load(self) -> ApiKeys:
+        """Read the keys. Raises KeyFileError."""
+        self._loaded = self._stamp()  # before reading: what changes meanwhile counts as a change
+        return ApiKeys.load(self.path)
+
+    def changed(self) -> bool:
+        """Return whether the file was written, replaced or taken away since the last load."""
+        return self._stamp() != self._loaded
+
+    def _stamp(self) -> object:
+        try:
+            stat = self.path.stat()
+        except OSError as error:
+            return type(error).__name__
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 def presented_key(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:

@@ -63,6 +63,7 @@ RANKER_KINDS = ("ordered", "none")
 T = TypeVar("T")
 
 BUNDLE_NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
+PIN = "pinned"  # a file beside bundles that names the one to serve
 
 
 class BundleError(ValueError):
@@ -251,17 +252,59 @@ def resolve_bundle(path: str | Path) -> Path:
     path = Path(path)
     if (path / MANIFEST).is_file():
         return path
-    if not path.is_dir():
-        raise BundleError(f"{path} is not a directory; expected a bundle, or a directory of bundles")
+    return bundles_in(path)[-1]
+
+
+def bundles_in(root: str | Path) -> list[Path]:
+    """Return the bundles of a directory, the newest last. Raises BundleError where there is none."""
+    root = Path(root)
+    if not root.is_dir():
+        raise BundleError(f"{root} is not a directory; expected a bundle, or a directory of bundles")
     found = [
         entry
-        for entry in path.iterdir()
+        for entry in root.iterdir()
         if BUNDLE_NAME.fullmatch(entry.name) and (entry / MANIFEST).is_file()
     ]
     if not found:
-        raise BundleError(f"{path} holds no bundle; make one with `trirank train`")
+        raise BundleError(f"{root} holds no bundle; make one with `trirank train`")
     # The name tells the second; within one second the files' own times decide.
-    return max(found, key=lambda entry: (entry.name[:15], (entry / MANIFEST).stat().st_mtime_ns))
+    return sorted(found, key=lambda entry: (entry.name[:15], (entry / MANIFEST).stat().st_mtime_ns))
+
+
+def bundle_to_serve(path: str | Path) -> Path:
+    """Return the bundle at `path`: the directory itself, or of a directory of bundles the pinned one (see
+    `pin_bundle`), else the newest.
+
+    Raises BundleError where there is none, or not the pinned one.
+    """
+    path = Path(path)
+    try:
+        name = (path / PIN).read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return resolve_bundle(path)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path / PIN} cannot be read: {error}") from error
+    found = {bundle.name: bundle for bundle in bundles_in(path)}
+    if name not in found:
+        raise BundleError(f"{path / PIN} names {name!r}; expected one of {', '.join(found)}")
+    return found[name]
+
+
+def pin_bundle(root: str | Path, name: str | None) -> None:
+    """Have servers of a directory of bundles serve this one, whatever is newer; the newest again for None.
+
+    Raises BundleError where the directory has no such bundle, OSError where it cannot be written.
+    """
+    root = Path(root)
+    known = [bundle.name for bundle in bundles_in(root)]
+    if name is None:
+        (root / PIN).unlink(missing_ok=True)
+        return
+    if name not in known:
+        raise BundleError(f"bundle is {name!r}; expected one of {', '.join(known)}")
+    draft = root / f".tmp-{PIN}"
+    draft.write_text(f"{name}\n", encoding="utf-8")
+    draft.replace(root / PIN)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -18,12 +18,15 @@ COMMANDS = {
     "train": ("training.train:main", "train both stages on a data set and publish a bundle"),
     "evaluate": ("training.evaluate:main", "measure a bundle on the test split, stage by stage"),
     "inspect": ("engine.commands:inspect", "print what is inside a bundle, and verify it"),
-    "serve": ("engine.commands:serve", "serve a bundle over gRPC"),
+    "serve": ("engine.operating:serve", "serve a bundle over gRPC"),
     "recommend": ("engine.commands:recommend", "ask a server for recommendations"),
     "similar": ("engine.commands:similar", "ask a server for items like an item"),
     "rank": ("engine.commands:rank", "ask a server to rank your own candidates"),
+    "record": ("engine.commands:record", "tell a server what a user did"),
     "explain": ("engine.explain:main", "show why a slate is what it is: the funnel of one request"),
     "policy": ("engine.commands:policy", "check a file of re-ranking policies"),
+    "key": ("engine.operating:key", "make and remove API keys of a server"),
+    "rollback": ("engine.operating:rollback", "serve an older bundle"),
 }
 
 

@@ -1,8 +1,9 @@
-"""The three calls for a Python program that has item ids and wants items: a thin, synchronous client."""
+"""The calls for a Python program that has item ids and wants items: a thin, synchronous client."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -12,23 +13,46 @@ from engine.messages import MAX_MESSAGE_BYTES
 from protos.trirank.v1 import recommender_pb2 as pb
 from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
 
+# What clients of all languages should do: balance, and retry. Every call may be made twice.
+SERVICE_CONFIG = Path(pb.__file__).parent / "service_config.json"
+
 
 class RecommenderClient:
     """A connection to `trirank serve`; close it, or use it in a `with` block.
 
     Every call raises grpc.RpcError, whose code() and details() say what went wrong.
+    Calls go in turn to all addresses that a name has; one that is UNAVAILABLE is made up to three times.
     """
 
-    def __init__(self, address: str, *, timeout_s: float = 5.0) -> None:
-        self._channel = grpc.insecure_channel(
-            address,
-            options=[
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            ],
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = 5.0,
+        api_key: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """Make ready to connect, which the first call does.
+
+        Args:
+            address: host:port.
+            timeout_s: of each call.
+            api_key: sent with each call, for a server that wants one.
+            credentials: for TLS (see engine.tls.client_credentials); None for a connection in the clear.
+        """
+        options = [
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.service_config", SERVICE_CONFIG.read_text(encoding="utf-8")),
+        ]
+        self._channel = (
+            grpc.secure_channel(address, credentials, options=options)
+            if credentials
+            else grpc.insecure_channel(address, options=options)
         )
         self._stub = pb_grpc.RecommenderServiceStub(self._channel)
         self._timeout_s = timeout_s
+        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
 
     def recommend(
         self,
@@ -57,7 +81,7 @@ class RecommenderClient:
             explain=explain,
             head_weights=head_weights,
         )
-        return self._stub.Recommend(request, timeout=self._timeout_s)
+        return self._stub.Recommend(request, timeout=self._timeout_s, metadata=self._metadata)
 
     def similar_items(
         self,
@@ -80,7 +104,7 @@ class RecommenderClient:
             now_ms=now_ms,
             context=context,
         )
-        return self._stub.SimilarItems(request, timeout=self._timeout_s)
+        return self._stub.SimilarItems(request, timeout=self._timeout_s, metadata=self._metadata)
 
     def rank(
         self,
@@ -97,7 +121,12 @@ class RecommenderClient:
             now_ms=now_ms,
             head_weights=head_weights,
         )
-        return self._stub.Rank(request, timeout=self._timeout_s)
+        return self._stub.Rank(request, timeout=self._timeout_s, metadata=self._metadata)
+
+    def record_events(self, events: Sequence[pb.RecordedEvent]) -> pb.RecordEventsResponse:
+        """Have the server remember what users did; after an error the same events may be sent again."""
+        request = pb.RecordEventsRequest(events=events)
+        return self._stub.RecordEvents(request, timeout=self._timeout_s, metadata=self._metadata)
 
     def close(self) -> None:
         """Close the connection."""

@@ -1,4 +1,4 @@
-"""The commands around a bundle and a running server: serve, inspect, policy, recommend, similar, rank.
+"""The commands around a bundle and a running server: inspect, policy, recommend, similar, rank, record.
 
 Each takes its arguments and returns an exit code: 0 done, 1 the server failed, 2 what was asked for is wrong,
 3 the server does not answer. Results go to stdout, all else to stderr.
@@ -6,11 +6,10 @@ Each takes its arguments and returns an exit code: 0 done, 1 the server failed, 
 
 from __future__ import annotations
 
-import asyncio
 import json
-import logging
 import os
 import sys
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -24,80 +23,27 @@ from rich.text import Text
 from engine.arguments import ArgumentParser
 from engine.bundle import Bundle, BundleError, resolve_bundle, verify_files
 from engine.client import RecommenderClient, visitor
+from engine.history import EVENT_TYPES
 from engine.pipeline import RecommendationPipeline
 from engine.policy_files import PolicyFiles
-from engine.server import log_policies
-from engine.server import serve as run_server
+from engine.tls import client_credentials
 from protos.trirank.v1 import recommender_pb2 as pb
 from reranking.families import settings_of
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
-Response = pb.RecommendResponse | pb.SimilarItemsResponse | pb.RankResponse
+Answer = pb.RecommendResponse | pb.SimilarItemsResponse | pb.RankResponse
+Response = Answer | pb.RecordEventsResponse
+WRONG_QUESTIONS = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+)
+API_KEY = "TRIRANK_API_KEY"  # of the environment, where no option gives a key
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-
-
-def serve(argv: list[str]) -> int:
-    """Answer gRPC requests from a bundle until SIGTERM or SIGINT."""
-    parser = ArgumentParser(prog="trirank serve", description=serve.__doc__)
-    parser.add_argument("bundle", type=Path, help="a bundle, or a directory of bundles: the newest is served")
-    parser.add_argument(
-        "--address", type=str, default=DEFAULT_ADDRESS, help="host:port to listen on; port 0 takes a free one"
-    )
-    parser.add_argument(
-        "--num_workers",
-        type=int,
-        default=os.cpu_count() or 1,
-        help="requests that are worked on at once (default: the number of cores)",
-    )
-    parser.add_argument(
-        "--num_threads",
-        type=int,
-        default=1,
-        help="threads of the ranker, and of an index, for one request",
-    )
-    parser.add_argument(
-        "--policies",
-        type=Path | None,
-        default=None,
-        help="policies instead of the bundle's own: a YAML file, or a directory of such files; "
-        "what changes is loaded again, at once on SIGHUP",
-    )
-    parser.add_argument(
-        "--drain_s", type=float, default=10.0, help="seconds that requests under way get after SIGTERM"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON line to stdout when ready")
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    try:
-        for name in ("num_workers", "num_threads"):
-            if args[name] < 1:
-                raise ValueError(f"{name} is {args[name]}; expected at least 1")
-        bundle = Bundle.load(resolve_bundle(args.bundle), num_threads=args.num_threads)
-        policies = PolicyFiles(args.policies) if args.policies else None
-        pipeline = RecommendationPipeline(bundle, policies.load() if policies else None)
-        log_policies(pipeline, str(args.policies or bundle.path))
-
-        def on_ready(address: str) -> None:
-            stderr.print(f"listening on {address}, bundle {bundle.version}", markup=False)
-            if args.json:
-                print(json.dumps({"address": address, "bundle": bundle.version}), flush=True)
-
-        asyncio.run(
-            run_server(
-                pipeline,
-                args.address,
-                num_workers=args.num_workers,
-                drain_s=args.drain_s,
-                on_ready=on_ready,
-                policies=policies,
-            )
-        )
-    except (ValueError, OSError) as error:  # such as a BundleError, a PolicyError, an AddressError
-        return _fail(str(error), 2)
-    return 0
 
 
 def policy(argv: list[str]) -> int:
@@ -119,7 +65,7 @@ def policy(argv: list[str]) -> int:
             bundle = Bundle.load(resolve_bundle(args.bundle))
             warnings = RecommendationPipeline(bundle, policies).reranker.warnings
     except (ValueError, OSError) as error:
-        return _fail(str(error), 2)
+        return fail(str(error), 2)
     table = Table("policy", "rule", "settings", "overrides")
     for name, one in policies.by_name.items():
         for number, rule in enumerate(one.rules):
@@ -158,7 +104,7 @@ def inspect(argv: list[str]) -> int:
         path = resolve_bundle(args.bundle)
         manifest = verify_files(path)
     except BundleError as error:
-        return _fail(str(error), 2)
+        return fail(str(error), 2)
     if args.json:
         stdout.print_json(data=manifest)
         return 0
@@ -217,6 +163,28 @@ def rank(argv: list[str]) -> int:
         args,
         lambda client: client.rank(visitor(args.user, args.history, _context(args.context)), args.candidates),
     )
+
+
+def record(argv: list[str]) -> int:
+    """Tell a running server what a user did, so that its next answer knows."""
+    parser = ArgumentParser(prog="trirank record", description=record.__doc__)
+    parser.add_argument("item_ids", type=str, nargs="+", help="ids of the items, oldest first")
+    parser.add_argument("--user", type=str, required=True, help="user id")
+    parser.add_argument(
+        "--type", type=str, choices=EVENT_TYPES, default=EVENT_TYPES[0], help="what the user did with them"
+    )
+    add_client_arguments(parser)
+    args = parser.parse_args(argv)
+    events = [
+        pb.RecordedEvent(event_id=uuid.uuid4().hex, user_id=args.user, item_id=item, event_type=args.type)
+        for item in args.item_ids
+    ]
+    return ask(args, lambda client: client.record_events(events), _print_recorded)
+
+
+def _print_recorded(response: pb.RecordEventsResponse) -> None:
+    delayed = ", delayed until Redis is back" if response.delayed else ""
+    stdout.print(f"new events: {response.num_new}{delayed}", markup=False)
 
 
 def _add_visitor_arguments(parser: ArgumentParser) -> None:
@@ -295,6 +263,19 @@ def add_client_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--address", type=str, default=DEFAULT_ADDRESS, help="host:port of the server")
     parser.add_argument("--timeout_s", type=float, default=5.0, help="how long to wait for the answer")
     parser.add_argument("--json", action="store_true", help="print the whole answer as JSON")
+    parser.add_argument(
+        "--tls_ca",
+        type=Path | None,
+        default=None,
+        help="authority of the server's certificate, PEM (default: a connection without TLS)",
+    )
+    parser.add_argument(
+        "--tls_cert", type=Path | None, default=None, help="own certificate, PEM, for a server that wants one"
+    )
+    parser.add_argument("--tls_key", type=Path | None, default=None, help="its key, PEM")
+    parser.add_argument(
+        "--api_key", type=str | None, default=None, help=f"API key (default: ${API_KEY} of the environment)"
+    )
 
 
 def _filters(args: Any) -> pb.Filters:
@@ -343,27 +324,33 @@ def ask(
         show: prints the answer where JSON is not asked for; as a table of items where None.
     """
     try:
-        with RecommenderClient(args.address, timeout_s=args.timeout_s) as client:
+        with RecommenderClient(
+            args.address,
+            timeout_s=args.timeout_s,
+            api_key=args.api_key or os.environ.get(API_KEY),
+            credentials=client_credentials(args.tls_ca, args.tls_cert, args.tls_key),
+        ) as client:
             response = call(client)
-    except ValueError as error:
-        return _fail(str(error), 2)
+    except (ValueError, OSError) as error:
+        return fail(str(error), 2)
     except grpc.RpcError as error:
         code, details = error.code(), error.details()
-        if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND):
-            return _fail(details or "", 2)
+        if code in WRONG_QUESTIONS:
+            return fail(details or "", 2)
         if code == grpc.StatusCode.UNAVAILABLE:
-            return _fail(f"no answer; is `trirank serve` running at {args.address}?", 3)
+            return fail(f"no answer; is `trirank serve` running at {args.address}? ({details})", 3)
         if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-            return _fail(f"no answer from {args.address} within {args.timeout_s:g} s", 3)
-        return _fail(f"{code.name}: {details}", 1)
+            return fail(f"no answer from {args.address} within {args.timeout_s:g} s", 3)
+        return fail(f"{code.name}: {details}", 1)
     if args.json:
         stdout.print_json(data=MessageToDict(response, preserving_proto_field_name=True))
     else:
-        (show or _print_answer)(response)
+        printing: Callable[[Any], None] = show or _print_answer
+        printing(response)
     return 0
 
 
-def _print_answer(response: Response) -> None:
+def _print_answer(response: Answer) -> None:
     has_reasons = any(item.HasField("reasons") for item in response.items)
     items = Table("", "item", "title", "source", "score", *(["moved by"] if has_reasons else []))
     for place, item in enumerate(response.items, start=1):
@@ -376,6 +363,7 @@ def _print_answer(response: Response) -> None:
     kind = pb.VisitorKind.Name(trace.visitor_kind).removeprefix("VISITOR_KIND_").lower().replace("_", " ")
     notes = {
         "bundle": trace.bundle_version,
+        "variant": trace.variant,
         "policy": response.arrangement.policy if isinstance(response, pb.RecommendResponse) else "",
         "visitor": ("" if kind == "unspecified" else kind)
         + (" (the user id is unknown: treated as new)" if trace.unknown_user else ""),
@@ -423,6 +411,7 @@ def _plain(text: str) -> Text:
     return Text(text)
 
 
-def _fail(message: str, code: int) -> int:
+def fail(message: str, code: int) -> int:
+    """Say what is wrong, and return the exit code."""
     stderr.print(f"error: {message}", markup=False)
     return code

@@ -12,6 +12,10 @@ from collections.abc import Callable, Mapping
 STAGE_SHARES = {"filtering": 0.05, "retrieval": 0.35, "ranking": 0.3, "reranking": 0.1, "reply": 0.2}
 
 
+class AbandonedError(Exception):
+    """Nobody waits for the answer any more: no further stage begins."""
+
+
 class Budget:
     """The time left to one request. Any thread may ask; without a deadline there is no end of it."""
 
@@ -44,6 +48,11 @@ class Budget:
     def cancel(self) -> None:
         """Note that nobody waits for the answer any more: all time is up."""
         self._is_cancelled = True
+
+    def check(self) -> None:
+        """Raise AbandonedError where `cancel` was called."""
+        if self._is_cancelled:
+            raise AbandonedError("the caller has gone")
 
     def remaining(self) -> float:
         """Return the seconds that are left, at least 0; infinity without a deadline."""
@@ -99,6 +108,17 @@ class StageCosts:
             mean, deviation = self._estimates[stage]
             deviation += self.DEVIATION_GAIN * (abs(cost - mean) - deviation)
             self._estimates[stage] = (mean + self.MEAN_GAIN * (cost - mean), deviation)
+
+    def ease(self, stage: str) -> None:
+        """Note that a stage was passed over for its cost, which shrinks by an eighth.
+
+        What is not begun is not measured; without this one slow moment could keep a stage out for ever.
+        """
+        with self._lock:
+            if stage in self._estimates:
+                mean, deviation = self._estimates[stage]
+                keep = 1 - self.MEAN_GAIN
+                self._estimates[stage] = (keep * mean, keep * deviation)
 
     def per_item(self, stage: str) -> float:
         """Return the seconds that an item may cost in a stage; 0 for a stage that was never seen."""

@@ -69,6 +69,9 @@ def _serve_and_ask(bundles: str, data: str) -> None:
         _run([*ask, "--history", *clicked])
         _heading("A visitor with nothing")
         _run(ask)
+        _heading("A newcomer, a moment after three clicks were recorded")
+        _run(["record", *clicked, "--user", "newcomer", "--type", "click", *ask[1:3]])
+        _run([*ask, "--user", "newcomer"])
     finally:
         server.send_signal(signal.SIGTERM)
         code = server.wait(timeout=60)

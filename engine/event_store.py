@@ -1,6 +1,7 @@
 """What users did since the bundle was made: recorded once, kept safe, and merged into their histories.
 
-`LocalEventStore` is for one process with a disk of its own; engine/redis_events.py is for several.
+`LocalEventStore` is for one process with a disk of its own; engine/redis_events.py is for several, and
+`MemoryEventStore` for where a restart may forget.
 Events carry the shop's ids, not rows: the next bundle gives its items other rows.
 """
 
@@ -117,6 +118,38 @@ class RecentEvents:
         while self.num_events > self._max_events:
             self.num_events -= len(self._of_user.popitem(last=False)[1])
         return True
+
+
+class MemoryEventStore:
+    """Events in this process's memory alone: the end of the process is the end of them."""
+
+    def __init__(
+        self,
+        *,
+        max_per_user: int = 200,
+        max_events: int = 1_000_000,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Begin with nothing; the arguments are those of LocalEventStore."""
+        self._recent = RecentEvents(max_per_user, max_events)
+        self._clock = clock
+        self._adding = threading.Lock()
+
+    def record(self, events: Sequence[UserEvent]) -> Future[Recorded]:
+        """See EventStore; the future is done."""
+        future: Future[Recorded] = Future()
+        now_ms = round(self._clock() * 1000)
+        with self._adding:
+            num_new = sum(self._recent.add(self._recent.timed(event, now_ms)) for event in events)
+        future.set_result(Recorded(num_new, len(events) - num_new))
+        return future
+
+    def recent(self, user_id: str) -> Sequence[UserEvent]:
+        """See EventStore; never raises."""
+        return self._recent.get(user_id)
+
+    def close(self) -> None:
+        """See EventStore."""
 
 
 class LocalEventStore:

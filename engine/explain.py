@@ -26,6 +26,7 @@ from engine.commands import (
     stdout,
     timings_table,
 )
+from engine.deadline import Budget
 from engine.pipeline import RecommendationPipeline
 from engine.policy_files import PolicyFiles
 from engine.server import recommend
@@ -61,7 +62,8 @@ def main(argv: list[str]) -> int:
             return ask(args, lambda client: client.recommend(**question), show)
         bundle = Bundle.load(resolve_bundle(args.bundle))
         policies = PolicyFiles(args.policies).load() if args.policies else None
-        response = recommend(RecommendationPipeline(bundle, policies), pb.RecommendRequest(**question), None)
+        pipeline = RecommendationPipeline(bundle, policies)
+        response, _ = recommend(pipeline, pb.RecommendRequest(**question), Budget(None))
     except (ValueError, OSError) as error:
         stderr.print(f"error: {error}", markup=False)
         return 2

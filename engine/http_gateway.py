@@ -19,6 +19,7 @@ import logging
 import re
 import sys
 from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -29,6 +30,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from engine.arguments import ArgumentParser
 from engine.messages import MAX_MESSAGE_BYTES
+from engine.tls import client_credentials
 from protos.trirank.v1 import recommender_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RecommenderService"]
@@ -224,16 +226,31 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--server", type=str, default="127.0.0.1:50051", help="host:port of `trirank serve`")
     parser.add_argument("--host", type=str, default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8080, help="port to listen on")
+    parser.add_argument(
+        "--tls_ca", type=Path | None, default=None, help="authority of the server's certificate, PEM"
+    )
+    parser.add_argument(
+        "--tls_cert", type=Path | None, default=None, help="own certificate for the server, PEM"
+    )
+    parser.add_argument("--tls_key", type=Path | None, default=None, help="its key, PEM")
     parser.add_argument("--openapi", action="store_true", help="print the OpenAPI document and end")
     options = parser.parse_args(argv)
     if options.openapi:
         print(json.dumps(openapi(), indent=2))
         return 0
+    try:
+        credentials = client_credentials(options.tls_ca, options.tls_cert, options.tls_key)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     async def application() -> web.Application:
         limit = ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)
-        channel = grpc.aio.insecure_channel(options.server, options=[limit])
+        if credentials:
+            channel = grpc.aio.secure_channel(options.server, credentials, options=[limit])
+        else:
+            channel = grpc.aio.insecure_channel(options.server, options=[limit])
         made = gateway(channel)
 
         async def close(_: web.Application) -> None:

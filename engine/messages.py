@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 
 from engine.catalog import Catalog
+from engine.event_store import Recorded, UserEvent
 from engine.history import EVENT_CODE, EVENT_TYPES
 from engine.item_list import ItemList
 from engine.pipeline import MAX_HEAD_WEIGHT, MAX_LIMIT, Event, Filters
@@ -22,6 +23,8 @@ MAX_EXCLUDED = 10_000
 MAX_FILTER_VALUES = 1_000
 MAX_CONTEXT_KEYS = 64
 MAX_OVERRIDES = 64
+MAX_EVENTS = 1_000  # of one RecordEvents call
+MAX_TIMESTAMP_MS = 253_402_300_799_999  # the end of the year 9999: later times are other units than ms
 MAX_CHARACTERS = 256  # of an id, a filter value, a context key or value
 MAX_MESSAGE_BYTES = 16 << 20  # a history of 100,000 events takes 3 to 5 MB
 
@@ -53,14 +56,32 @@ def read_visitor(visitor: pb.Visitor) -> tuple[str, list[Event]]:
     events = []
     for place, event in enumerate(visitor.history):
         field = f"visitor.history[{place}]"
-        event_type = event.event_type or EVENT_TYPES[0]
         _check_id(f"{field}.item_id", event.item_id)
-        if event_type not in EVENT_CODE:
-            raise InvalidRequestError(f"{field}.event_type", event_type, f"one of {', '.join(EVENT_TYPES)}")
+        event_type = _event_type(field, event.event_type)
         if event.timestamp_ms < 0:
             raise InvalidRequestError(f"{field}.timestamp_ms", event.timestamp_ms, "0 or more")
         events.append(Event(event.item_id, event_type, event.timestamp_ms))
     return user_id, events
+
+
+def read_events(request: pb.RecordEventsRequest) -> list[UserEvent]:
+    """Return the events to record, in the order given."""
+    if not 1 <= len(request.events) <= MAX_EVENTS:
+        raise InvalidRequestError("number of events", len(request.events), f"1 to {MAX_EVENTS}")
+    events = []
+    for place, event in enumerate(request.events):
+        field = f"events[{place}]"
+        _check_id(f"{field}.event_id", event.event_id)
+        _check_id(f"{field}.user_id", event.user_id)
+        if not event.user_id.strip():
+            raise InvalidRequestError(f"{field}.user_id", event.user_id, "an id")
+        _check_id(f"{field}.item_id", event.item_id)
+        event_type = _event_type(field, event.event_type)
+        if not 0 <= event.timestamp_ms <= MAX_TIMESTAMP_MS:
+            allowed = f"milliseconds since 1970, 0 to {MAX_TIMESTAMP_MS}"
+            raise InvalidRequestError(f"{field}.timestamp_ms", event.timestamp_ms, allowed)
+        events.append(UserEvent(event.event_id, event.user_id, event.item_id, event_type, event.timestamp_ms))
+    return events
 
 
 def read_filters(filters: pb.Filters) -> Filters:
@@ -127,7 +148,12 @@ def read_seed(request: pb.RecommendRequest) -> int:
     """Return the seed of what is random; the visitor is one, so that a retry shows the same page."""
     if request.HasField("seed"):
         return request.seed
-    return zlib.crc32(request.visitor.SerializeToString(deterministic=True))
+    return visitor_number(request.visitor)
+
+
+def visitor_number(visitor: pb.Visitor) -> int:
+    """Return a number that is the same for equal visitors."""
+    return zlib.crc32(visitor.SerializeToString(deterministic=True))
 
 
 def read_now(request: pb.RecommendRequest | pb.SimilarItemsRequest | pb.RankRequest) -> int | None:
@@ -254,25 +280,45 @@ def write_trace(trace: Trace, context: Iterable[str] = ()) -> pb.Trace:
         trace: what the pipeline recorded.
         context: the context keys of the request that nobody read.
     """
-    return pb.Trace(
+    written = pb.Trace(
         bundle_version=trace.bundle_version,
         visitor_kind=pb.VisitorKind.Value(f"VISITOR_KIND_{trace.visitor_kind.name}"),
         degraded_stages=trace.degraded_stages,
-        timings=[
-            pb.StageTiming(
-                stage=timing.stage,
-                duration_us=timing.duration_us,
-                num_in=timing.num_in,
-                num_out=timing.num_out,
-            )
-            for timing in trace.timings
-        ],
-        total_us=trace.total_us,
         num_unknown_history_items=trace.num_unknown_history_items,
         ignored_context_keys=sorted(context),
         relaxed_rules=trace.relaxed_rules,
         unknown_user=trace.unknown_user,
+        variant=trace.variant,
     )
+    written.MergeFrom(write_times(trace))
+    return written
+
+
+def write_times(trace: Trace) -> pb.Trace:
+    """Return the part of a trace that says how long things took."""
+    timings = [
+        pb.StageTiming(
+            stage=timing.stage,
+            duration_us=timing.duration_us,
+            num_in=timing.num_in,
+            num_out=timing.num_out,
+        )
+        for timing in trace.timings
+    ]
+    return pb.Trace(timings=timings, total_us=trace.total_us)
+
+
+def write_recorded(recorded: Recorded) -> pb.RecordEventsResponse:
+    """Return what became of recorded events."""
+    return pb.RecordEventsResponse(
+        num_new=recorded.num_new, num_repeated=recorded.num_repeated, delayed=recorded.is_delayed
+    )
+
+
+def _event_type(field: str, event_type: str) -> str:
+    if event_type and event_type not in EVENT_CODE:
+        raise InvalidRequestError(f"{field}.event_type", event_type, f"one of {', '.join(EVENT_TYPES)}")
+    return event_type or EVENT_TYPES[0]
 
 
 def _check_ids(field: str, ids: Sequence[str], max_ids: int) -> None:

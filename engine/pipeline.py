@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -21,6 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.bundle import Bundle
+from engine.deadline import Budget, StageCosts
+from engine.event_store import EventStore, StoreUnavailableError
+from engine.event_store import merge as merge_events
 from engine.history import (
     EMPTY_HISTORY,
     EVENT_CODE,
@@ -32,7 +36,7 @@ from engine.history import (
 from engine.item_list import ItemList, Ranked
 from engine.policies import Arrangement, Filtered, explanation, exposure_of, item_facts
 from engine.sources import check_sources, choice, is_number, sources_from_config
-from engine.trace import Trace, VisitorKind
+from engine.trace import StageTiming, Trace, VisitorKind
 from ranking.context import Encoded
 from reranking.constraints import DropSeen
 from reranking.items import Request
@@ -45,7 +49,6 @@ MAX_LIMIT = 500  # items of a slate
 MAX_CANDIDATES = 10_000
 MAX_HEAD_WEIGHT = 100
 NO_ROWS = np.zeros(0, np.int32)
-JUST_NOW = np.iinfo(np.int64).max  # where an event without a time stands: after all others
 DAY_MS = 86_400_000
 
 
@@ -64,8 +67,10 @@ class Visitor:
     history: History  # all that is known, oldest first
     user_row: int = 0  # 1..U; 0 for a user whom the bundle does not know
     is_unknown_user: bool = False  # a user id was given, and the bundle does not know it
-    num_unknown_items: int = 0  # events that were left out, as the catalog does not have their item
+    num_unknown_items: int = 0  # events of the request that were left out: the catalog lacks their item
     resolving_s: float = 0.0  # what it took to find all this out: part of the request's time
+    asked: StageTiming | None = None  # the stage "history": the event store was asked
+    is_degraded: bool = False  # and did not answer
 
     @property
     def kind(self) -> VisitorKind:
@@ -90,6 +95,7 @@ NO_FILTERS = Filters()
 NO_CONTEXT: Mapping[str, str] = MappingProxyType({})
 NO_WEIGHTS: Mapping[str, float] = MappingProxyType({})
 NOBODY = Visitor(EMPTY_HISTORY)
+NUMBERS = itertools.count()  # of pipelines: no two of a process are taken for each other
 
 
 class Answer(NamedTuple):
@@ -102,12 +108,23 @@ class Answer(NamedTuple):
 class RecommendationPipeline:
     """The funnel over one bundle. Holds no state of a request: any number of threads may call it at once."""
 
-    def __init__(self, bundle: Bundle, policies: Policies | None = None) -> None:
-        """Take a bundle, and the policies to arrange slates by: the bundle's own where None.
+    def __init__(
+        self, bundle: Bundle, policies: Policies | None = None, events: EventStore | None = None
+    ) -> None:
+        """Take a bundle and what changes while it is served.
+
+        Args:
+            bundle: what to answer from.
+            policies: to arrange slates by; the bundle's own where None.
+            events: what users did since the bundle was made; None where nothing is recorded.
 
         Raises ValueError where the bundle's settings are wrong, PolicyError where a policy does not fit it.
         """
         self.bundle = bundle
+        self.events = events
+        self.variant = ""  # another name where another bundle is served to others
+        self.costs = StageCosts()
+        self.number = next(NUMBERS)
         settings = bundle.manifest["pipeline"]
         check_settings(settings)
         self.sources, self.quotas = sources_from_config(settings["sources"], bundle)
@@ -133,6 +150,7 @@ class RecommendationPipeline:
         """
         other = copy.copy(self)
         other.reranker = Reranker(policies, self.reranker.facts)
+        other.number = next(NUMBERS)
         return other
 
     def policy(self, name: str = "", overrides: Mapping[str, float] | None = None) -> Policy:
@@ -148,7 +166,7 @@ class RecommendationPipeline:
         *,
         filters: Filters = NO_FILTERS,
         excluded: NDArray[np.int32] = NO_ROWS,
-        deadline: float | None = None,
+        budget: Budget | None = None,
         now: int | None = None,
         policy: Policy | None = None,
         seed: int = 0,
@@ -160,16 +178,16 @@ class RecommendationPipeline:
 
         Filters, those of the policy too, and exclusions are hard: they are taken before all other stages, so
         that no stage, failing or not, can show what they forbid. Where the policy drops what the visitor has
-        seen, it is left out while `limit` other items are eligible. A stage that fails, or would start after
-        the deadline (on the clock of time.perf_counter()), is passed over, and the trace says so; a candidate
-        source that fails is passed over alone.
+        seen, it is left out while `limit` other items are eligible. A stage that fails, or would take more
+        time than it has, is passed over, ranking is cut to the candidates that it has time for, and the trace
+        says so; a candidate source that fails is passed over alone.
 
         Args:
             visitor: who asks.
             limit: at least 1.
             filters: what an item must be.
             excluded: rows that must not be shown.
-            deadline: see above.
+            budget: the time that there is; without end where None. AbandonedError where it is cancelled.
             now: time of the request on the data set's clock, which decides what is fresh and what is not on
                 sale yet; the time of the newest training event where it is not given.
             policy: one that `policy` returned, of this pipeline; the default one where None.
@@ -181,7 +199,7 @@ class RecommendationPipeline:
                 where none is given.
         """
         _check_limit(limit)
-        trace = self._trace(visitor, deadline)
+        trace = self.begin_trace(visitor, budget)
         query = self.query(visitor, now, context, head_weights)
         num_items = self.bundle.catalog.num_items
         request = Request(now_ms=query.now if self.has_clock else None, seed=seed, context=context)
@@ -204,11 +222,13 @@ class RecommendationPipeline:
             num_in=trace.timings[-1].num_out,
         )
         num_ranked = max(self.num_ranked, limit)
+        num_scored = trace.affordable("ranking", len(candidates))
         ranked = trace.run(
             "ranking",
-            lambda: self._rank(query, candidates, num_ranked),
+            lambda: self._rank(query, candidates, num_ranked, num_scored),
             otherwise=lambda: Ranked.as_they_are(candidates, num_ranked),
             num_in=len(candidates),
+            num_affordable=num_scored,
             size=lambda found: len(found.items),
         )
         slate = trace.run(
@@ -226,7 +246,7 @@ class RecommendationPipeline:
         *,
         filters: Filters = NO_FILTERS,
         excluded: NDArray[np.int32] = NO_ROWS,
-        deadline: float | None = None,
+        budget: Budget | None = None,
         now: int | None = None,
         policy: Policy | None = None,
         context: Mapping[str, str] = NO_CONTEXT,
@@ -239,7 +259,9 @@ class RecommendationPipeline:
         _check_limit(limit)
         if not 1 <= item_row <= self.bundle.catalog.num_items:
             raise ValueError(f"item_row is {item_row}; expected 1 to {self.bundle.catalog.num_items}")
-        trace = Trace(self.bundle.version, deadline=deadline)
+        trace = Trace(
+            self.bundle.version, variant=self.variant, budget=budget or Budget(None), costs=self.costs
+        )
         request = Request(now_ms=self.query(NOBODY, now).now if self.has_clock else None, context=context)
         ask = _Ask(policy or self.policy(), request)
         eligible = trace.run(
@@ -261,54 +283,55 @@ class RecommendationPipeline:
         visitor: Visitor,
         candidates: NDArray[np.int32],
         *,
-        deadline: float | None = None,
+        budget: Budget | None = None,
         now: int | None = None,
         context: Mapping[str, str] = NO_CONTEXT,
         head_weights: Mapping[str, float] = NO_WEIGHTS,
     ) -> Answer:
         """Return the caller's own candidates (rows, none twice), best first, all of them.
 
-        The other arguments are those of `recommend`.
+        Where time is short, the most popular are scored and stand before the others. The other arguments are
+        those of `recommend`.
         """
-        trace = self._trace(visitor, deadline)
+        trace = self.begin_trace(visitor, budget)
         popularity = self.bundle.catalog.popularity[candidates].astype(np.float32)
         asked = ItemList(candidates, popularity, np.full(len(candidates), "caller"))
         by_popularity = asked.ordered_by(popularity, len(asked)).items
+        num_scored = trace.affordable("ranking", len(asked))
         query = self.query(visitor, now, context, head_weights)
+
         items = trace.run(
             "ranking",
-            lambda: self._rank(query, by_popularity, len(asked)).items,
+            lambda: self._rank(query, by_popularity, len(asked), num_scored).items,
             otherwise=lambda: by_popularity,
             num_in=len(asked),
+            num_affordable=num_scored,
         )
         return Answer(items, trace)
 
     # Before the stages: strings become rows.
 
     def resolve_visitor(self, user_id: str, events: Sequence[Event] = ()) -> Visitor:
-        """Return the visitor in rows: what is stored for the user, and the request's events after or between.
+        """Return the visitor in rows: the bundle's history of the user, what was recorded since, and the
+        request's events, merged by time (see event_store.merge).
 
-        Events are ordered by time; those without one are the newest, in the order given. Events that share a
-        time stay as they are, stored ones first.
+        Where the event store does not answer, the visitor is made without it and marked degraded.
         """
         begin = time.perf_counter()
-        stored = self.bundle.users.get(user_id)
-        rows = self.bundle.catalog.rows(event.item_id for event in events)
-        known = rows > 0
-        times = np.fromiter((event.timestamp or JUST_NOW for event in events), np.int64)[known]
-        types = np.fromiter((EVENT_CODE[event.event_type] for event in events), np.uint8)[known]
-
-        all_times = np.concatenate([stored.timestamps, times])
-        order = np.argsort(all_times, kind="stable")
-        history = History(
-            items=np.concatenate([stored.items, rows[known]])[order],
-            event_types=np.concatenate([stored.event_types, types])[order],
-            timestamps=np.where(all_times == JUST_NOW, 0, all_times)[order],
-        )
-        num_unknown = len(rows) - int(np.count_nonzero(known))
+        history = self.bundle.users.get(user_id)
+        asked, is_degraded = None, False
+        if user_id and self.events is not None:
+            num_stored = len(history)
+            try:
+                history, _ = merge_events(history, self.events.recent(user_id), self.bundle.catalog)
+            except StoreUnavailableError:  # the store itself has logged it
+                is_degraded = True
+            asked = StageTiming("history", begin, time.perf_counter(), num_stored, len(history))
+        history, num_unknown = merge_events(history, events, self.bundle.catalog)
         user_row = self.bundle.users.row(user_id)
         is_unknown = bool(user_id) and not user_row
-        return Visitor(history, user_row, is_unknown, num_unknown, time.perf_counter() - begin)
+        resolving_s = time.perf_counter() - begin
+        return Visitor(history, user_row, is_unknown, num_unknown, resolving_s, asked, is_degraded)
 
     def query(
         self,
@@ -406,7 +429,19 @@ class RecommendationPipeline:
         found = ItemList(rows, cosines[rows], np.full(len(rows), EmbeddingSource.name))
         return found.ordered_by(found.scores, limit).items
 
-    def _rank(self, query: Query, items: ItemList, num_kept: int) -> Ranked:
+    def _rank(self, query: Query, items: ItemList, num_kept: int, num_scored: int) -> Ranked:
+        """Return the first `num_scored` items by score, and the others behind them in their order."""
+        if num_scored >= len(items):
+            return self._scored(query, items, num_kept)
+        if not num_scored:
+            return Ranked.as_they_are(items, num_kept)
+        scored = self._scored(query, items.take(slice(num_scored)), num_scored).items
+        others = items.take(slice(num_scored, None))
+        lowest = np.full(len(others), scored.scores[-1], np.float32)
+        whole = scored.followed_by(replace(others, scores=lowest))
+        return Ranked(whole.take(slice(num_kept)), whole.take(slice(num_kept, None)))
+
+    def _scored(self, query: Query, items: ItemList, num_kept: int) -> Ranked:
         """Return the best items by the ranker; without one by the query vector; without that as they are."""
         if self.bundle.scorer:
             scores = self.bundle.scorer.score_states(query.state()[np.newaxis], items.rows[np.newaxis])[0]
@@ -456,13 +491,18 @@ class RecommendationPipeline:
         found = ranked.items.followed_by(ranked.reserve).followed_by(pins)
         return found.take(np.array([(found.rows == row).argmax() for row in arranged.rows], np.int64))
 
-    def _trace(self, visitor: Visitor, deadline: float | None) -> Trace:
+    def begin_trace(self, visitor: Visitor, budget: Budget | None = None) -> Trace:
+        """Return the trace of a request that begins with what is known of the visitor."""
         return Trace(
             self.bundle.version,
+            variant=self.variant,
             visitor_kind=visitor.kind,
             unknown_user=visitor.is_unknown_user,
             num_unknown_history_items=visitor.num_unknown_items,
-            deadline=deadline,
+            budget=budget or Budget(None),
+            costs=self.costs,
+            timings=[visitor.asked] if visitor.asked else [],
+            degraded_stages=["history"] if visitor.is_degraded else [],
             started=time.perf_counter() - visitor.resolving_s,
         )
 

@@ -12,12 +12,14 @@ class PolicyFiles:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.current: Policies | None = None  # as last loaded
         self._loaded: object = None
 
     def load(self) -> Policies:
         """Read the policies; PolicyError or OSError where that cannot be done."""
         self._loaded = self._stamp()  # before reading: what changes meanwhile counts as a change
-        return load_policies(self.path)
+        self.current = load_policies(self.path)
+        return self.current
 
     def changed(self) -> bool:
         """Return whether a file was written, replaced, added or taken away since the last load."""

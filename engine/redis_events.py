@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 KEY = "trirank:events:{user_id}"
 DAY_MS = 86_400_000
+NO_PACKAGE = "Redis needs a package more: pip install 'trirank[redis]'"
 
 # KEYS: the user's hash. ARGV: events to keep, ms to keep them, now in ms, then id, type, item and time of
 # each event. Fields: "n" how many events there ever were, "t" the newest time, and of each event
@@ -111,7 +112,7 @@ class RedisEventStore:
             from redis.backoff import NoBackoff
             from redis.retry import Retry
         except ModuleNotFoundError as error:
-            raise ValueError("Redis needs a package more: pip install 'trirank[redis]'") from error
+            raise ValueError(NO_PACKAGE) from error
         self._errors: tuple[type[Exception], ...] = (redis.RedisError, OSError)
         self._redis: Any = redis.Redis.from_url(
             url,
@@ -234,6 +235,15 @@ class RedisEventStore:
             self._asked_again_at = self._monotonic() + self._retry_s
             logger.warning("Redis does not answer: %s", error)
             raise StoreUnavailableError(f"Redis does not answer: {error}") from error
+
+
+def check_url(url: str) -> None:
+    """Raise ValueError where the url is none, or the redis package is not installed. Nothing is connected."""
+    try:
+        import redis
+    except ModuleNotFoundError as error:
+        raise ValueError(NO_PACKAGE) from error
+    redis.Redis.from_url(url).close()
 
 
 def _key(user_id: str) -> str:

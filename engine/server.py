@@ -1,41 +1,61 @@
 """The gRPC server: the event loop answers the wire, a pool of threads runs the pipeline.
 
-Standard services beside our own: grpc.health.v1 and server reflection.
+A call goes through `RecommenderService._answer`: request id, API key, rate, a place among the requests under
+way, a thread; and out again: status, metrics, span. Standard services beside our own, which need no key and
+no place: grpc.health.v1 and server reflection.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import contextvars
+import functools
 import logging
 import signal
 import time
-import uuid
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import NoReturn, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import grpc
+from google.protobuf import message_factory
+from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from engine import messages
+from engine.admission import ConcurrencyLimit, Permit, RateLimit, RateLimiter, RejectedError
+from engine.auth import ApiKeys, KeyFile, presented_key
+from engine.bundle import Bundle
+from engine.deadline import Budget
+from engine.event_store import StoreUnavailableError
+from engine.following import follow_bundles, follow_keys, follow_policies
 from engine.pipeline import RecommendationPipeline
 from engine.policy_files import PolicyFiles
+from engine.response_cache import ResponseCache
+from engine.telemetry import LimitedLog, Metrics, StageTime, Tracing, read_request_id, request_id
+from engine.tls import ServerTls
+from engine.trace import Trace
+from engine.variants import OTHER, SHADOW, Shadow, Split
 from protos.trirank.v1 import recommender_pb2 as pb
 from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
-from reranking.policy import PolicyError
+from reranking.policy import Policies, PolicyError
 
 logger = logging.getLogger(__name__)
+seldom = LimitedLog(logger)
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+Metadata = Sequence[tuple[str, str | bytes]]
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RecommenderService"].full_name
 STATUSES = health_pb2.HealthCheckResponse
-# The share of a caller's deadline after which no new stage starts: the rest is for the way back.
-DEADLINE_SHARE = 0.8
-POLL_S = 1.0  # how often the files of policies are looked at
+# Requests for each worker that may be under way before the limit has measured anything: room for a burst.
+INITIAL_LIMIT = 8
+NO_OTHERS: Mapping[str, RecommendationPipeline] = MappingProxyType({})
+ROLE_OF = {"RecordEvents": "client"}  # of an API key; all other calls are for readers
 
 
 class AddressError(ValueError):
@@ -46,57 +66,346 @@ class UnknownItemError(LookupError):
     """A request about an item that the catalog does not have."""
 
 
-class RecommenderService(pb_grpc.RecommenderServiceServicer):
-    """The three calls. `pipeline` may be replaced at any time: a request keeps the one it began with."""
+class UnknownCallerError(Exception):
+    """A call without an API key that the server knows."""
 
-    def __init__(self, pipeline: RecommendationPipeline, pool: ThreadPoolExecutor) -> None:
-        self.pipeline = pipeline
+
+class ForbiddenError(Exception):
+    """A call that the caller's API key is not good for."""
+
+
+class TooLateError(Exception):
+    """A request whose deadline passed before anything was done for it."""
+
+
+class Reply(NamedTuple, Generic[Response]):
+    """An answer, and how it came about; None where no stage had a part in it."""
+
+    response: Response
+    trace: Trace | None = None
+
+
+class Refusal(NamedTuple):
+    """How a call ends that got no answer."""
+
+    code: grpc.StatusCode
+    message: str
+    reason: str = ""  # of the metric trirank_rejected, where the call was refused without work
+    metadata: tuple[tuple[str, str], ...] = ()
+
+
+# Answers a request from a pipeline within a budget.
+Call = Callable[[RecommendationPipeline, Request, Budget], Reply[Response]]
+
+
+class RecommenderService(pb_grpc.RecommenderServiceServicer):
+    """The calls. `pipelines` may be replaced at any time: a request keeps those it began with."""
+
+    def __init__(
+        self,
+        pipeline: RecommendationPipeline,
+        pool: ThreadPoolExecutor,
+        *,
+        limit: ConcurrencyLimit | None = None,
+        keys: ApiKeys | None = None,
+        rate_limit: RateLimit | None = None,
+        metrics: Metrics | None = None,
+        policies: Policies | None = None,
+        others: Mapping[str, RecommendationPipeline] = NO_OTHERS,
+        share: float = 0.0,
+        cache: ResponseCache | None = None,
+    ) -> None:
+        """Begin to answer.
+
+        Args:
+            pipeline: what answers.
+            pool: where it runs.
+            limit: of the requests in the pool; one with the default settings for None.
+            keys: that callers must have; None where nobody needs one.
+            rate_limit: of each caller who has none by the key; None for no limit.
+            metrics: where calls are counted.
+            policies: those that the pipeline has instead of its bundle's own; the next bundle gets them too.
+            others: pipelines of other bundles, by their names in engine/variants.py.
+            share: of the users whom the pipeline OTHER answers.
+            cache: of slates; None to make each anew.
+        """
+        self.pipelines: Mapping[str, RecommendationPipeline] = {"": pipeline, **others}
+        self.keys = keys
+        self.policies = policies
+        self.limit = limit or ConcurrencyLimit(min_limit=1)
+        self.metrics = metrics or Metrics()
         self._pool = pool
+        self._cache = cache
+        self._rates = RateLimiter(rate_limit)
+        self._tracing = Tracing()
+        self.metrics.in_flight.set_function(lambda: self.limit.in_flight)
+        self.metrics.concurrency_limit.set_function(lambda: self.limit.limit)
+        for name, one in self.pipelines.items():
+            one.variant = name
+            self.metrics.bundle_info.labels(one.bundle.version, name).set(1)
+        self._split = Split(share, others[OTHER].bundle.version) if OTHER in others else None
+        self._shadow = Shadow(self.metrics) if SHADOW in others else None
+
+    @property
+    def pipeline(self) -> RecommendationPipeline:
+        """That of the bundle that is served."""
+        return self.pipelines[""]
+
+    @pipeline.setter
+    def pipeline(self, pipeline: RecommendationPipeline) -> None:
+        self.pipelines = {**self.pipelines, "": pipeline}
+
+    def close(self) -> None:
+        """Give back what the service has begun."""
+        if self._shadow:
+            self._shadow.close()
+
+    def use(self, pipeline: RecommendationPipeline) -> None:
+        """Answer from another bundle from now on."""
+        self.metrics.bundle_info.remove(self.pipeline.bundle.version, "")
+        self.metrics.bundle_info.labels(pipeline.bundle.version, "").set(1)
+        self.pipeline = pipeline
 
     async def Recommend(  # noqa: N802  # gRPC's spelling
         self, request: pb.RecommendRequest, context: pb_grpc._ServicerContext
     ) -> pb.RecommendResponse:
         """See recommender.proto."""
-        return await self._answer(recommend, request, context)
+        return await self._answer("Recommend", request, context, self._recommend)
 
     async def SimilarItems(  # noqa: N802
         self, request: pb.SimilarItemsRequest, context: pb_grpc._ServicerContext
     ) -> pb.SimilarItemsResponse:
         """See recommender.proto."""
-        return await self._answer(similar_items, request, context)
+        return await self._answer("SimilarItems", request, context, self._similar)
 
     async def Rank(  # noqa: N802
         self, request: pb.RankRequest, context: pb_grpc._ServicerContext
     ) -> pb.RankResponse:
         """See recommender.proto."""
-        return await self._answer(rank, request, context)
+        return await self._answer("Rank", request, context, self._rank)
+
+    async def RecordEvents(  # noqa: N802
+        self, request: pb.RecordEventsRequest, context: pb_grpc._ServicerContext
+    ) -> pb.RecordEventsResponse:
+        """See recommender.proto. Needs no thread of the pool, so it takes no place among the requests."""
+        return await self._answer("RecordEvents", request, context, self._record)
 
     async def _answer(
         self,
-        call: Callable[[RecommendationPipeline, Request, float | None], Response],
+        method: str,
         request: Request,
         context: pb_grpc._ServicerContext,
+        work: Callable[[Request, pb_grpc._ServicerContext], Awaitable[Reply[Response]]],
     ) -> Response:
-        """Run a call in the pool, and turn what it raises into the status that the contract promises."""
-        remaining_s = context.time_remaining()
-        deadline = None if remaining_s is None else time.perf_counter() + DEADLINE_SHARE * remaining_s
-        loop = asyncio.get_running_loop()
+        """Let a caller in, do the work, and turn what it raises into the status of the contract."""
+        began_s = time.perf_counter()
+        metadata: Metadata = tuple(context.invocation_metadata() or ())
+        request_id.set(read_request_id(metadata))
+        named = (("x-request-id", request_id.get()),)
+        context.set_trailing_metadata(named)
         try:
-            return await loop.run_in_executor(self._pool, call, self.pipeline, request, deadline)
-        except (messages.InvalidRequestError, PolicyError) as error:
-            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        except UnknownItemError as error:
-            await _abort(context, grpc.StatusCode.NOT_FOUND, str(error))
-        except Exception:
-            request_id = uuid.uuid4().hex[:12]
-            logger.exception("request %s failed", request_id)
-            await _abort(context, grpc.StatusCode.INTERNAL, f"internal error; the log names it {request_id}")
+            self._check_caller(ROLE_OF.get(method, "reader"), metadata, context.peer())
+            if isinstance(request, DecodeError):  # see add_to_server
+                raise messages.InvalidRequestError("the request", str(request), f"a {method}Request")
+            response, trace = await work(request, context)
+        except asyncio.CancelledError:
+            is_late = context.time_remaining() == 0
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
+            self._observe(method, code, "", began_s, None, metadata)
+            raise
+        except Exception as error:
+            code, message, reason, hints = _refusal(error)
+            self._observe(method, code, reason, began_s, None, metadata)
+            context.set_trailing_metadata((*named, *hints))
+            await context.abort(code, message)
+            raise AssertionError("abort always raises") from error
+        self._observe(method, grpc.StatusCode.OK, "", began_s, trace, metadata)
+        return response
+
+    def _check_caller(self, role: str, metadata: Metadata, peer: str) -> None:
+        """Raise UnknownCallerError or ForbiddenError without a good key, RejectedError above the rate."""
+        if self.keys is None:
+            self._rates.check(peer.rpartition(":")[0])  # the address, without the port
+            return
+        presented = presented_key(metadata)
+        key = self.keys.find(presented)
+        if key is None:
+            raise UnknownCallerError(
+                "no API key; expected one in the metadata, as authorization: Bearer KEY or x-api-key: KEY"
+                if presented is None
+                else "the API key is not one of this server's"
+            )
+        if not key.may(role):
+            raise ForbiddenError(f"the API key has the role {key.role}; expected {role} for this call")
+        self._rates.check(key.id, key.rate_limit)
+
+    def _pipeline_for(self, visitor: pb.Visitor) -> RecommendationPipeline:
+        """Return the pipeline that answers a visitor: always the same for a user, as long as it is there."""
+        if self._split is None:
+            return self.pipeline
+        who = visitor.user_id or str(messages.visitor_number(visitor))
+        return self.pipelines[OTHER if self._split.takes(who) else ""]
+
+    async def _recommend(
+        self, request: pb.RecommendRequest, context: pb_grpc._ServicerContext
+    ) -> Reply[pb.RecommendResponse]:
+        call = functools.partial(recommend, cache=self._cache)
+        reply = await self._run(call, self._pipeline_for(request.visitor), request, context)
+        if self._shadow:
+            shadow = self.pipelines[SHADOW]
+            self._shadow.offer(lambda: recommend(shadow, request, Budget(None)).response, reply.response)
+        return reply
+
+    async def _similar(
+        self, request: pb.SimilarItemsRequest, context: pb_grpc._ServicerContext
+    ) -> Reply[pb.SimilarItemsResponse]:
+        return await self._run(similar_items, self.pipeline, request, context)
+
+    async def _rank(
+        self, request: pb.RankRequest, context: pb_grpc._ServicerContext
+    ) -> Reply[pb.RankResponse]:
+        return await self._run(rank, self._pipeline_for(request.visitor), request, context)
+
+    async def _run(
+        self,
+        call: Call[Request, Response],
+        pipeline: RecommendationPipeline,
+        request: Request,
+        context: pb_grpc._ServicerContext,
+    ) -> Reply[Response]:
+        """Run a call in the pool. Its place is free when the thread is done, not when the caller has gone."""
+        permit = self.limit.admit()
+        budget = Budget(context.time_remaining())
+        loop = asyncio.get_running_loop()
+        scope = contextvars.copy_context()
+        job = self._pool.submit(scope.run, _begin, call, pipeline, request, budget)
+        job.add_done_callback(lambda done: loop.call_soon_threadsafe(_give_back, permit, done))
+        try:
+            return await asyncio.wrap_future(job)  # cancelled with it while it waits for a thread
+        except asyncio.CancelledError:
+            budget.cancel()
+            raise
+
+    async def _record(
+        self, request: pb.RecordEventsRequest, context: pb_grpc._ServicerContext
+    ) -> Reply[pb.RecordEventsResponse]:
+        events = messages.read_events(request)
+        store, count = self.pipeline.events, self.metrics.events.labels
+        if store is None:
+            raise StoreUnavailableError("this server records no events")
+        try:
+            recorded = await asyncio.wrap_future(store.record(events))
+        except StoreUnavailableError:
+            count("failed").inc(len(events))
+            raise
+        count("delayed" if recorded.is_delayed else "new").inc(recorded.num_new)
+        count("repeated").inc(recorded.num_repeated)
+        return Reply(messages.write_recorded(recorded))
+
+    def _observe(
+        self,
+        method: str,
+        code: grpc.StatusCode,
+        reason: str,
+        began_s: float,
+        trace: Trace | None,
+        metadata: Metadata,
+    ) -> None:
+        if reason:
+            self.metrics.observe_refusal(method, code.name, reason)
+            return
+        ended_s = time.perf_counter()
+        stages = (
+            []
+            if trace is None
+            else [
+                StageTime(one.stage, one.began_s, one.ended_s, one.stage in trace.degraded_stages)
+                for one in trace.timings
+            ]
+        )
+        self.metrics.observe_request(method, code.name, ended_s - began_s, stages)
+        attributes = {"request_id": request_id.get(), "code": code.name}
+        if trace:
+            attributes |= {"bundle": trace.bundle_version, "variant": trace.variant}
+        texts = {name: value for name, value in metadata if isinstance(value, str)}
+        self._tracing.record(method, began_s, ended_s, stages, attributes=attributes, metadata=texts)
+
+
+def add_to_server(service: RecommenderService, server: grpc.aio.Server) -> None:
+    """Have a server answer with a service.
+
+    As the generated function does, but that bytes which are no request come to the service too, as a
+    DecodeError: gRPC would answer UNKNOWN before the service could count them or ask for a key.
+    """
+
+    def reading(kind: type[Message]) -> Callable[[bytes], Message | DecodeError]:
+        def read(data: bytes) -> Message | DecodeError:
+            try:
+                return kind.FromString(data)
+            except DecodeError as error:
+                return error
+
+        return read
+
+    handlers = {
+        method.name: grpc.unary_unary_rpc_method_handler(
+            getattr(service, method.name),
+            request_deserializer=reading(message_factory.GetMessageClass(method.input_type)),
+            response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
+        )
+        for method in pb.DESCRIPTOR.services_by_name["RecommenderService"].methods
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+
+def _begin(
+    call: Call[Request, Response], pipeline: RecommendationPipeline, request: Request, budget: Budget
+) -> Reply[Response]:
+    """Make a call, unless its time was up before a thread was free."""
+    if budget.expired():
+        raise TooLateError("the deadline passed before a worker was free")
+    return call(pipeline, request, budget)
+
+
+def _give_back(permit: Permit, job: Future[Any]) -> None:
+    """Only answers say what a request takes: what failed, or was cut off, would mislead the limit."""
+    permit.release(counts=not job.cancelled() and job.exception() is None)
+
+
+def _refusal(error: Exception) -> Refusal:
+    """Return how the contract words an error; one that nobody foresaw goes to the log."""
+    code = grpc.StatusCode
+    match error:
+        case messages.InvalidRequestError() | PolicyError():
+            return Refusal(code.INVALID_ARGUMENT, str(error))
+        case UnknownItemError():
+            return Refusal(code.NOT_FOUND, str(error))
+        case RejectedError():
+            seldom.warning(f"refused: {error.reason}")
+            kind = "limit" if error.is_from_limit else "rate"
+            return Refusal(code.RESOURCE_EXHAUSTED, str(error), kind, error.metadata)
+        case UnknownCallerError():
+            seldom.warning(f"refused: {error}")
+            return Refusal(code.UNAUTHENTICATED, str(error), "key")
+        case ForbiddenError():
+            seldom.warning(f"refused: {error}")
+            return Refusal(code.PERMISSION_DENIED, str(error), "key")
+        case TooLateError():
+            return Refusal(code.DEADLINE_EXCEEDED, str(error))
+        case StoreUnavailableError():
+            return Refusal(code.UNAVAILABLE, str(error))
+    name = request_id.get()
+    logger.error("request %s failed", name, exc_info=error)
+    return Refusal(code.INTERNAL, f"internal error; the log names it {name}")
 
 
 def recommend(
-    pipeline: RecommendationPipeline, request: pb.RecommendRequest, deadline: float | None
-) -> pb.RecommendResponse:
-    """Answer Recommend."""
+    pipeline: RecommendationPipeline,
+    request: pb.RecommendRequest,
+    budget: Budget,
+    cache: ResponseCache | None = None,
+) -> Reply[pb.RecommendResponse]:
+    """Answer Recommend, from the cache where it has the answer."""
     limit = messages.read_limit(request, pipeline.default_limit)
     user_id, events = messages.read_visitor(request.visitor)
     context = messages.read_context(request.visitor.context)
@@ -106,12 +415,17 @@ def recommend(
 
     catalog = pipeline.bundle.catalog
     visitor = pipeline.resolve_visitor(user_id, events)
+    key = None
+    if cache and not (visitor.is_degraded or request.explain):
+        key = cache.key(pipeline, request, visitor)
+        if found := cache.get(key):
+            return _again(found, pipeline.begin_trace(visitor, budget))
     items, trace = pipeline.recommend(
         visitor,
         limit,
         filters=filters,
         excluded=catalog.rows(excluded),
-        deadline=deadline,
+        budget=budget,
         now=_now(pipeline, request),
         policy=policy,
         seed=messages.read_seed(request),
@@ -120,16 +434,29 @@ def recommend(
         head_weights=messages.read_head_weights(request, pipeline.heads),
     )
     assert trace.arrangement is not None
-    return pb.RecommendResponse(
+    response = pb.RecommendResponse(
         items=messages.write_items(items, catalog, trace.arrangement.explanation),
         trace=messages.write_trace(trace, context.keys() - policy.context_keys - pipeline.context_keys),
         arrangement=messages.write_arrangement(trace.arrangement, catalog),
     )
+    if cache and key and not trace.degraded_stages:
+        cache.put(key, response)
+    return Reply(response, trace)
+
+
+def _again(found: pb.RecommendResponse, trace: Trace) -> Reply[pb.RecommendResponse]:
+    """Return an answer of the cache, with the times of this request."""
+    trace.run("cache", lambda: found.items, num_in=len(found.items))
+    response = pb.RecommendResponse()
+    response.CopyFrom(found)
+    del response.trace.timings[:]
+    response.trace.MergeFrom(messages.write_times(trace))
+    return Reply(response, trace)
 
 
 def similar_items(
-    pipeline: RecommendationPipeline, request: pb.SimilarItemsRequest, deadline: float | None
-) -> pb.SimilarItemsResponse:
+    pipeline: RecommendationPipeline, request: pb.SimilarItemsRequest, budget: Budget
+) -> Reply[pb.SimilarItemsResponse]:
     """Answer SimilarItems."""
     limit = messages.read_limit(request, pipeline.default_limit)
     item_id = messages.read_item_id(request)
@@ -147,20 +474,19 @@ def similar_items(
         limit,
         filters=filters,
         excluded=catalog.rows(excluded),
-        deadline=deadline,
+        budget=budget,
         now=_now(pipeline, request),
         policy=policy,
         context=context,
     )
-    return pb.SimilarItemsResponse(
+    response = pb.SimilarItemsResponse(
         items=messages.write_items(items, catalog),
         trace=messages.write_trace(trace, context.keys() - policy.context_keys),
     )
+    return Reply(response, trace)
 
 
-def rank(
-    pipeline: RecommendationPipeline, request: pb.RankRequest, deadline: float | None
-) -> pb.RankResponse:
+def rank(pipeline: RecommendationPipeline, request: pb.RankRequest, budget: Budget) -> Reply[pb.RankResponse]:
     """Answer Rank."""
     user_id, events = messages.read_visitor(request.visitor)
     context = messages.read_context(request.visitor.context)
@@ -172,16 +498,17 @@ def rank(
     items, trace = pipeline.rank(
         visitor,
         rows[rows > 0],
-        deadline=deadline,
+        budget=budget,
         now=_now(pipeline, request),
         context=context,
         head_weights=messages.read_head_weights(request, pipeline.heads),
     )
-    return pb.RankResponse(
+    response = pb.RankResponse(
         items=messages.write_items(items, catalog),
         unknown_item_ids=[item_id for item_id, row in zip(candidate_ids, rows, strict=True) if not row],
         trace=messages.write_trace(trace, context.keys() - pipeline.context_keys),
     )
+    return Reply(response, trace)
 
 
 def _now(
@@ -203,8 +530,20 @@ async def serve(
     drain_s: float,
     on_ready: Callable[[str], None],
     policies: PolicyFiles | None = None,
+    bundles: Path | None = None,
+    open_bundle: Callable[[Path], Bundle] = Bundle.load,
+    keys: KeyFile | None = None,
+    rate_limit: RateLimit | None = None,
+    tls: ServerTls | None = None,
+    metrics: Metrics | None = None,
+    others: Mapping[str, RecommendationPipeline] = NO_OTHERS,
+    share: float = 0.0,
+    cache: ResponseCache | None = None,
+    reuse_port: bool = False,
 ) -> None:
     """Answer requests until SIGTERM or SIGINT, then finish what is under way and return.
+
+    What can change while it is served is looked at every second, and at once on SIGHUP.
 
     Args:
         pipeline: what answers.
@@ -212,27 +551,53 @@ async def serve(
         num_workers: requests that are worked on at once.
         drain_s: how long requests under way may take after the signal.
         on_ready: called with the address in use once requests are answered.
-        policies: where the pipeline's policies came from; they are loaded again when they change, and on
-            SIGHUP. None where they are the bundle's own.
+        policies: where the pipeline's policies came from, in which case every bundle is served with them.
+            None where they are the bundle's own.
+        bundles: a directory whose newest or pinned bundle is to be served; None to stay with this one.
+        open_bundle: opens a bundle of that directory.
+        keys: that callers must have; None where nobody needs one.
+        rate_limit: of each caller who has none by the key; None for no limit.
+        tls: None for a connection in the clear.
+        metrics: where calls are counted.
+        others: pipelines of other bundles, by their names in engine/variants.py.
+        share: of the users whom the pipeline OTHER answers.
+        cache: of slates; None to make each anew.
+        reuse_port: whether other servers may listen on the same port.
 
     Raises:
         AddressError: the address is taken, or is none.
+        ValueError: the files of `keys` or `tls` are wrong.
     """
     with ThreadPoolExecutor(num_workers, thread_name_prefix="pipeline") as pool:
         server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", messages.MAX_MESSAGE_BYTES),
-                # Without this two servers may share a port on Linux, each with a part of the requests.
-                ("grpc.so_reuseport", 0),
+                # Two servers that share a port by mistake would each get a part of the requests.
+                ("grpc.so_reuseport", int(reuse_port)),
             ]
         )
-        service = RecommenderService(pipeline, pool)
-        pb_grpc.add_RecommenderServiceServicer_to_server(service, server)
+        service = RecommenderService(
+            pipeline,
+            pool,
+            limit=ConcurrencyLimit(min_limit=num_workers, initial=INITIAL_LIMIT * num_workers),
+            keys=keys.load() if keys else None,
+            rate_limit=rate_limit,
+            metrics=metrics,
+            policies=policies.current if policies else None,
+            others=others,
+            share=share,
+            cache=cache,
+        )
+        del pipeline  # or it would stay in memory when another has replaced it
+        add_to_server(service, server)
         servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in the stubs
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         try:
-            port = server.add_insecure_port(address)
+            if tls:
+                port = server.add_secure_port(address, tls.credentials())
+            else:
+                port = server.add_insecure_port(address)
         except RuntimeError as error:
             raise AddressError(
                 f"cannot listen on {address!r}: the port is taken or this is no host:port"
@@ -242,11 +607,25 @@ async def serve(
         loop = asyncio.get_running_loop()
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signal_number, stop.set)
-        following = None
+        hangups: list[asyncio.Event] = []
+        followers: list[asyncio.Task[None]] = []
+
+        def follow(begin: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+            hangups.append(asyncio.Event())
+            followers.append(asyncio.create_task(begin(hangups[-1])))
+
         if policies is not None:
-            hangup = asyncio.Event()
-            loop.add_signal_handler(signal.SIGHUP, hangup.set)
-            following = asyncio.create_task(follow_policies(service, policies, hangup))
+            follow(lambda hangup: follow_policies(service, policies, hangup))
+        if keys is not None:
+            follow(lambda hangup: follow_keys(service, keys, hangup))
+        if bundles is not None:
+            follow(lambda hangup: follow_bundles(service, bundles, open_bundle, hangup))
+
+        def hang_up() -> None:
+            for hangup in hangups:
+                hangup.set()
+
+        loop.add_signal_handler(signal.SIGHUP, hang_up)
         await server.start()
         for name in (health.OVERALL_HEALTH, SERVICE):
             await servicer.set(name, STATUSES.SERVING)
@@ -256,48 +635,6 @@ async def serve(
         logger.info("draining: no new requests, up to %g s for those under way", drain_s)
         await servicer.enter_graceful_shutdown()
         await server.stop(drain_s)
-        if following is not None:
-            following.cancel()
-
-
-async def follow_policies(
-    service: RecommenderService, policies: PolicyFiles, hangup: asyncio.Event, poll_s: float = POLL_S
-) -> None:
-    """Load policies again whenever their files change, and at once when `hangup` is set, for ever.
-
-    Policies that are wrong, or do not fit the bundle, replace nothing; the log says why. A request keeps the
-    policies that it began with.
-    """
-    while True:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(hangup.wait(), poll_s)
-        if not (hangup.is_set() or await asyncio.to_thread(policies.changed)):
-            continue
-        hangup.clear()
-        try:
-            loaded = await asyncio.to_thread(policies.load)
-            while True:
-                before = service.pipeline
-                pipeline = await asyncio.to_thread(before.with_policies, loaded)
-                if service.pipeline is before:  # no other bundle came meanwhile
-                    break
-            service.pipeline = pipeline
-        except (PolicyError, OSError) as error:
-            logger.error("the policies in use stay: %s", error)
-        except Exception:
-            logger.exception("the policies in use stay")
-        else:
-            log_policies(pipeline, str(policies.path))
-
-
-def log_policies(pipeline: RecommendationPipeline, source: str) -> None:
-    """Tell which policies are in use, and what the catalog lacks that they read."""
-    policies = pipeline.reranker.policies
-    logger.info("policies of %s: %s; default %s", source, ", ".join(policies.by_name), policies.default)
-    for warning in pipeline.reranker.warnings:
-        logger.warning("%s", warning)
-
-
-async def _abort(context: pb_grpc._ServicerContext, code: grpc.StatusCode, message: str) -> NoReturn:
-    await context.abort(code, message)
-    raise AssertionError("abort always raises")
+        service.close()
+        for follower in followers:
+            follower.cancel()

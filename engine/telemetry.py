@@ -84,6 +84,21 @@ class Metrics:
         )
         self.bundle_info = Gauge("bundle_info", "1 for each bundle in use", ["version", "variant"], **options)
         self.bundle_swaps = Counter("bundle_swaps", "New bundles: swapped or refused", ["result"], **options)
+        self.shadow = Counter(
+            "shadow",
+            "Requests offered to the shadow: answered, degraded, failed, left out",
+            ["result"],
+            **options,
+        )
+        self.shadow_seconds = Histogram(
+            "shadow_seconds", "An answer of the shadow", buckets=BUCKETS, **options
+        )
+        self.shadow_overlap = Histogram(
+            "shadow_overlap",
+            "Share of the shown items that the shadow's slate has too",
+            buckets=[tenths / 10 for tenths in range(11)],
+            **options,
+        )
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
 
@@ -101,6 +116,11 @@ class Metrics:
             self.stage_seconds.labels(stage.stage).observe(stage.ended_s - stage.began_s)
             if stage.is_degraded:
                 self.degraded.labels(stage.stage).inc()
+
+    def observe_refusal(self, method: str, code: str, reason: str) -> None:
+        """Note a request that was refused without work; its latency would only hide that of the others."""
+        self.requests.labels(method, code).inc()
+        self.rejected.labels(reason).inc()
 
     def serve(self, port: int, address: str = "127.0.0.1") -> tuple[int, Callable[[], None]]:
         """Answer GET /metrics in a thread of its own; return the port, and what ends it.

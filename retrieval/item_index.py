@@ -475,11 +475,11 @@ def choose_kind(num_items: int, k: int, recall_target: float, *, gpu: bool = Fal
     Milliseconds for one query on one thread, D = 64, target 0.99, vectors of benchmarks/index_frontier.py:
 
         items        k        flat   exact   ivf
-        10,000       1,000     0.4     0.3   0.3
-        30,000       1,000     0.9     0.8   0.4
-        100,000      1,000     1.7     1.4   0.9
-        100,000      10,000    4.9     2.6   2.9
-        1,000,000    10,000     27      22   6.6
+        10,000       1,000     0.3     0.3   0.3
+        100,000      1,000     1.1     0.7   0.9
+        100,000      10,000    4.6     2.1   2.4
+        1,000,000    1,000     9.6     4.4   2.0
+        1,000,000    10,000     13     6.6   5.5
 
     So a small catalog needs no index, and below 200,000 items nothing is missed to save a millisecond. On two
     threads exact is further ahead of flat. Where a large share of all items is asked for, clusters save

@@ -52,6 +52,7 @@ def test_every_product_module_stands_in_a_known_folder() -> None:
         "engine.cli",
         "engine.commands",
         "engine.server",
+        "engine.operating",
         "engine.client",
         "engine.pipeline",
         "training.evaluate",

@@ -171,23 +171,6 @@ def uniformity_loss(vectors: Tensor) -> Tensor:
     return (_sum_over_chunks(similarity, x, x) / (len(x) * (len(x) - 1))).log()
 
 
-def info_nce_loss(first: Tensor, second: Tensor, temperature: float) -> Tensor:
-    """Return the mean cross-entropy of finding a node's second view, by cosine, among those of the batch.
-
-    The contrastive objective of XSimGCL (Junliang Yu et al., TKDE 2023, arXiv:2209.02544), whose views are a
-    layer's noisy output and the final vectors; there users and items are contrasted apart, each node once.
-
-    Args:
-        first: [B, D].
-        second: [B, D]; row n is another view of the node of row n.
-        temperature: divides the cosines.
-    """
-    rows = torch.arange(len(first), device=first.device)
-    return sampled_softmax_loss(
-        functional.normalize(first) / temperature, functional.normalize(second), rows, rows
-    )
-
-
 def cosine_contrastive_loss(
     states: Tensor,
     item_vectors: Tensor,

@@ -17,22 +17,24 @@ from torch_geometric.data import HeteroData
 from retrieval.encoders.lightgcn import LightGCN
 from retrieval.fold_in import fold_in
 from training.data.modules import QuestionBatch, RetrievalData
-from training.losses import embedding_l2, sampled_softmax_loss
+from training.losses import embedding_l2
 from training.metrics import mean_accuracy
+from training.retrieval_losses import EdgeBatch, RetrievalLoss, SampledSoftmax
 
 RETRIEVAL_EPOCHS = 20  # by default: how long the learning rate takes to fall to zero
 
 
 class RetrievalModule(L.LightningModule):
-    """Fits a GraphEncoder: each training edge against negatives drawn uniformly from the catalog.
+    """Fits a GraphEncoder to the training edges.
 
     Validation asks what serving asks: the nearest items to the vector folded in from a history.
 
     Args:
         encoder: makes the GraphEncoder from the graph; in YAML a class path and its keywords.
+        loss: of training/retrieval_losses.py; in YAML a class path and its keywords. None: SampledSoftmax,
+            each edge against negatives drawn uniformly from the catalog.
         learning_rate: of Adam.
         l2: weight of the regulariser on the initial embeddings of a batch's users and items.
-        num_negatives: drawn anew at each step and shared by the batch.
         schedule: "linear" lets the learning rate fall to zero over the epochs; "constant" does not. The last
             epochs at a small rate settle what the negatives' noise keeps in motion.
     """
@@ -42,15 +44,14 @@ class RetrievalModule(L.LightningModule):
     def __init__(
         self,
         encoder: Callable[[HeteroData], nn.Module] = LightGCN,
+        loss: RetrievalLoss | None = None,
         learning_rate: float = 2e-2,
         l2: float = 3e-2,
-        num_negatives: int = 2048,
         schedule: Literal["constant", "linear"] = "linear",
     ) -> None:
         super().__init__()
-        self.make_encoder = encoder
-        self.learning_rate, self.l2, self.num_negatives = learning_rate, l2, num_negatives
-        self.schedule = schedule
+        self.make_encoder, self.loss = encoder, loss or SampledSoftmax()
+        self.learning_rate, self.l2, self.schedule = learning_rate, l2, schedule
 
     @property
     def data(self) -> RetrievalData:
@@ -82,12 +83,16 @@ class RetrievalModule(L.LightningModule):
             return None
         users, items = edges.T
         vectors = self.encoder(self.data.graph)
-        num_items = len(vectors["item"]) - 1
-        negatives = torch.randint(1, num_items + 1, (self.num_negatives,), device=edges.device)
-        # embedding() and not [...]: the gradient of indexing sorts its rows, on one thread.
-        ranking = sampled_softmax_loss(embedding(users, vectors["user"]), vectors["item"], items, negatives)
+        batch = EdgeBatch(
+            users=users,
+            items=items,
+            user_vectors=vectors["user"],
+            item_vectors=vectors["item"],
+            user_degrees=self.data.user_degrees.to(edges.device),
+            item_degrees=self.data.item_degrees.to(edges.device),
+        )
         initial = self.encoder.initial_vectors()  # type: ignore[operator]
-        loss = ranking + self.l2 * embedding_l2(
+        loss = self.loss(batch) + self.l2 * embedding_l2(
             embedding(users, initial["user"]), embedding(items, initial["item"])
         )
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(edges))

@@ -14,13 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 
-from retrieval.graph_matrix import (
-    USER_ITEM,
-    AdjacencyOf,
-    normalized_interactions,
-    propagate,
-    truncated_svd,
-)
+from retrieval.graph_matrix import AdjacencyOf, propagate, start_from_spectrum
 
 
 class LightGCN(nn.Module):
@@ -58,7 +52,7 @@ class LightGCN(nn.Module):
         self.embedding = nn.Embedding(self.num_users + self.num_items, dim)
         nn.init.normal_(self.embedding.weight, std=init_std)
         if init == "spectral":
-            self._start_from_spectrum(graph, init_std)
+            start_from_spectrum(self.embedding.weight, graph, init_std)
         self._adjacency_of = AdjacencyOf()
 
     def forward(self, graph: HeteroData) -> dict[str, Tensor]:
@@ -75,12 +69,3 @@ class LightGCN(nn.Module):
         """Return e^(0), the only parameters: {"user": [U+1, D], "item": [I+1, D]}."""
         users, items = torch.split(self.embedding.weight, [self.num_users, self.num_items])
         return {"user": users, "item": items}
-
-    @torch.no_grad()
-    def _start_from_spectrum(self, graph: HeteroData, std: float) -> None:
-        events = normalized_interactions(graph[USER_ITEM].edge_index, self.num_users, self.num_items)
-        rank = min(self.embedding.embedding_dim, self.num_users - 1, self.num_items - 1)
-        users, values, items = truncated_svd(events, rank)
-        vectors = torch.cat([users, items]) * values
-        # What the spectrum has no dimensions for stays random.
-        self.embedding.weight[:, :rank] = vectors * (std / vectors.square().mean().sqrt().clamp(min=1e-12))

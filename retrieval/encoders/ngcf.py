@@ -7,12 +7,14 @@ Shapes: N nodes (users, then items), D dimension, K layers.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch_geometric.data import HeteroData
 
-from retrieval.graph_matrix import AdjacencyOf, propagate
+from retrieval.graph_matrix import AdjacencyOf, propagate, start_from_spectrum
 
 
 class NGCF(nn.Module):
@@ -31,6 +33,8 @@ class NGCF(nn.Module):
         dim: D, of the embeddings and of each layer.
         num_layers: K; 0 is matrix factorization.
         message_dropout: share of a layer's output that a training step drops.
+        init: "normal" draws the embeddings at random, as the paper does; "spectral" starts from the leading
+            singular vectors of the normalized event matrix, and needs a fraction of the epochs.
         init_std: standard deviation of the initial embeddings.
     """
 
@@ -41,6 +45,7 @@ class NGCF(nn.Module):
         dim: int = 64,
         num_layers: int = 3,
         message_dropout: float = 0.1,
+        init: Literal["spectral", "normal"] = "normal",
         init_std: float = 0.1,
     ):
         super().__init__()
@@ -54,6 +59,8 @@ class NGCF(nn.Module):
         self.message_dropout = message_dropout
         self.embedding = nn.Embedding(self.num_users + self.num_items, dim)
         nn.init.normal_(self.embedding.weight, std=init_std)
+        if init == "spectral":
+            start_from_spectrum(self.embedding.weight, graph, init_std)
         self.sums = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(num_layers))  # W1
         self.products = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(num_layers))  # W2
         for linear in [*self.sums, *self.products]:

@@ -21,7 +21,8 @@ TINY = [
     "retrieval.trainer.max_epochs=1",
     "ranking.model.encoder.dim=8",
     "retrieval.model.encoder.dim=8",
-    "retrieval.model.num_negatives=32",
+    "retrieval.model.loss=SampledSoftmax",
+    "retrieval.model.loss.num_negatives=32",
     "content.encoder=lsa",
 ]
 

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import onnx
 import polars as pl
 import pytest
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from engine.bundle import RANKER_INDEX, RANKER_SCORES, RANKER_STATE, write_bundle
 from engine.catalog import CATALOG_SCHEMA
+from engine.client import visitor
 from engine.history import USERS_SCHEMA
+from engine.pipeline import RecommendationPipeline
+from engine.server import RecommenderService, add_to_server
+from protos.trirank.v1 import recommender_pb2 as pb
+from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
 from retrieval.item_index import ItemIndex
 from retrieval.sparse import SparseRows
 
@@ -279,3 +288,73 @@ def start(command: list[str], errors: Any = None) -> Iterator[tuple[subprocess.P
 def start_process() -> Callable[..., Any]:
     """Run a command beside the test: see `start`."""
     return start
+
+
+class Served:
+    """A service in the test's own loop, and a client that speaks to it."""
+
+    def __init__(self, service: RecommenderService, channel: grpc.aio.Channel, address: str) -> None:
+        self.service = service
+        self.address = address
+        self.channel = channel
+        self.stub: Any = pb_grpc.RecommenderServiceStub(channel)  # type: ignore[arg-type]
+
+    def recommend(self, user: str = "", timeout: float = 60.0, **options: Any) -> Any:
+        """Begin a call."""
+        request = pb.RecommendRequest(visitor=visitor(user))
+        return self.stub.Recommend(request, timeout=timeout, **options)
+
+    def value(self, name: str, **labels: str) -> float | None:
+        """What /metrics would say."""
+        return self.service.metrics.registry.get_sample_value(f"trirank_{name}", labels)
+
+    async def until(self, happens: Callable[[], bool]) -> None:
+        """Let the loop go on until something is so."""
+        async with asyncio.timeout(60):
+            while not happens():
+                await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def serve_in_process(
+    pipeline: RecommendationPipeline,
+    num_threads: int = 2,
+    credentials: grpc.ServerCredentials | None = None,
+    **options: Any,
+) -> AsyncIterator[Served]:
+    with ThreadPoolExecutor(num_threads) as pool:
+        service = RecommenderService(pipeline, pool, **options)
+        del pipeline
+        server = grpc.aio.server()
+        add_to_server(service, server)
+        servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+        await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+        if credentials:
+            port = server.add_secure_port("127.0.0.1:0", credentials)
+        else:
+            port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        address = f"127.0.0.1:{port}"
+        async with grpc.aio.insecure_channel(address) as channel:
+            yield Served(service, channel, address)
+        await server.stop(None)
+        service.close()
+
+
+@pytest.fixture(scope="session")
+def served() -> Callable[..., Any]:
+    """Serve a pipeline, with the options of RecommenderService, in an `async with` block."""
+    return serve_in_process
+
+
+@pytest.fixture(scope="session")
+def refused() -> Callable[..., Any]:
+    """Await a call that must fail, and return its error."""
+
+    async def refused(call: Awaitable[Any]) -> grpc.aio.AioRpcError:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        return caught.value
+
+    return refused

@@ -14,22 +14,22 @@ from engine.auth import KEY, ApiKeys, KeyFileError, create_key, presented_key, r
 def test_a_key_is_found_and_nothing_else_is(tmp_path: Path) -> None:
     path = tmp_path / "made" / "keys.json"
     shop = create_key(path, "storefront 🎉")
-    boss = create_key(path, "operator", role="admin", rate_limit=RateLimit(5, 10))
+    page_key = create_key(path, "page", role="reader", rate_limit=RateLimit(5, 10))
     keys = ApiKeys.load(path)
     assert len(keys) == 2
-    found, admin = keys.find(shop), keys.find(boss)
+    found, page = keys.find(shop), keys.find(page_key)
     assert found is not None
-    assert admin is not None
+    assert page is not None
     assert (found.name, found.role, found.rate_limit) == ("storefront 🎉", "client", None)
-    assert (admin.name, admin.role, admin.rate_limit) == ("operator", "admin", RateLimit(5, 10))
-    assert (found.may("client"), found.may("admin"), admin.may("client"), admin.may("admin")) == (
+    assert (page.name, page.role, page.rate_limit) == ("page", "reader", RateLimit(5, 10))
+    assert [key.may(role) for key in (found, page) for role in ("client", "reader")] == [
+        True,
         True,
         False,
         True,
-        True,
-    )
+    ]
     shop_id, shop_secret = shop.split("_", 2)[1:]
-    boss_secret = boss.split("_", 2)[2]
+    page_secret = page_key.split("_", 2)[2]
     other = "A" if shop_secret[-1] != "A" else "B"
     for wrong in (
         None,
@@ -39,7 +39,7 @@ def test_a_key_is_found_and_nothing_else_is(tmp_path: Path) -> None:
         shop + "x",
         shop[:-1] + other,
         shop.lower(),
-        f"trk_{shop_id}_{boss_secret}",
+        f"trk_{shop_id}_{page_secret}",
         f"trk_22222222_{shop_secret}",
         found.sha256,
         "ü" * 60,
@@ -90,7 +90,7 @@ GOOD = {"id": "22222222", "name": "x", "role": "client", "sha256": "0" * 64, "cr
         ("{", "cannot be read"),
         ("[]", "no list `keys`"),
         ({"keys": [GOOD, GOOD]}, "two keys of one id"),
-        ({"keys": [GOOD | {"role": "root"}]}, r"keys\[0\]: role is 'root'; expected one of client, admin"),
+        ({"keys": [GOOD | {"role": "root"}]}, r"keys\[0\]: role is 'root'; expected one of reader, client"),
         ({"keys": [GOOD | {"sha256": "secret"}]}, "sha256 is 'secret'; expected 64 hexadecimal digits"),
         ({"keys": [GOOD | {"id": "x"}]}, "id is 'x'"),
         ({"keys": [GOOD | {"burst": 3.0}]}, "expected both or neither"),

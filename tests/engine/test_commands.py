@@ -7,7 +7,7 @@ from unittest.mock import ANY
 
 import pytest
 
-from engine import commands, explain
+from engine import commands, explain, operating
 from engine.bundle import Bundle
 
 
@@ -93,7 +93,7 @@ def test_inspect(bundle_path: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
     damaged = Path(shutil.copytree(bundle_path, tmp_path / bundle_path.name))
     (damaged / "users.parquet").write_bytes(b"")
-    for command in (commands.inspect, commands.serve):
+    for command in (commands.inspect, operating.serve):
         assert command([str(damaged)]) == 2
         assert "users.parquet is damaged" in capsys.readouterr().err.replace("\n", "")
 
@@ -233,5 +233,5 @@ def test_recommend_with_a_policy(server_address: str, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("option", ["num_workers", "num_threads"])
 def test_serve_numbers(bundle_path: Path, option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert commands.serve([str(bundle_path), f"--{option}", "0"]) == 2
+    assert operating.serve([str(bundle_path), f"--{option}", "0"]) == 2
     assert capsys.readouterr().err == f"error: {option} is 0; expected at least 1\n"

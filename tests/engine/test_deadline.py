@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.deadline import STAGE_SHARES, Budget, StageCosts
+from engine.deadline import STAGE_SHARES, AbandonedError, Budget, StageCosts
 
 SHARES = {"first": 1, "second": 2, "reply": 1}
 
@@ -107,3 +107,20 @@ def test_the_estimate_is_seldom_too_low_and_not_much_too_high() -> None:
     for _ in range(50):  # it follows a change
         costs.observe("ranking", 0.5, 50)
     assert costs.per_item("ranking") == pytest.approx(0.01, rel=0.1)
+
+
+def test_what_was_passed_over_for_its_cost_gets_cheaper() -> None:
+    costs = StageCosts()
+    costs.ease("ranking")
+    assert costs.per_item("ranking") == 0
+    costs.observe("ranking", 1.0, 10)  # an estimate of .1 + 4 * .05
+    costs.ease("ranking")
+    assert costs.per_item("ranking") == pytest.approx(0.3 * 7 / 8)
+
+
+def test_who_has_gone() -> None:
+    budget = Budget(None)
+    budget.check()
+    budget.cancel()
+    with pytest.raises(AbandonedError):
+        budget.check()

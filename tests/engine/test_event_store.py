@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from engine.catalog import Catalog
 from engine.event_store import (
     LocalEventStore,
+    MemoryEventStore,
     RecentEvents,
     Recorded,
     StoreUnavailableError,
@@ -406,3 +407,15 @@ def test_merging_is_what_a_loop_does(seed: int) -> None:
     merged, num_unknown = merge(stored, recent, catalog())
     assert events_of(merged) == [*expected, *just_now]
     assert num_unknown == sum(event.item_id == "?" for event in recent)
+
+
+def test_events_in_memory_alone() -> None:
+    target = MemoryEventStore(max_per_user=2, clock=lambda: 1.0)
+    late, early = UserEvent("e1", "ann", "x", "view", 2000), UserEvent("e2", "ann", "y", "view", 500)
+    assert target.record([late, early, late]).result(0) == Recorded(2, 1)
+    assert target.recent("ann") == (early, late)
+    assert target.recent("bob") == ()
+    now = UserEvent("e3", "ann", "z")  # not before her newest
+    assert target.record([now]).result(0) == Recorded(1, 0)
+    assert target.recent("ann") == (late, now._replace(timestamp=2000))
+    target.close()

@@ -91,6 +91,21 @@ def test_without_a_server() -> None:
     assert (status, body["code"], health) == (503, "UNAVAILABLE", 503)
 
 
+def test_events_over_http(server_address: str) -> None:
+    async def work(ask: Ask) -> list[tuple[int, Any]]:
+        event = {"event_id": "1", "user_id": "from http", "item_id": "item-9", "timestamp_ms": "5"}
+        return [
+            await ask("POST", "/v1/record-events", json={"events": [event, event]}),
+            await ask("POST", "/v1/recommend", json={"visitor": {"user_id": "from http"}}),
+            await ask("POST", "/v1/record-events", json={"events": []}),
+        ]
+
+    recorded, recommended, none = through(server_address, work)
+    assert recorded == (200, {"num_new": 1, "num_repeated": 1})
+    assert recommended[1]["trace"]["visitor_kind"] == "VISITOR_KIND_HISTORY_ONLY"
+    assert none == (400, {"code": "INVALID_ARGUMENT", "message": "number of events is 0; expected 1 to 1000"})
+
+
 def test_when_to_come_back() -> None:
     refusal = _refusal(
         429, "RESOURCE_EXHAUSTED", "busy", [("other", "x"), ("grpc-retry-pushback-ms", "1200")]
@@ -122,3 +137,8 @@ def _values(content: Any, key: str) -> list[str]:
         own = [content[key]] if key in content else []
         return own + [value for part in content.values() for value in _values(part, key)]
     return [value for part in content for value in _values(part, key)] if isinstance(content, list) else []
+
+
+def test_wrong_certificates(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--tls_cert", "own.pem"]) == 2
+    assert "tls_cert and tls_key belong together" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import pytest
 
 from engine import messages
 from engine.catalog import Catalog
+from engine.event_store import Recorded, UserEvent
 from engine.item_list import ItemList
 from engine.messages import InvalidRequestError
 from engine.pipeline import Event, Filters
@@ -201,7 +202,7 @@ def test_trace() -> None:
         "v1",
         VisitorKind.HISTORY_ONLY,
         num_unknown_history_items=3,
-        timings=[StageTiming("ranking", 12, 20, 10)],
+        timings=[StageTiming("ranking", 3.0, 3.000012, 20, 10)],
         degraded_stages=["ranking"],
         relaxed_rules=["drop_seen"],
         total_us=20,
@@ -250,3 +251,45 @@ def test_head_weights() -> None:
 def test_bad_head_weights(weights: dict[str, float], heads: tuple[str, ...], message: str) -> None:
     with pytest.raises(messages.InvalidRequestError, match=message):
         messages.read_head_weights(pb.RecommendRequest(head_weights=weights), heads)
+
+
+def events(**changed: object) -> pb.RecordEventsRequest:
+    good = {"event_id": "e 🎉", "user_id": "u", "item_id": "x y"}
+    return pb.RecordEventsRequest(
+        events=[pb.RecordedEvent(**good), pb.RecordedEvent(**good | changed)]  # type: ignore[arg-type]
+    )
+
+
+def test_events_to_record() -> None:
+    first = UserEvent("e 🎉", "u", "x y", "interaction", 0)
+    assert messages.read_events(events()) == [first, first]  # the store finds repeats
+    changed = events(event_type="cart", timestamp_ms=253_402_300_799_999, user_id=" u ")
+    assert messages.read_events(changed)[1] == UserEvent("e 🎉", " u ", "x y", "cart", 253_402_300_799_999)
+    assert len(messages.read_events(pb.RecordEventsRequest(events=list(events().events) * 500))) == 1000
+    response = messages.write_recorded(Recorded(2, 1, is_delayed=True))
+    assert response == pb.RecordEventsResponse(num_new=2, num_repeated=1, delayed=True)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (pb.RecordEventsRequest(), "^number of events is 0; expected 1 to 1000$"),
+        (
+            pb.RecordEventsRequest(events=list(events().events) * 501),
+            "^number of events is 1002; expected 1 to 1000$",
+        ),
+        (events(event_id=""), r"^events\[1\].event_id is ''; expected a non-empty string$"),
+        (events(event_id="x" * 257), r"^length of events\[1\].event_id is 257; expected at most 256 char"),
+        (events(user_id=""), r"^events\[1\].user_id is ''; expected a non-empty string$"),
+        (events(user_id="  "), r"^events\[1\].user_id is '  '; expected an id$"),
+        (events(user_id="x" * 257), r"^length of events\[1\].user_id is 257"),
+        (events(item_id=""), r"^events\[1\].item_id is ''"),
+        (events(item_id="x" * 257), r"^length of events\[1\].item_id is 257"),
+        (events(event_type="buy"), r"^events\[1\].event_type is 'buy'; expected one of interaction, view,"),
+        (events(timestamp_ms=-1), r"^events\[1\].timestamp_ms is -1; expected milliseconds since 1970, 0 to"),
+        (events(timestamp_ms=2**63 - 1), r"^events\[1\].timestamp_ms is 9223372036854775807; expected milli"),
+    ],
+)
+def test_events_that_cannot_be_recorded(request_: pb.RecordEventsRequest, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        messages.read_events(request_)

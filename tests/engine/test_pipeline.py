@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.bundle import Bundle
+from engine.deadline import Budget
 from engine.history import EMPTY_HISTORY, History
 from engine.item_list import largest
 from engine.pipeline import (
@@ -643,7 +644,7 @@ def test_failing_rules(plain: RecommendationPipeline) -> None:
 
 
 def test_a_spent_deadline_skips_the_stages(pipeline: RecommendationPipeline) -> None:
-    items, trace = pipeline.recommend(pipeline.resolve_visitor("loyal"), 10, deadline=0.0)
+    items, trace = pipeline.recommend(pipeline.resolve_visitor("loyal"), 10, budget=Budget(0.0))
     assert trace.degraded_stages == ["retrieval", "ranking", "reranking"]
     assert len(items) == 10
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from benchmarks.reranking_soundness import check_pipeline
 from engine.bundle import Bundle
 from engine.catalog import Catalog
+from engine.deadline import Budget
 from engine.history import EMPTY_HISTORY, EVENT_CODE, History
 from engine.pipeline import Filters, RecommendationPipeline, Visitor
 from engine.policies import check_policies, item_facts
@@ -124,7 +125,7 @@ def test_what_a_policy_forbids_is_shown_on_no_path(
     allowed = {row for row in range(1, 41, 2) if (row - 1) % 6 and row - 1 <= 30}
     served = broken_pipeline(pipeline, broken).with_policies(policies(*rules))
     items, trace = served.recommend(
-        visitor_of(1, 3, 5), limit, deadline=0.0 if broken == "deadline" else None
+        visitor_of(1, 3, 5), limit, budget=Budget(0.0) if broken == "deadline" else None
     )
     assert bool(trace.degraded_stages) == bool(broken)
     assert set(items.rows.tolist()) <= allowed

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,8 +19,10 @@ pytest.importorskip("redis", reason="the extra `redis` is not installed")
 
 import redis
 
+from engine.client import RecommenderClient, visitor
 from engine.event_store import Recorded, StoreUnavailableError, UserEvent
 from engine.redis_events import RedisEventStore
+from protos.trirank.v1 import recommender_pb2 as pb
 
 SERVER = shutil.which("redis-server")
 WAIT_S = 60
@@ -119,8 +123,8 @@ def test_the_newest_are_kept(store: RedisEventStore, server: Server) -> None:
         record(store, UserEvent(f"e{number}", "ann", "x", timestamp=100 - number))  # ever older
     assert ids(store.recent("ann")) == ["e3", "e2", "e1", "e0"]
     client = redis.Redis(port=server.port)
-    assert client.hlen("trirank:events:ann") <= 5 + 2
-    assert 0 < client.pttl("trirank:events:ann") <= 90 * 86_400_000
+    assert client.hlen("trirank:events:zoe") <= 5 + 2
+    assert 0 < client.pttl("trirank:events:zoe") <= 90 * 86_400_000
 
 
 def test_two_servers_see_each_other_s_events(store: RedisEventStore, server: Server, tmp_path: Path) -> None:
@@ -199,3 +203,45 @@ def test_a_full_buffer(tmp_path: Path) -> None:
 def test_an_address_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="scheme"):
         RedisEventStore("http://x", tmp_path)
+
+
+def test_a_server_whose_redis_goes_and_comes_back(
+    server: Server, bundle_path: Path, start_process: Any, tmp_path: Path
+) -> None:
+    words = [
+        "--address",
+        "127.0.0.1:0",
+        "--json",
+        "--redis_url",
+        server.url,
+        "--events",
+        str(tmp_path / "events"),
+    ]
+    command = [sys.executable, "-m", "engine.cli", "serve", str(bundle_path), *words]
+    log = tmp_path / "log.txt"
+    stored = redis.Redis(port=server.port)
+    with log.open("w") as errors, start_process(command, errors) as (process, ready):
+        assert ready, log.read_text()
+        with RecommenderClient(json.loads(ready)["address"], timeout_s=WAIT_S) as client:
+
+            def record(event_id: str) -> pb.RecordEventsResponse:
+                event = pb.RecordedEvent(event_id=event_id, user_id="zoe", item_id="item-9")
+                return client.record_events([event])
+
+            def trace() -> pb.Trace:
+                return client.recommend(visitor("zoe")).trace
+
+            record("e1")  # on a starved machine by way of the disk
+            wait_until(lambda: bool(stored.hexists("trirank:events:zoe", "ee1")))
+            wait_until(lambda: not trace().degraded_stages)
+            assert trace().visitor_kind == pb.VISITOR_KIND_HISTORY_ONLY
+            server.stop()
+            wait_until(lambda: list(trace().degraded_stages) == ["history"])
+            assert trace().visitor_kind == pb.VISITOR_KIND_ANONYMOUS
+            assert record("e2").delayed
+            server.start()
+            wait_until(lambda: bool(stored.hexists("trirank:events:zoe", "ee2")))
+            wait_until(lambda: not trace().degraded_stages)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_S) == 0
+    stored.close()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import random
 import signal
 import socket
 import subprocess
@@ -21,9 +22,11 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from engine.bundle import Bundle
 from engine.client import RecommenderClient, visitor
+from engine.deadline import Budget
+from engine.following import follow_policies
 from engine.pipeline import Event, RecommendationPipeline, Visitor
 from engine.policy_files import PolicyFiles
-from engine.server import RecommenderService, follow_policies, recommend
+from engine.server import RecommenderService, recommend
 from protos.trirank.v1 import recommender_pb2 as pb
 from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
 
@@ -63,7 +66,8 @@ def test_recommend_answers_as_the_pipeline_does(
     assert response.trace.visitor_kind == pb.VISITOR_KIND_KNOWN_USER
     assert response.trace.num_unknown_history_items == 1
     assert response.trace.ignored_context_keys == ["hour"]
-    assert [timing.stage for timing in response.trace.timings] == [timing.stage for timing in trace.timings]
+    stages = ["history", *(timing.stage for timing in trace.timings)]  # the server also asks its event store
+    assert [timing.stage for timing in response.trace.timings] == stages
 
 
 def test_awkward_ids_make_the_round_trip(client: RecommenderClient, pipeline: RecommendationPipeline) -> None:
@@ -340,7 +344,7 @@ def test_a_request_keeps_the_policies_it_began_with(bundle_path: Path, tmp_path:
             assert self.go.wait(WAIT_S)
             return super().resolve_visitor(user_id, events)
 
-    async def scene() -> tuple[str, str]:
+    async def scene() -> tuple[str, ...]:
         with ThreadPoolExecutor(2) as pool:
             pipeline = Pipeline(Bundle.load(bundle_path), files.load())
             service = RecommenderService(pipeline, pool)
@@ -348,14 +352,14 @@ def test_a_request_keeps_the_policies_it_began_with(bundle_path: Path, tmp_path:
             following = asyncio.create_task(follow_policies(service, files, hangup, poll_s=0.01))
             loop = asyncio.get_running_loop()
             request = pb.RecommendRequest()
-            before = loop.run_in_executor(pool, recommend, service.pipeline, request, None)
+            before = loop.run_in_executor(pool, recommend, service.pipeline, request, Budget(None))
             await asyncio.to_thread(pipeline.begun.wait, WAIT_S)
             file.write_text(CHEAP)
             while service.pipeline is pipeline:
                 await asyncio.sleep(0.01)
             pipeline.go.set()
-            after = loop.run_in_executor(pool, recommend, service.pipeline, request, None)
-            policies = (await before).arrangement.policy, (await after).arrangement.policy
+            after = loop.run_in_executor(pool, recommend, service.pipeline, request, Budget(None))
+            policies = tuple([(await reply).response.arrangement.policy for reply in (before, after)])
             following.cancel()
             return policies
 
@@ -422,3 +426,32 @@ def test_serving_never_loads_torch(bundle_path: Path) -> None:
         [sys.executable, "-c", program, str(bundle_path)], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_random_bytes_and_mutated_requests(server_address: str) -> None:
+    """Whatever comes in, each call gets a status that the contract has, and the server goes on."""
+    rng = random.Random(11)
+    event = pb.RecordedEvent(event_id="1", user_id="u", item_id="null")
+    good: dict[str, Any] = {
+        "Recommend": pb.RecommendRequest(visitor=visitor("loyal", ["null", "?"], {"a": "b"}), limit=3),
+        "SimilarItems": pb.SimilarItemsRequest(item_id="null", limit=3),
+        "Rank": pb.RankRequest(candidate_item_ids=["null", "0042"]),
+        "RecordEvents": pb.RecordEventsRequest(events=[event]),
+    }
+    seen: dict[Any, bytes] = {}
+    with grpc.insecure_channel(server_address) as channel:
+        for method, request in good.items():
+            call = channel.unary_unary(f"/{SERVICE}/{method}", None, None)
+            for number in range(150):
+                payload = bytearray(request.SerializeToString())
+                if number % 3:
+                    for _ in range(rng.randint(1, 4)):
+                        payload[rng.randrange(len(payload))] = rng.randrange(256)
+                else:
+                    payload = bytearray(rng.randbytes(rng.randint(0, 60)))
+                try:
+                    call(bytes(payload), timeout=WAIT_S)
+                except grpc.RpcError as error:
+                    seen[error.code(), error.details()[:15]] = bytes(payload)
+    assert {code for code, _ in seen} == {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}, seen
+    assert (grpc.StatusCode.INVALID_ARGUMENT, "the request is ") in seen

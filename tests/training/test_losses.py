@@ -14,7 +14,6 @@ from training.losses import (
     cosine_contrastive_loss,
     embedding_l2,
     full_softmax_loss,
-    info_nce_loss,
     sampled_softmax_loss,
     ultragcn_loss,
     uniformity_loss,
@@ -204,20 +203,6 @@ def plain_uniformity(vectors):
     return pairs.square().mul(-2).exp().mean().log()
 
 
-def test_info_nce_by_hand():
-    # Cosines of the first node with both second views: 1 and 0; of the second node: 0 and -1.
-    first, second = torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([[5.0, 0.0], [0.0, -1.0]])
-    found = info_nce_loss(first, second, temperature=0.5).item()
-    of_first = -math.log(math.exp(2) / (math.exp(2) + 1))
-    of_second = -math.log(math.exp(-2) / (1 + math.exp(-2)))
-    assert found == pytest.approx((of_first + of_second) / 2)
-
-
-def plain_info_nce(first, second, temperature):
-    cosines = functional.normalize(first) @ functional.normalize(second).T
-    return functional.cross_entropy(cosines / temperature, torch.arange(len(first)))
-
-
 def test_cosine_contrastive_by_hand():
     # Cosines: target 0.6; negatives 1, 0.8 and the target itself, which counts as 0 of the three.
     state = torch.tensor([[2.0, 0.0]])
@@ -273,10 +258,6 @@ def chunked_and_plain(name):
     degrees = torch.arange(1.0, 8.0), torch.arange(NUM_ITEMS + 1.0)
     return {
         "uniformity": (lambda x, v: uniformity_loss(v), lambda x, v: plain_uniformity(v)),
-        "info_nce": (
-            lambda x, v: info_nce_loss(x, v[:7], 0.2),
-            lambda x, v: plain_info_nce(x, v[:7], 0.2),
-        ),
         "cosine_contrastive": (
             lambda x, v: cosine_contrastive_loss(x, v, targets, negatives, margin=0.1, negative_weight=9.0),
             lambda x, v: plain_cosine_contrastive(x, v, targets, negatives, 0.1, 9.0),
@@ -288,7 +269,7 @@ def chunked_and_plain(name):
     }[name]
 
 
-CHUNKED = ["uniformity", "info_nce", "cosine_contrastive", "ultragcn"]
+CHUNKED = ["uniformity", "cosine_contrastive", "ultragcn"]
 
 
 @pytest.mark.parametrize("chunk_logits", [1, 40, 10_000])

@@ -33,7 +33,8 @@ FAST = [
     "--ranking.trainer.max_epochs=2",
     "--retrieval.model.encoder.dim=16",
     "--ranking.model.encoder.dim=16",
-    "--retrieval.model.num_negatives=64",
+    "--retrieval.model.loss=SampledSoftmax",
+    "--retrieval.model.loss.num_negatives=64",
     "--content.encoder=lsa",
 ]
 
@@ -383,6 +384,14 @@ def test_the_benchmark_of_the_sources(shop: Path, strict: Path, capsys: pytest.C
     for name in ("sequence", "embedding", "popular", "all, merged"):
         assert result["sources"][name]["recall@500"] == pytest.approx(1.0)
     assert result["sources"]["neighbours"]["recall@500"] > 0.5
+    assert sources.main([*ask, "--quotas", '{"popular": 1}', "--json"]) == 0
+    popular = json.loads(capsys.readouterr().out)["sources"]
+    assert [popular[name]["quota"] for name in names[:-1]] == [
+        float(name == "popular") for name in names[:-1]
+    ]
+    assert popular["popular"]["mean_given"] == popular["all, merged"]["mean_given"]
+    assert sources.main([*ask, "--quotas", '{"unpopular": 1}']) == 2
+    assert "unpopular; expected of sequence" in capsys.readouterr().err
     given = sum(row["mean_given"] for name, row in result["sources"].items() if name != "all, merged")
     assert given == pytest.approx(result["sources"]["all, merged"]["mean_given"])
     assert given < 100

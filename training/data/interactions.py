@@ -114,6 +114,10 @@ class Interactions:
         """Return how many users each item has an edge to, [I+1]."""
         return np.bincount(self.edges().items, minlength=self.num_items + 1).astype(np.int64)
 
+    def user_counts(self) -> NDArray[np.int64]:
+        """Return how many items each user has an edge to, [U+1]."""
+        return np.bincount(self.edges().users, minlength=self.num_users + 1).astype(np.int64)
+
 
 @dataclass(frozen=True)
 class EventLog:

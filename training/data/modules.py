@@ -73,6 +73,7 @@ class RetrievalData(_StageData):
         """Build the graph of the training events."""
         self.graph = build_graph(self.split.train)
         self.item_degrees = torch.from_numpy(self.split.train.item_counts()).float()
+        self.user_degrees = torch.from_numpy(self.split.train.user_counts()).float()
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Yield [B, 2] int64 edges (user row, item row)."""

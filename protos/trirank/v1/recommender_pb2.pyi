@@ -5,6 +5,10 @@ The public contract of Trirank. Ids are the shop's own strings, exactly as in it
 
 Errors: INVALID_ARGUMENT names the field, its value and what is allowed; NOT_FOUND names an item that
 SimilarItems was asked about and does not have. An unknown user or unknown items in a history are not errors.
+RESOURCE_EXHAUSTED: the server or the caller is at its limit; the trailing metadata says in
+`grpc-retry-pushback-ms` when to come back. UNAUTHENTICATED: the server wants an API key, as
+"authorization: Bearer KEY" or "x-api-key: KEY". UNAVAILABLE: events could not be made safe; send them again.
+`x-request-id` in the trailing metadata names the request in the server's log; a caller may bring its own.
 """
 
 from collections import abc as _abc
@@ -110,7 +114,9 @@ class Visitor(_message.Message):
     user_id: _builtins.str
     @_builtins.property
     def history(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
-        """Oldest first; added to what is stored for user_id."""
+        """Oldest first; added to what is stored for user_id. What was recorded with RecordEvents is stored already;
+        sent again here it counts once where item, type and time are the same.
+        """
 
     @_builtins.property
     def context(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -439,7 +445,7 @@ class StageTiming(_message.Message):
     NUM_OUT_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
     """A name with a dot is a part of the stage before the dot, whose time includes it:
-    "retrieval.popular".
+    "retrieval.popular". "history": recorded events were asked for; "cache": the slate was made before.
     """
     duration_us: _builtins.int
     num_in: _builtins.int
@@ -476,6 +482,7 @@ class Trace(_message.Message):
     IGNORED_CONTEXT_KEYS_FIELD_NUMBER: _builtins.int
     RELAXED_RULES_FIELD_NUMBER: _builtins.int
     UNKNOWN_USER_FIELD_NUMBER: _builtins.int
+    VARIANT_FIELD_NUMBER: _builtins.int
     bundle_version: _builtins.str
     visitor_kind: Global___VisitorKind.ValueType
     total_us: _builtins.int
@@ -483,10 +490,13 @@ class Trace(_message.Message):
     """Events of the request's history whose item is not in the catalog; they were ignored."""
     unknown_user: _builtins.bool
     """A user_id was given that the bundle does not know: treated as a new visitor."""
+    variant: _builtins.str
+    """"other" for a user who belongs to the share that another bundle answers (A/B); else empty."""
     @_builtins.property
     def degraded_stages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Stages that failed or were skipped; the answer is what the stages before them gave.
-        A part that failed alone is named with its stage: "retrieval.neighbours".
+        """Stages that failed, were cut short or were skipped; the answer is what the stages before them gave.
+        A part that failed alone is named with its stage: "retrieval.neighbours". "history" means that recorded
+        events could not be read: the answer knows the bundle's history and the request's alone.
         """
 
     @_builtins.property
@@ -511,10 +521,11 @@ class Trace(_message.Message):
         ignored_context_keys: _abc.Iterable[_builtins.str] | None = ...,
         relaxed_rules: _abc.Iterable[_builtins.str] | None = ...,
         unknown_user: _builtins.bool = ...,
+        variant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_version", b"bundle_version", "degraded_stages", b"degraded_stages", "ignored_context_keys", b"ignored_context_keys", "num_unknown_history_items", b"num_unknown_history_items", "relaxed_rules", b"relaxed_rules", "timings", b"timings", "total_us", b"total_us", "unknown_user", b"unknown_user", "visitor_kind", b"visitor_kind"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_version", b"bundle_version", "degraded_stages", b"degraded_stages", "ignored_context_keys", b"ignored_context_keys", "num_unknown_history_items", b"num_unknown_history_items", "relaxed_rules", b"relaxed_rules", "timings", b"timings", "total_us", b"total_us", "unknown_user", b"unknown_user", "variant", b"variant", "visitor_kind", b"visitor_kind"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -907,3 +918,93 @@ class RankResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RankResponse: _TypeAlias = RankResponse  # noqa: Y015
+
+@_typing.final
+class RecordedEvent(_message.Message):
+    """Something a user did, to be remembered."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_ID_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    ITEM_ID_FIELD_NUMBER: _builtins.int
+    EVENT_TYPE_FIELD_NUMBER: _builtins.int
+    TIMESTAMP_MS_FIELD_NUMBER: _builtins.int
+    event_id: _builtins.str
+    """The caller's, at most 256 characters as all ids here: one user has no two events of one id, and an event
+    that is sent again changes nothing.
+    """
+    user_id: _builtins.str
+    item_id: _builtins.str
+    """May be an item that the bundle does not know; the next bundle may."""
+    event_type: _builtins.str
+    """As in Event."""
+    timestamp_ms: _builtins.int
+    """Milliseconds since 1970 UTC. 0 means now."""
+    def __init__(
+        self,
+        *,
+        event_id: _builtins.str = ...,
+        user_id: _builtins.str = ...,
+        item_id: _builtins.str = ...,
+        event_type: _builtins.str = ...,
+        timestamp_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_id", b"event_id", "event_type", b"event_type", "item_id", b"item_id", "timestamp_ms", b"timestamp_ms", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordedEvent: _TypeAlias = RecordedEvent  # noqa: Y015
+
+@_typing.final
+class RecordEventsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecordedEvent]:
+        """1 to 1,000."""
+
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[Global___RecordedEvent] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordEventsRequest: _TypeAlias = RecordEventsRequest  # noqa: Y015
+
+@_typing.final
+class RecordEventsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_NEW_FIELD_NUMBER: _builtins.int
+    NUM_REPEATED_FIELD_NUMBER: _builtins.int
+    DELAYED_FIELD_NUMBER: _builtins.int
+    num_new: _builtins.int
+    num_repeated: _builtins.int
+    """Known by their id already."""
+    delayed: _builtins.bool
+    """The events are safe on the server's disk, and answers know of them once Redis is back. They all count as
+    new until then.
+    """
+    def __init__(
+        self,
+        *,
+        num_new: _builtins.int = ...,
+        num_repeated: _builtins.int = ...,
+        delayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delayed", b"delayed", "num_new", b"num_new", "num_repeated", b"num_repeated"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordEventsResponse: _TypeAlias = RecordEventsResponse  # noqa: Y015

@@ -49,6 +49,11 @@ class RecommenderServiceStub:
                 request_serializer=protos_dot_trirank_dot_v1_dot_recommender__pb2.RankRequest.SerializeToString,
                 response_deserializer=protos_dot_trirank_dot_v1_dot_recommender__pb2.RankResponse.FromString,
                 _registered_method=True)
+        self.RecordEvents = channel.unary_unary(
+                '/trirank.v1.RecommenderService/RecordEvents',
+                request_serializer=protos_dot_trirank_dot_v1_dot_recommender__pb2.RecordEventsRequest.SerializeToString,
+                response_deserializer=protos_dot_trirank_dot_v1_dot_recommender__pb2.RecordEventsResponse.FromString,
+                _registered_method=True)
 
 
 class RecommenderServiceServicer:
@@ -75,6 +80,14 @@ class RecommenderServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecordEvents(self, request, context):
+        """What users did, so that the next answer knows. OK means that the events survive the server where it keeps
+        them on disk or in Redis. After any error send the same again: an event counts once by its event_id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RecommenderServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +105,11 @@ def add_RecommenderServiceServicer_to_server(servicer, server):
                     servicer.Rank,
                     request_deserializer=protos_dot_trirank_dot_v1_dot_recommender__pb2.RankRequest.FromString,
                     response_serializer=protos_dot_trirank_dot_v1_dot_recommender__pb2.RankResponse.SerializeToString,
+            ),
+            'RecordEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecordEvents,
+                    request_deserializer=protos_dot_trirank_dot_v1_dot_recommender__pb2.RecordEventsRequest.FromString,
+                    response_serializer=protos_dot_trirank_dot_v1_dot_recommender__pb2.RecordEventsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +193,33 @@ class RecommenderService:
             '/trirank.v1.RecommenderService/Rank',
             protos_dot_trirank_dot_v1_dot_recommender__pb2.RankRequest.SerializeToString,
             protos_dot_trirank_dot_v1_dot_recommender__pb2.RankResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trirank.v1.RecommenderService/RecordEvents',
+            protos_dot_trirank_dot_v1_dot_recommender__pb2.RecordEventsRequest.SerializeToString,
+            protos_dot_trirank_dot_v1_dot_recommender__pb2.RecordEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

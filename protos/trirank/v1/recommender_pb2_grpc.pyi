@@ -5,6 +5,10 @@ The public contract of Trirank. Ids are the shop's own strings, exactly as in it
 
 Errors: INVALID_ARGUMENT names the field, its value and what is allowed; NOT_FOUND names an item that
 SimilarItems was asked about and does not have. An unknown user or unknown items in a history are not errors.
+RESOURCE_EXHAUSTED: the server or the caller is at its limit; the trailing metadata says in
+`grpc-retry-pushback-ms` when to come back. UNAUTHENTICATED: the server wants an API key, as
+"authorization: Bearer KEY" or "x-api-key: KEY". UNAVAILABLE: events could not be made safe; send them again.
+`x-request-id` in the trailing metadata names the request in the server's log; a caller may bring its own.
 """
 
 from collections import abc as _abc
@@ -41,6 +45,10 @@ class RecommenderServiceStub:
     """Items whose graph vectors lie closest to an item's (cosine)."""
     Rank: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.RankRequest, _recommender_pb2.RankResponse]
     """The caller's own candidates, best first. Every known candidate comes back."""
+    RecordEvents: _grpc.UnaryUnaryMultiCallable[_recommender_pb2.RecordEventsRequest, _recommender_pb2.RecordEventsResponse]
+    """What users did, so that the next answer knows. OK means that the events survive the server where it keeps
+    them on disk or in Redis. After any error send the same again: an event counts once by its event_id.
+    """
 
 @_typing.type_check_only
 class RecommenderServiceAsyncStub(RecommenderServiceStub):
@@ -51,6 +59,10 @@ class RecommenderServiceAsyncStub(RecommenderServiceStub):
     """Items whose graph vectors lie closest to an item's (cosine)."""
     Rank: _aio.UnaryUnaryMultiCallable[_recommender_pb2.RankRequest, _recommender_pb2.RankResponse]  # type: ignore[assignment]
     """The caller's own candidates, best first. Every known candidate comes back."""
+    RecordEvents: _aio.UnaryUnaryMultiCallable[_recommender_pb2.RecordEventsRequest, _recommender_pb2.RecordEventsResponse]  # type: ignore[assignment]
+    """What users did, so that the next answer knows. OK means that the events survive the server where it keeps
+    them on disk or in Redis. After any error send the same again: an event counts once by its event_id.
+    """
 
 class RecommenderServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -76,5 +88,15 @@ class RecommenderServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_recommender_pb2.RankResponse, _abc.Awaitable[_recommender_pb2.RankResponse]]:
         """The caller's own candidates, best first. Every known candidate comes back."""
+
+    @_abc_1.abstractmethod
+    def RecordEvents(
+        self,
+        request: _recommender_pb2.RecordEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommender_pb2.RecordEventsResponse, _abc.Awaitable[_recommender_pb2.RecordEventsResponse]]:
+        """What users did, so that the next answer knows. OK means that the events survive the server where it keeps
+        them on disk or in Redis. After any error send the same again: an event counts once by its event_id.
+        """
 
 def add_RecommenderServiceServicer_to_server(servicer: RecommenderServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch_geometric.data import HeteroData
 
+from retrieval.encoders.lightgcn import LightGCN
 from retrieval.encoders.ngcf import NGCF
 from retrieval.graph_matrix import USER_ITEM
 
@@ -58,6 +59,16 @@ def test_parity_with_plain_loops(num_layers):
     right = torch.autograd.grad((expected * weights).sum(), parameters)
     for one, other in zip(torch.autograd.grad((found * weights).sum(), parameters), right, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_spectral_start_is_that_of_lightgcn():
+    graph = random_graph()
+    torch.manual_seed(0)
+    found = NGCF(graph, dim=4, init="spectral", init_std=0.3).initial_vectors()["item"]
+    torch.manual_seed(0)
+    expected = LightGCN(graph, dim=4, init="spectral", init_std=0.3).initial_vectors()["item"]
+    # The two draw different numbers before the SVD, whose vectors have no sign.
+    torch.testing.assert_close(found.abs(), expected.abs(), rtol=1e-3, atol=1e-4)
 
 
 def test_dropout_is_for_training_alone():

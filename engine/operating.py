@@ -1,0 +1,397 @@
+"""The commands of those who run a server: serve, key, rollback.
+
+Each takes its arguments and returns an exit code: 0 done, 2 what was asked for is wrong. Results go to
+stdout, all else to stderr.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+
+from engine.admission import RateLimit
+from engine.arguments import ArgumentParser
+from engine.auth import KEY, ROLES, ApiKeys, KeyFile, create_key, remove_key
+from engine.bundle import MANIFEST, Bundle, bundle_to_serve, bundles_in, pin_bundle, resolve_bundle
+from engine.commands import DEFAULT_ADDRESS, fail, stderr, stdout
+from engine.event_log import EventLog, LogInUseError
+from engine.event_store import EventStore, LocalEventStore, MemoryEventStore
+from engine.following import log_policies, prepared
+from engine.policy_files import PolicyFiles
+from engine.response_cache import ResponseCache
+from engine.server import serve as run_server
+from engine.shared_events import SharedEventStore
+from engine.telemetry import Metrics, log_as_json
+from engine.tls import server_tls
+from engine.variants import OTHER, SHADOW, Split
+from engine.workers import supervise, told
+
+logger = logging.getLogger(__name__)
+
+# After how long a thread that runs Python lets another one. By default, 5 ms, the event loop waits for the
+# threads of the pool in turn: past saturation, on two crowded cores, refusals took 400 to 740 ms at the
+# median, and 80 to 180 ms with this, with 10% more answers.
+SWITCH_INTERVAL_S = 0.0005
+
+
+def serve(argv: list[str]) -> int:
+    """Answer gRPC requests from a bundle until SIGTERM or SIGINT."""
+    args = _serve_parser().parse_args(argv)
+    if args.json_logs:
+        log_as_json()
+    else:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        with contextlib.ExitStack() as closing:
+            _serve(args, argv, closing)
+    except (ValueError, OSError) as error:  # such as a BundleError, a PolicyError, an AddressError
+        return fail(str(error), 2)
+    return 0
+
+
+def _serve_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="trirank serve", description=serve.__doc__)
+    add = parser.add_argument
+    add(
+        "bundle",
+        type=Path,
+        help="a bundle, or a directory of bundles: the newest is served, and a newer one takes over "
+        "when it is published (see trirank rollback)",
+    )
+    add(
+        "--address", type=str, default=DEFAULT_ADDRESS, help="host:port to listen on; port 0 takes a free one"
+    )
+    add(
+        "--num_workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="requests that are worked on at once (default: the number of cores)",
+    )
+    add("--num_threads", type=int, default=1, help="threads of the ranker, and of an index, for one request")
+    add(
+        "--num_processes",
+        type=int,
+        default=1,
+        help="servers on one port, each with its workers; the metrics of the second are at the next port",
+    )
+    add(
+        "--policies",
+        type=Path | None,
+        default=None,
+        help="policies instead of the bundle's own: a YAML file, or a directory of such files; "
+        "what changes is loaded again, at once on SIGHUP",
+    )
+    add(
+        "--cache_s",
+        type=float,
+        default=0.0,
+        help="seconds for which the same question gets the same slate again, unless there is a new event, "
+        "bundle or policy (default: none)",
+    )
+    add(
+        "--other",
+        type=Path | None,
+        default=None,
+        help="another bundle, or the newest of another directory, for a share of the users (A/B)",
+    )
+    add("--share", type=float, default=0.5, help="of the users, whom --other answers: 0 to 1, by user id")
+    add(
+        "--shadow",
+        type=Path | None,
+        default=None,
+        help="a bundle that is asked what was answered, and compared; nobody sees its answers",
+    )
+    add(
+        "--events",
+        type=Path | None,
+        default=None,
+        help="directory of a log that keeps recorded events through crashes (default: in memory alone); "
+        "with --redis_url: of those that Redis does not have yet",
+    )
+    add(
+        "--redis_url",
+        type=str | None,
+        default=None,
+        help="Redis that keeps recorded events for several servers: redis://[user:password@]host:port/db",
+    )
+    add(
+        "--api_keys",
+        type=Path | None,
+        default=None,
+        help="key file (see trirank key); callers must have one of its keys (default: nobody needs one)",
+    )
+    add(
+        "--requests_per_s",
+        type=float | None,
+        default=None,
+        help="calls a second that a key without a limit of its own may make, or without --api_keys an "
+        "address (default: no limit)",
+    )
+    add("--burst", type=float | None, default=None, help="of these, calls at once (default: one second's)")
+    add("--tls_cert", type=Path | None, default=None, help="certificate of the server, PEM")
+    add("--tls_key", type=Path | None, default=None, help="its key, PEM")
+    add(
+        "--tls_client_ca",
+        type=Path | None,
+        default=None,
+        help="authority whose certificates clients must have (mTLS), PEM",
+    )
+    add("--metrics", type=str | None, default=None, help="host:port of Prometheus metrics at /metrics")
+    add("--json_logs", type=bool, default=False, help="true: one JSON object for each line of the log")
+    add("--drain_s", type=float, default=10.0, help="seconds that requests under way get after SIGTERM")
+    add("--json", action="store_true", help="print one JSON line to stdout when ready")
+    add(
+        "--check",
+        action="store_true",
+        help="find out whether all of this could be served, and end: 0 it could, 2 it could not",
+    )
+    return parser
+
+
+def _serve(args: Any, argv: list[str], closing: contextlib.ExitStack) -> None:
+    for name in ("num_workers", "num_threads", "num_processes"):
+        if args[name] < 1:
+            raise ValueError(f"{name} is {args[name]}; expected at least 1")
+    Split(args.share, "")  # raises where it is none
+    if args.cache_s < 0:
+        raise ValueError(f"cache_s is {args.cache_s}; expected 0 or more")
+    rate_limit = _rate_limit(args.requests_per_s, args.burst)
+    if args.metrics:
+        _host_and_port("metrics", args.metrics)
+    tls = server_tls(args.tls_cert, args.tls_key, args.tls_client_ca)
+    if tls:
+        tls.credentials()
+    keys = KeyFile(args.api_keys) if args.api_keys else None
+    if keys and not len(keys.load()):
+        logger.warning("%s holds no key: every call will be refused", keys.path)
+    if args.redis_url and not args.events:
+        raise ValueError(
+            "redis_url is given without events; expected a directory too, for what Redis does not have yet"
+        )
+    worker = told()
+    if args.num_processes > 1 and worker is None and not args.check:
+        _serve_from_many(args, argv, closing)
+        return
+    address, metrics_address = (worker.address, worker.metrics) if worker else (args.address, args.metrics)
+    open_bundle = functools.partial(Bundle.load, num_threads=args.num_threads)
+    bundle = open_bundle(bundle_to_serve(args.bundle))
+    other_bundles = {
+        name: open_bundle(resolve_bundle(path))
+        for name, path in ((OTHER, args.other), (SHADOW, args.shadow))
+        if path
+    }
+    policies = PolicyFiles(args.policies) if args.policies else None
+    served_policies = policies.load() if policies else None
+    if args.check:
+        pipeline = prepared(bundle, served_policies)
+        for one in other_bundles.values():
+            prepared(one, served_policies)
+        log_policies(pipeline, str(args.policies or bundle.path))
+        stderr.print(f"events: {_check_events(args.events, args.redis_url)}", markup=False)
+        stderr.print(f"bundle {bundle.version} could be served", markup=False)
+        return
+
+    events = SharedEventStore(worker.events) if worker else _event_store(args.events, args.redis_url)
+    closing.callback(events.close)
+    pipeline = prepared(bundle, served_policies, events)
+    others = {name: prepared(one, served_policies, events) for name, one in other_bundles.items()}
+    log_policies(pipeline, str(args.policies or bundle.path))
+    metrics = Metrics()
+    ready = {"bundle": bundle.version}
+    if metrics_address:
+        host, port = _host_and_port("metrics", metrics_address)
+        port, stop = metrics.serve(port, host)
+        closing.callback(stop)
+        ready["metrics"] = f"{host}:{port}"
+        logger.info("metrics at http://%s:%d/metrics", host, port)
+
+    def on_ready(address: str) -> None:
+        stderr.print(f"listening on {address}, bundle {ready['bundle']}", markup=False)
+        if args.json:
+            print(json.dumps({"address": address} | ready), flush=True)
+
+    is_one_bundle = (args.bundle / MANIFEST).is_file()
+    # Neither this frame nor the arguments may keep a bundle alive that another has replaced.
+    del bundle
+    serving = run_server(
+        pipeline,
+        address,
+        num_workers=args.num_workers,
+        drain_s=args.drain_s,
+        on_ready=on_ready,
+        policies=policies,
+        bundles=None if is_one_bundle else args.bundle,
+        open_bundle=open_bundle,
+        keys=keys,
+        rate_limit=rate_limit,
+        tls=tls,
+        metrics=metrics,
+        others=others,
+        share=args.share,
+        cache=ResponseCache(args.cache_s) if args.cache_s else None,
+        reuse_port=worker is not None,
+    )
+    del pipeline
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    asyncio.run(serving)
+
+
+def _serve_from_many(args: Any, argv: list[str], closing: contextlib.ExitStack) -> None:
+    """Have several processes answer, which ask this one for recorded events."""
+    address = _host_and_port("address", args.address)
+    metrics_address = _host_and_port("metrics", args.metrics) if args.metrics else None
+    events = _event_store(args.events, args.redis_url)
+    closing.callback(events.close)
+
+    def on_ready(ready: dict[str, Any]) -> None:
+        processes = f"{args.num_processes} processes"
+        stderr.print(f"listening on {ready['address']}, bundle {ready['bundle']}, {processes}", markup=False)
+        if args.json:
+            print(json.dumps(ready), flush=True)
+
+    supervise(argv, address, metrics_address, args.num_processes, events, on_ready)
+
+
+def _rate_limit(per_s: float | None, burst: float | None) -> RateLimit | None:
+    if per_s is None:
+        if burst is not None:
+            raise ValueError("burst is given without requests_per_s; expected both")
+        return None
+    return RateLimit(per_s, max(1.0, per_s) if burst is None else burst)
+
+
+def _host_and_port(name: str, address: str) -> tuple[str, int]:
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isdecimal() and int(port) < 65536):
+        raise ValueError(f"{name} is {address!r}; expected host:port")
+    return host, int(port)
+
+
+def _event_store(directory: Path | None, redis_url: str | None) -> EventStore:
+    if redis_url:
+        assert directory
+        from engine.redis_events import RedisEventStore
+
+        return RedisEventStore(redis_url, directory)
+    if directory:
+        store = LocalEventStore(directory)
+        logger.info("events of %s: %d", directory, store.num_events)
+        return store
+    logger.warning("events are kept in memory alone: a restart forgets them (--events DIR would not)")
+    return MemoryEventStore()
+
+
+def _check_events(directory: Path | None, redis_url: str | None) -> str:
+    """Return what would be done with events. Raises ValueError or OSError where it could not be done."""
+    if redis_url:
+        from engine.redis_events import check_url
+
+        check_url(redis_url)
+    if directory is None:
+        return "in memory alone: a restart forgets them"
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise ValueError(f"events is {str(directory)!r}; expected a directory that can be written or made")
+    if existing != directory:
+        return f"{directory} would be made"
+    try:
+        log = EventLog(directory)
+    except LogInUseError:
+        return f"{directory} is in use, as it should be if the server runs already"
+    try:
+        num_records = sum(1 for _ in log.replay())
+    finally:
+        log.close()
+    return f"{directory} has {num_records} records, and {log.num_lost_bytes} bytes that are none"
+
+
+def key(argv: list[str]) -> int:
+    """Make, list and remove the API keys that `trirank serve --api_keys` accepts.
+
+    create prints the new key, this once: the file holds only what it hashes to.
+    """
+    parser = ArgumentParser(prog="trirank key", description=key.__doc__)
+    parser.add_argument("action", type=Literal["create", "list", "remove"], help="create, list or remove")
+    parser.add_argument("file", type=Path, help="the key file; create makes it where it is missing")
+    parser.add_argument("--name", type=str, default="", help="whose key it is, for create")
+    parser.add_argument(
+        "--role",
+        type=str,
+        choices=ROLES,
+        default="client",
+        help="for create: a reader may ask, a client record events too",
+    )
+    parser.add_argument(
+        "--requests_per_s", type=float | None, default=None, help="calls a second that it may make"
+    )
+    parser.add_argument("--burst", type=float | None, default=None, help="of these, calls at once")
+    parser.add_argument("--id", type=str, default="", help="of the key to remove, as list shows it")
+    args = parser.parse_args(argv)
+    try:
+        if args.action == "create":
+            if not args.name.strip():
+                raise ValueError(f"name is {args.name!r}; expected whose key it is to be")
+            rate_limit = _rate_limit(args.requests_per_s, args.burst)
+            made = create_key(args.file, args.name, role=args.role, rate_limit=rate_limit)
+            print(made)
+            match = KEY.fullmatch(made)
+            assert match
+            stderr.print(
+                f"key {match[1]} is in {args.file}; a server that runs takes it by itself", markup=False
+            )
+        elif args.action == "remove":
+            remove_key(args.file, args.id)
+            stderr.print(f"key {args.id} is no longer in {args.file}", markup=False)
+        else:
+            table = Table("id", "name", "role", "created", "requests/s", "burst")
+            for one in ApiKeys.load(args.file):
+                limit = one.rate_limit
+                numbers = (f"{limit.per_s:g}", f"{limit.burst:g}") if limit else ("", "")
+                table.add_row(one.id, one.name, one.role, one.created, *numbers)
+            stdout.print(table, markup=False)
+    except (ValueError, OSError) as error:
+        return fail(str(error), 2)
+    return 0
+
+
+def rollback(argv: list[str]) -> int:
+    """Have the servers of a directory of bundles serve an older one, until they are told otherwise.
+
+    They notice within a second, and so does a server that starts later. What is published meanwhile waits.
+    """
+    parser = ArgumentParser(prog="trirank rollback", description=rollback.__doc__)
+    parser.add_argument("bundles", type=Path, help="the directory of bundles")
+    parser.add_argument(
+        "--to",
+        type=str | None,
+        default=None,
+        help="the bundle to serve (default: the one before that served)",
+    )
+    parser.add_argument("--newest", action="store_true", help="serve the newest again, as without a rollback")
+    args = parser.parse_args(argv)
+    try:
+        if args.newest and args.to:
+            raise ValueError("newest is given with to; expected one of them")
+        target = args.to
+        if not args.newest and target is None:
+            names = [bundle.name for bundle in bundles_in(args.bundles)]
+            place = names.index(bundle_to_serve(args.bundles).name)
+            if not place:
+                raise ValueError(
+                    f"{names[0]} is the oldest bundle of {args.bundles}; there is none before it"
+                )
+            target = names[place - 1]
+        pin_bundle(args.bundles, target)
+        stderr.print(f"to be served: {bundle_to_serve(args.bundles).name}", markup=False)
+    except (ValueError, OSError) as error:
+        return fail(str(error), 2)
+    return 0

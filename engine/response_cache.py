@@ -1,0 +1,63 @@
+"""Slates that were made a moment ago, for requests that ask the same: a page that every new visitor opens."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+
+from engine.pipeline import RecommendationPipeline, Visitor
+from protos.trirank.v1 import recommender_pb2 as pb
+
+
+class ResponseCache:
+    """The newest answers, for a short while. Any thread may use it.
+
+    An answer is found only by a request of the same bytes, about a visitor of the same history, of the same
+    pipeline: a new event, a new bundle and new policies each make other answers. What changes by the clock
+    alone (freshness, sales that end) is as old as `max_age_s` at most.
+    """
+
+    def __init__(
+        self, max_age_s: float, max_entries: int = 10_000, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        if max_age_s <= 0 or max_entries < 1:
+            raise ValueError(
+                f"max_age_s is {max_age_s}, max_entries {max_entries}; expected above 0 and at least 1"
+            )
+        self._max_age_s = max_age_s
+        self._max_entries = max_entries
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._answers: OrderedDict[Hashable, tuple[float, pb.RecommendResponse]] = (
+            OrderedDict()
+        )  # oldest first
+
+    @staticmethod
+    def key(
+        pipeline: RecommendationPipeline, request: pb.RecommendRequest, visitor: Visitor
+    ) -> tuple[Hashable, ...]:
+        """Return what an answer depends on, but for the clock."""
+        history = visitor.history
+        return (
+            pipeline.number,
+            request.SerializeToString(deterministic=True),
+            history.items.tobytes(),
+            history.event_types.tobytes(),
+            history.timestamps.tobytes(),
+        )
+
+    def get(self, key: Hashable) -> pb.RecommendResponse | None:
+        """Return an answer, not to be changed; None where there is none, or it is too old."""
+        with self._lock:
+            made_at, answer = self._answers.get(key, (float("-inf"), None))
+        return answer if self._clock() - made_at < self._max_age_s else None
+
+    def put(self, key: Hashable, answer: pb.RecommendResponse) -> None:
+        """Keep an answer."""
+        with self._lock:
+            self._answers.pop(key, None)
+            self._answers[key] = (self._clock(), answer)
+            if len(self._answers) > self._max_entries:
+                self._answers.popitem(last=False)

@@ -1,0 +1,142 @@
+"""One event store for several processes of one machine: its owner answers the others over a Unix socket.
+
+A message is its length (little-endian uint32) and JSON. One connection has one question under way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import socket
+import struct
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from engine.event_store import EventStore, Recorded, StoreUnavailableError, UserEvent
+
+logger = logging.getLogger(__name__)
+
+LENGTH = struct.Struct("<I")
+
+
+class EventServer:
+    """Lets other processes use a store, each connection in a thread of its own."""
+
+    def __init__(self, store: EventStore, path: str | Path) -> None:
+        """Begin to answer at a path that does not exist yet; whoever may open it may ask."""
+        self._store = store
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(64)
+        threading.Thread(target=self._accept, name="event-server", daemon=True).start()
+
+    def close(self) -> None:
+        """Take no more connections; those there are end with their processes."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return  # closed
+            threading.Thread(
+                target=self._answer, args=(connection,), name="event-server", daemon=True
+            ).start()
+
+    def _answer(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            while (question := _receive(connection)) is not None:
+                try:
+                    answer = self._answer_to(question)
+                except StoreUnavailableError as error:
+                    answer = {"unavailable": str(error)}
+                except Exception:
+                    logger.exception("a question to the event store failed")
+                    answer = {"unavailable": "the event store failed; the log says why"}
+                _send(connection, answer)
+
+    def _answer_to(self, question: dict[str, Any]) -> dict[str, Any]:
+        if "recent" in question:
+            return {"events": self._store.recent(question["recent"])}
+        events = [UserEvent(*fields) for fields in question["record"]]
+        return {"recorded": self._store.record(events).result()}
+
+
+class SharedEventStore:
+    """An EventStore that asks an EventServer."""
+
+    def __init__(self, path: str | Path, *, timeout_s: float = 5.0) -> None:
+        """Take the server's path. A server that is not there is an error of each call, not of this one."""
+        self._path = str(path)
+        self._timeout_s = timeout_s
+        self._of_thread = threading.local()
+        self._pool = ThreadPoolExecutor(4, thread_name_prefix="shared-events")
+
+    def record(self, events: Sequence[UserEvent]) -> Future[Recorded]:
+        """See EventStore."""
+        try:
+            return self._pool.submit(self._record, list(events))
+        except RuntimeError as error:
+            raise StoreUnavailableError("the event store is closed") from error
+
+    def recent(self, user_id: str) -> Sequence[UserEvent]:
+        """See EventStore."""
+        return [UserEvent(*fields) for fields in self._ask({"recent": user_id})["events"]]
+
+    def close(self) -> None:
+        """See EventStore."""
+        self._pool.shutdown()
+
+    def _record(self, events: Sequence[UserEvent]) -> Recorded:
+        return Recorded(*self._ask({"record": events})["recorded"])
+
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        connection: socket.socket | None = getattr(self._of_thread, "connection", None)
+        try:
+            if connection is None:
+                connection = socket.socket(socket.AF_UNIX)
+                connection.settimeout(self._timeout_s)
+                connection.connect(self._path)
+                self._of_thread.connection = connection
+            _send(connection, question)
+            answer = _receive(connection)
+            if answer is None:
+                raise ConnectionResetError("its process has ended")
+        except OSError as error:
+            # What comes late must not be taken for the answer to the next question.
+            self._of_thread.connection = None
+            if connection is not None:
+                connection.close()
+            raise StoreUnavailableError(f"the event store does not answer: {error}") from error
+        if "unavailable" in answer:
+            raise StoreUnavailableError(answer["unavailable"])
+        return answer
+
+
+def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+    payload = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
+    connection.sendall(LENGTH.pack(len(payload)) + payload)
+
+
+def _receive(connection: socket.socket) -> dict[str, Any] | None:
+    """Return the next message; None where the other side has ended."""
+    header = _exactly(connection, LENGTH.size)
+    payload = _exactly(connection, LENGTH.unpack(header)[0]) if header else None
+    return None if payload is None else dict(json.loads(payload))
+
+
+def _exactly(connection: socket.socket, num_bytes: int) -> bytes | None:
+    parts = bytearray()
+    while len(parts) < num_bytes:
+        part = connection.recv(num_bytes - len(parts))
+        if not part:
+            return None
+        parts += part
+    return bytes(parts)

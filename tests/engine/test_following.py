@@ -1,0 +1,218 @@
+"""Bundles, policies and keys that change while they are served."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import shutil
+import weakref
+from collections.abc import Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.auth import KeyFile, create_key, remove_key
+from engine.bundle import PIN, Bundle, BundleError, bundle_to_serve, bundles_in, pin_bundle, write_bundle
+from engine.event_store import MemoryEventStore, UserEvent
+from engine.following import follow_bundles, follow_keys, follow_policies, prepared
+from engine.pipeline import RecommendationPipeline
+from engine.policy_files import PolicyFiles
+from protos.trirank.v1 import recommender_pb2 as pb
+
+Publish = Callable[..., Path]
+POLICIES = "policies: {home: {rules: [{rule: drop_seen}, {rule: deny, brand: [brand 5]}]}}"
+
+
+@pytest.fixture
+def publish(fill: Callable[..., dict[str, Any]], tmp_path: Path) -> Publish:
+    """Write a toy bundle into one directory of bundles."""
+    return lambda **options: write_bundle(tmp_path / "bundles", lambda draft: fill(draft, **options))
+
+
+@asynccontextmanager
+async def following(follow: Callable[..., Any], shop: Any, *arguments: Any) -> Any:
+    """Follow something in the background, and look at it often."""
+    task = asyncio.create_task(follow(shop.service, *arguments, asyncio.Event(), poll_s=0.01))
+    try:
+        yield
+        assert not task.done()
+    finally:
+        task.cancel()
+
+
+def test_a_new_bundle_takes_over_and_the_old_one_is_freed(publish: Publish, served: Any) -> None:
+    """Its policies go with it, recorded events stay, and items that only the new one has are known."""
+
+    async def scene() -> None:
+        first = publish(num_items=40)
+        store = MemoryEventStore()
+        store.record([UserEvent("1", "stranger", "item-44", "view", 7)])
+        gone = []
+
+        def opened() -> RecommendationPipeline:
+            made = prepared(Bundle.load(first), None, store)
+            gone.extend([weakref.ref(made), weakref.ref(made.bundle), weakref.ref(made.bundle.index)])
+            return made
+
+        async with served(opened()) as shop, following(follow_bundles, shop, first.parent, Bundle.load):
+            answer = await shop.recommend("stranger")
+            assert answer.trace.bundle_version == first.name
+            assert answer.trace.visitor_kind == pb.VISITOR_KIND_ANONYMOUS
+            assert answer.arrangement.policy == "toy"
+            second = publish(num_items=50, policies={"policies": {"new": {"rules": []}}})
+            await shop.until(lambda: shop.service.pipeline.bundle.version == second.name)
+            answer = await shop.recommend("stranger")
+            assert answer.trace.bundle_version == second.name
+            assert answer.trace.visitor_kind == pb.VISITOR_KIND_HISTORY_ONLY
+            assert answer.arrangement.policy == "new"
+            assert shop.value("bundle_swaps_total", result="swapped") == 1
+            assert shop.value("bundle_info", version=second.name, variant="") == 1
+            assert shop.value("bundle_info", version=first.name, variant="") is None
+            # By counting references alone: a full collection would stop the requests of a large catalog.
+            gc.disable()
+            try:
+                await shop.until(lambda: not any(ref() for ref in gone))
+            finally:
+                gc.enable()
+
+    asyncio.run(scene())
+
+
+def damage(path: Path) -> None:
+    file = path / "embeddings.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_bad_bundle_is_refused_once_and_the_old_one_stays(
+    publish: Publish, served: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scene() -> None:
+        first = publish()
+        async with (
+            served(prepared(Bundle.load(first))) as shop,
+            following(follow_bundles, shop, first.parent, Bundle.load),
+        ):
+            bad = publish()
+            damage(bad)
+            (bad / "manifest.json").touch()
+            await shop.until(lambda: shop.value("bundle_swaps_total", result="refused") == 1)
+            await asyncio.sleep(0.1)  # ten more looks at it
+            assert (await shop.recommend()).trace.bundle_version == first.name
+            assert shop.value("bundle_swaps_total", result="refused") == 1
+            good = publish()
+            await shop.until(lambda: shop.service.pipeline.bundle.version == good.name)
+
+    asyncio.run(scene())
+    assert caplog.text.count("embeddings.safetensors is damaged") == 1
+
+
+def test_a_bundle_whose_answers_lack_a_stage_is_refused(publish: Publish) -> None:
+    bundle = Bundle.load(publish())
+
+    class Nan:
+        history_length, num_items, dim = 6, 40, 8
+
+        def user_states(self, history: Any) -> Any:
+            return np.full((len(history), 8), np.nan, np.float32)
+
+        def score_states(self, states: Any, candidates: Any) -> Any:
+            return np.full(candidates.shape, np.nan, np.float32)
+
+    object.__setattr__(bundle, "scorer", Nan())
+    with pytest.raises(BundleError, match=r"a trial request went without .*ranking"):
+        prepared(bundle)
+
+
+def test_served_policies_go_along_and_refuse_what_they_do_not_fit(
+    publish: Publish, served: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scene() -> None:
+        first = publish(num_items=40)
+        (tmp_path / "policies.yaml").write_text(POLICIES)
+        files = PolicyFiles(tmp_path / "policies.yaml")
+        pipeline = prepared(Bundle.load(first), files.load())
+        async with (
+            served(pipeline, policies=files.current) as shop,
+            following(follow_bundles, shop, first.parent, Bundle.load),
+            following(follow_policies, shop, files),
+        ):
+            second = publish(num_items=30)
+            await shop.until(lambda: shop.service.pipeline.bundle.version == second.name)
+            assert (await shop.recommend()).arrangement.policy == "home"
+            tiny = publish(num_items=5)  # has no brand 5
+            await shop.until(lambda: shop.value("bundle_swaps_total", result="refused") == 1)
+            assert (await shop.recommend()).trace.bundle_version == second.name
+            # Policies that fit both let it in.
+            files.path.write_text("policies: {any: {rules: []}}")
+            await shop.until(lambda: shop.service.pipeline.bundle.version == tiny.name)
+            assert (await shop.recommend()).arrangement.policy == "any"
+
+    asyncio.run(scene())
+    assert "deny: brand is 'brand 5'" in caplog.text
+
+
+def test_the_pinned_bundle_is_served_until_it_is_not(publish: Publish, served: Any) -> None:
+    async def scene() -> None:
+        first, second = publish(), publish()
+        root = first.parent
+        async with (
+            served(prepared(Bundle.load(second))) as shop,
+            following(follow_bundles, shop, root, Bundle.load),
+        ):
+
+            def version() -> str:
+                return str(shop.service.pipeline.bundle.version)
+
+            pin_bundle(root, first.name)
+            await shop.until(lambda: version() == first.name)
+            third = publish()
+            await asyncio.sleep(0.1)
+            assert version() == first.name
+            pin_bundle(root, None)
+            await shop.until(lambda: version() == third.name)
+            shutil.rmtree(third)
+            await shop.until(lambda: version() == second.name)
+
+    asyncio.run(scene())
+
+
+def test_pins(publish: Publish) -> None:
+    first, second = publish(), publish()
+    root = first.parent
+    assert bundles_in(root) == [first, second]
+    assert bundle_to_serve(root) == second
+    assert bundle_to_serve(first) == first
+    pin_bundle(root, first.name)
+    assert bundle_to_serve(root) == first
+    with pytest.raises(BundleError, match=f"bundle is 'x'; expected one of {first.name}, {second.name}"):
+        pin_bundle(root, "x")
+    assert bundle_to_serve(root) == first
+    (root / PIN).write_text("../elsewhere")
+    with pytest.raises(BundleError, match=r"pinned names '../elsewhere'; expected one of"):
+        bundle_to_serve(root)
+    pin_bundle(root, None)
+    pin_bundle(root, None)
+    assert bundle_to_serve(root) == second
+
+
+def test_keys_are_loaded_again(bundle_path: Path, served: Any, tmp_path: Path) -> None:
+    async def scene() -> None:
+        file = tmp_path / "keys.json"
+        key = create_key(file, "a")
+        keys = KeyFile(file)
+        pipeline = RecommendationPipeline(Bundle.load(bundle_path))
+        async with served(pipeline, keys=keys.load()) as shop, following(follow_keys, shop, keys):
+            other = create_key(file, "b")
+            await shop.until(lambda: shop.service.keys.find(other) is not None)
+            remove_key(file, key.split("_")[1])
+            await shop.until(lambda: shop.service.keys.find(key) is None)
+            file.write_text("{")
+            await asyncio.sleep(0.1)
+            assert shop.service.keys.find(other) is not None
+
+    asyncio.run(scene())

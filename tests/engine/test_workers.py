@@ -1,0 +1,187 @@
+"""Several servers on one port, and the event store that they share."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from engine.client import visitor
+from engine.event_store import LocalEventStore, MemoryEventStore, Recorded, StoreUnavailableError, UserEvent
+from engine.shared_events import EventServer, SharedEventStore
+from engine.workers import WORKER, Worker
+from protos.trirank.v1 import recommender_pb2 as pb
+from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
+
+WAIT_S = 60
+ROOT = Path(__file__).parents[2]
+
+
+def until(happens: Callable[[], bool]) -> None:
+    ends = time.monotonic() + WAIT_S
+    while not happens():
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+
+
+# The store
+
+
+def test_a_store_through_a_socket(tmp_path: Path) -> None:
+    owned = MemoryEventStore(clock=lambda: 1.0)
+    server = EventServer(owned, tmp_path / "events")
+    first, second = SharedEventStore(tmp_path / "events"), SharedEventStore(tmp_path / "events")
+    event = UserEvent("e 🎉", "ann\n", "x" * 100_000, "cart", 5)
+    assert first.record([event, event]).result(WAIT_S) == Recorded(1, 1)
+    assert second.record([event, UserEvent("e2", "ann\n", "y")]).result(WAIT_S) == Recorded(1, 1)
+    assert list(second.recent("ann\n")) == [event, UserEvent("e2", "ann\n", "y", "interaction", 1000)]
+    assert list(first.recent("bob")) == []
+    assert owned.recent("ann\n")[0] == event
+    for store in (first, second):
+        store.close()
+    with pytest.raises(StoreUnavailableError, match="closed"):
+        first.record([event])
+    server.close()
+
+
+def test_a_store_that_is_not_there_and_comes_back(tmp_path: Path) -> None:
+    store = SharedEventStore(tmp_path / "events", timeout_s=0.2)
+    for _ in range(2):
+        with pytest.raises(StoreUnavailableError, match="the event store does not answer"):
+            store.recent("ann")
+    with pytest.raises(StoreUnavailableError):
+        store.record([UserEvent("1", "ann", "x")]).result(WAIT_S)
+
+    class Slow(MemoryEventStore):
+        num_asked = 0
+
+        def recent(self, user_id: str) -> Sequence[UserEvent]:
+            self.num_asked += 1
+            if self.num_asked == 1:
+                time.sleep(0.5)
+            return [UserEvent(user_id, user_id, "x")]
+
+        def record(self, events: Sequence[UserEvent]) -> Future[Recorded]:
+            raise StoreUnavailableError("the disk is full")
+
+    server = EventServer(Slow(), tmp_path / "events")
+    with pytest.raises(StoreUnavailableError, match="timed out"):
+        store.recent("late")
+    # The late answer is not taken for the next one.
+    assert [event.event_id for event in store.recent("ann")] == ["ann"]
+    with pytest.raises(StoreUnavailableError, match="the disk is full"):
+        store.record([UserEvent("1", "ann", "x")]).result(WAIT_S)
+    store.close()
+    server.close()
+
+
+# The servers
+
+
+def ask(address: str, user: str) -> Any:
+    """Ask over a connection of its own."""
+    with grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        stub = pb_grpc.RecommenderServiceStub(channel)
+        return stub.Recommend(pb.RecommendRequest(visitor=visitor(user)), timeout=WAIT_S, wait_for_ready=True)
+
+
+def record(address: str, number: int, user: str) -> Any:
+    event = pb.RecordedEvent(event_id=str(number), user_id=user, item_id="item-9")
+    with grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        stub = pb_grpc.RecommenderServiceStub(channel)
+        return stub.RecordEvents(pb.RecordEventsRequest(events=[event]), timeout=WAIT_S)
+
+
+def num_requests(metrics: str) -> float:
+    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=WAIT_S) as response:
+        families = text_string_to_metric_families(response.read().decode())
+    samples = [sample for family in families for sample in family.samples]
+    return sum(sample.value for sample in samples if sample.name == "trirank_requests_total")
+
+
+def has_ended(server: psutil.Process) -> bool:
+    try:
+        return not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="SO_REUSEPORT deals connections on Linux")
+def test_two_servers_on_one_port(bundle_path: Path, start_process: Any, tmp_path: Path) -> None:
+    words = ["--address", "127.0.0.1:0", "--json", "--num_processes", "2", "--num_workers", "1"]
+    words += ["--metrics", "127.0.0.1:0", "--events", str(tmp_path / "events")]
+    command = [sys.executable, "-m", "engine.cli", "serve", str(bundle_path), *words]
+    log = tmp_path / "log.txt"
+    with log.open("w") as errors, start_process(command, errors) as (process, ready):
+        assert ready, log.read_text()
+        said = json.loads(ready)
+        address, metrics = said["address"], said["metrics"]
+        assert record(address, 1, "somebody").num_new == 1
+        for _ in range(24):  # connections are dealt by chance
+            assert ask(address, "somebody").trace.visitor_kind == pb.VISITOR_KIND_HISTORY_ONLY
+        assert all(num_requests(one) > 0 for one in metrics)
+        assert sum(map(num_requests, metrics)) == 25
+        assert record(address, 1, "somebody").num_repeated == 1
+
+        servers = psutil.Process(process.pid).children()
+        assert len(servers) == 2
+        servers[0].kill()
+        until(lambda: "is started again" in log.read_text())
+        until(lambda: log.read_text().count("listening on") == 4)  # two, the parent, and the new one
+        for _ in range(8):
+            assert ask(address, "somebody").trace.visitor_kind == pb.VISITOR_KIND_HISTORY_ONLY
+        servers = psutil.Process(process.pid).children()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_S) == 0
+        assert all(map(has_ended, servers))
+    store = LocalEventStore(tmp_path / "events")
+    assert [event.event_id for event in store.recent("somebody")] == ["1"]
+    store.close()
+
+
+def test_a_worker_ends_with_the_process_that_started_it() -> None:
+    program = "import time; from engine.workers import told; print(told(), flush=True); time.sleep(60)"
+    worker = Worker("127.0.0.1:1", None, "events")
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**os.environ, WORKER: json.dumps(worker._asdict())},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert process.stdin
+    assert process.stdout
+    assert process.stdout.readline() == f"{worker}\n"
+    process.stdin.close()  # as the system does when its owner is killed
+    assert process.wait(WAIT_S) == -signal.SIGTERM
+    process.stdout.close()
+
+
+def test_a_port_that_is_taken_and_a_bundle_that_is_none(
+    server_address: str, bundle_path: Path, start_process: Any, tmp_path: Path
+) -> None:
+    for words, message in (
+        ([str(bundle_path), "--address", server_address], "Address already in use"),
+        ([str(tmp_path), "--address", "127.0.0.1:0"], "a worker could not start; it ended with 2"),
+    ):
+        log = tmp_path / "log.txt"
+        command = [sys.executable, "-m", "engine.cli", "serve", *words, "--num_processes", "2"]
+        with log.open("w") as errors, start_process(command, errors) as (process, ready):
+            assert not ready
+            assert process.wait(WAIT_S) == 2
+        assert message in log.read_text()
+        assert "Traceback" not in log.read_text()
