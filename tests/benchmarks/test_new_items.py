@@ -17,7 +17,8 @@ TINY = [
     "ranking.model.encoder.dim=16",
     "ranking.model.id_dropout=0.2",
     "retrieval.model.encoder.dim=8",
-    "retrieval.model.num_negatives=16",
+    "retrieval.model.loss=SampledSoftmax",
+    "retrieval.model.loss.num_negatives=16",
     "content.encoder=lsa",
 ]
 
