@@ -7,7 +7,7 @@ For each seed stage one is trained once, and these answer the same test question
 (c) late-fusion       scores of (a) and (b), standardised per question and added; weight chosen on validation
 (d) cross-attention   the default ranker: states attend to the graph vectors of stage one
 (e) shuffled          (d), with the graph vectors dealt out to the items at random: a control
-(f) content           (d) with what is known of the items, where the ranker can take it
+(f) content           (d) with what is known of the items: texts, categories, brands, prices
 
 The table has the mean and standard deviation over seeds, and a paired t-test over users of NDCG@10, averaged
 over seeds, against (a). What (d) gains and (e) keeps is not the graph's.
@@ -18,7 +18,6 @@ a fit from its last epoch. Every setting of `trirank train` can be given with --
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 import time
@@ -40,14 +39,15 @@ from engine.arguments import ArgumentParser, nearest
 from engine.history import left_padded
 from ranking.ranker import HybridRanker
 from retrieval.fold_in import fold_in
+from training.data.context import encoded_context
 from training.data.splits import Holdout, Protocol, SplitData, load_split, split_as_trained
-from training.ranking_module import RankingModule
 from training.stages import keep_freed_memory, quiet_lightning
 from training.train import (
     EMBEDDINGS,
     Settings,
     build_parser,
     chosen_before,
+    content_of,
     fit_ranking,
     fit_retrieval,
     recipe_of,
@@ -68,12 +68,12 @@ class Variant:
         letter: in the table.
         graph: what a ranker stands on: the vectors of stage one "as they are", "shuffled", or "none". None
             where no ranker is trained.
-        options: of `trirank train`, beside the run's own.
+        content: whether the ranker is told of the items.
     """
 
     letter: str
     graph: str | None = None
-    options: tuple[str, ...] = ()
+    content: bool = False
 
 
 VARIANTS = {
@@ -82,9 +82,8 @@ VARIANTS = {
     "late-fusion": Variant(letter="c"),
     "cross-attention": Variant(letter="d", graph="as they are"),
     "shuffled": Variant(letter="e", graph="shuffled"),
+    "content": Variant(letter="f", graph="as they are", content=True),
 }
-if "content" in inspect.signature(RankingModule).parameters:  # a ranker that takes content gets its line
-    VARIANTS["content"] = Variant(letter="f", graph="as they are", options=("ranking.model.content=true",))
 
 
 class Experiment:
@@ -102,7 +101,7 @@ class Experiment:
 
     def __init__(self, directory: Path, out: Path, protocol: Protocol, options: Sequence[str]) -> None:
         self.directory, self.out, self.protocol, self.options = directory, out, protocol, tuple(options)
-        recipe, settings = self._recipe(())
+        recipe, settings = self._recipe()
         self.half_life: float | None = recipe["pipeline"]["half_life_events"]
         self.data: SplitData = load_split(directory, settings().split)
         if not self.data.split.ordered:
@@ -130,9 +129,9 @@ class Experiment:
         else:
             file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
-    def _recipe(self, options: Sequence[str]) -> tuple[dict[str, Any], Settings]:
+    def _recipe(self) -> tuple[dict[str, Any], Settings]:
         parser = build_parser()
-        arguments = [f"--{option}" for option in (*self.options, *options)]
+        arguments = [f"--{option}" for option in self.options]
         config = parser.parse_args([str(self.directory), *arguments])
         return recipe_of(parser, config), lambda: parser.instantiate(config)
 
@@ -186,7 +185,7 @@ class Experiment:
     def embeddings(self, seed: int, protocol: Protocol) -> Path:
         """Return the file of stage one's vectors, trained where it is not there; once for all variants."""
         folder = self.out / "runs" / f"stage-one-seed{seed}"
-        _, settings = self._recipe(())
+        _, settings = self._recipe()
         if not (folder / EMBEDDINGS).is_file():
             _say(f"seed {seed}: retrieval on train; validation chooses the epochs")
         chosen = fit_retrieval(self.directory, self.data.split, folder, settings, seed, resume=True)
@@ -205,12 +204,15 @@ class Experiment:
 
     def _train(self, variant: str, seed: int) -> None:
         folder, split = self._folder(variant, seed), self.data.split
-        _, settings = self._recipe(VARIANTS[variant].options)
+        _, settings = self._recipe()
+        content = self._content() if VARIANTS[variant].content else None
         chosen = chosen_before(folder) if (folder / "validation.safetensors").is_file() else None
         if chosen is None:
             _say(f"seed {seed}: {variant} on train; validation chooses the epochs")
             graph = self._graph(variant, seed, "strict")
-            ranker, chosen = fit_ranking(self.directory, split, graph, folder, settings, seed, resume=True)
+            ranker, chosen = fit_ranking(
+                self.directory, split, graph, folder, settings, seed, resume=True, content=content
+            )
             _save(folder / "validation.safetensors", ranker_answers(ranker, split.validation))
             if self.protocol == "strict":
                 _save(folder / "test.safetensors", ranker_answers(ranker, split.test))
@@ -219,9 +221,29 @@ class Experiment:
             graph = self._graph(variant, seed, "refit")
             final = split_as_trained(self.data, "refit")
             ranker, _ = fit_ranking(
-                self.directory, final, graph, folder / "refit", settings, seed, resume=True, chosen=chosen
+                self.directory,
+                final,
+                graph,
+                folder / "refit",
+                settings,
+                seed,
+                resume=True,
+                chosen=chosen,
+                content=content,
             )
             _save(folder / "test.safetensors", ranker_answers(ranker, split.test))
+
+    def _content(self) -> Path:
+        """Return the file of what the items are; once for all seeds."""
+        _, settings = self._recipe()
+        folder = self.out / "runs"
+        folder.mkdir(exist_ok=True)
+        file = content_of(self.directory, settings().content, folder)
+        if file is None:
+            raise ValueError(
+                "variant content: the catalog says nothing of its items, or content.encoder is none"
+            )
+        return file
 
     def _graph(self, variant: str, seed: int, protocol: Protocol) -> Path | None:
         """Return the file of the graph vectors that a variant's ranker stands on."""
@@ -266,7 +288,9 @@ def ranker_answers(ranker: HybridRanker, holdout: Holdout) -> Vectors:
     for start in range(0, len(order), HISTORIES_AT_ONCE):
         rows = order[start : start + HISTORIES_AT_ONCE]
         histories = left_padded([holdout.history(int(q)).items for q in rows], ranker.history_length)
-        users[holdout.users[rows]] = ranker.states(torch.from_numpy(histories))[:, -1].float().numpy()
+        context = map(torch.from_numpy, encoded_context(ranker.context, holdout.events, holdout.ends[rows]))
+        states = ranker.in_context(ranker.states(torch.from_numpy(histories))[:, -1], *context)
+        users[holdout.users[rows]] = states.float().numpy()
     return Vectors(users, items.copy())
 
 

@@ -31,6 +31,7 @@ from engine.bundle import Bundle, resolve_bundle
 from engine.deadline import Budget
 from engine.history import EVENT_CODE, EVENT_TYPES, History
 from engine.pipeline import Filters, RecommendationPipeline, Visitor
+from ranking.context import ContextTable
 from reranking.families import Filter
 from reranking.items import DAY_MS, ItemFacts, Request
 from reranking.policy import PolicyError, policies_from_config
@@ -245,6 +246,8 @@ class _Broken:
 
     name = "broken"
     history_length = 1
+    context = ContextTable()
+    heads = ()
 
     def find(self, *asked: object) -> Any:
         raise RuntimeError("broken")

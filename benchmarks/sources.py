@@ -46,7 +46,8 @@ def measure(
     for question in track(range(len(holdout)), "questions", console=Console(stderr=True)):
         history, target = holdout.history(question), holdout.target(question)
         now = int(holdout.events.timestamps[holdout.ends[question]]) if has_times else None
-        query = pipeline.query(Visitor(history, user_row=int(holdout.users[question])), now)
+        context = holdout.events.context_at(int(holdout.ends[question]))
+        query = pipeline.query(Visitor(history, user_row=int(holdout.users[question])), now, context)
         allowed = np.ones(bundle.catalog.num_items + 1, np.bool_)
         allowed[0] = False
         if not split.repeats:

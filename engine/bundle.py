@@ -11,7 +11,7 @@
                                 (neighbour_offsets [I+2] int64, neighbour_rows [N] int32, neighbour_weights
                                 [N] float32), recent_popularity [I+1] int64
     and, unless ranker.kind is "none",
-      ranker_state.onnx         a history -> the ranker's state (ranking/onnx_scorer.py)
+      ranker_state.onnx         a history and a context -> the ranker's state (ranking/onnx_scorer.py)
       ranker_scores.onnx        a state and candidates -> scores
       ranker_index.faiss        nearest items to the ranker's state
 
@@ -45,7 +45,7 @@ from ranking.onnx_scorer import OnnxScorer
 from retrieval.item_index import EXACT_KINDS, ItemIndex
 from retrieval.sparse import SparseRows
 
-BUNDLE_FORMAT = 3
+BUNDLE_FORMAT = 4
 
 MANIFEST = "manifest.json"
 ITEM_INDEX = "item_index.faiss"
@@ -326,7 +326,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if found != BUNDLE_FORMAT:
         raise BundleError(
             f"{file}: the bundle has format {found}; this trirank reads format {BUNDLE_FORMAT}, which holds "
-            "more (named policies, content vectors): train it again with `trirank train`"
+            "more (a ranker that knows its context): train it again with `trirank train`"
         )
     for key, kind in {
         "version": str,

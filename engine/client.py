@@ -66,6 +66,7 @@ class RecommenderClient:
         seed: int | None = None,
         now_ms: int | None = None,
         explain: bool = False,
+        head_weights: Mapping[str, float] | None = None,
     ) -> pb.RecommendResponse:
         """Return the best items for a visitor."""
         request = pb.RecommendRequest(
@@ -78,6 +79,7 @@ class RecommenderClient:
             seed=seed,
             now_ms=now_ms,
             explain=explain,
+            head_weights=head_weights,
         )
         return self._stub.Recommend(request, timeout=self._timeout_s, metadata=self._metadata)
 
@@ -104,9 +106,21 @@ class RecommenderClient:
         )
         return self._stub.SimilarItems(request, timeout=self._timeout_s, metadata=self._metadata)
 
-    def rank(self, visitor: pb.Visitor, candidate_item_ids: Sequence[str]) -> pb.RankResponse:
+    def rank(
+        self,
+        visitor: pb.Visitor,
+        candidate_item_ids: Sequence[str],
+        *,
+        now_ms: int | None = None,
+        head_weights: Mapping[str, float] | None = None,
+    ) -> pb.RankResponse:
         """Return the candidates, best first."""
-        request = pb.RankRequest(visitor=visitor, candidate_item_ids=candidate_item_ids)
+        request = pb.RankRequest(
+            visitor=visitor,
+            candidate_item_ids=candidate_item_ids,
+            now_ms=now_ms,
+            head_weights=head_weights,
+        )
         return self._stub.Rank(request, timeout=self._timeout_s, metadata=self._metadata)
 
     def record_events(self, events: Sequence[pb.RecordedEvent]) -> pb.RecordEventsResponse:

@@ -13,7 +13,7 @@ from engine.catalog import Catalog
 from engine.event_store import Recorded, UserEvent
 from engine.history import EVENT_CODE, EVENT_TYPES
 from engine.item_list import ItemList
-from engine.pipeline import MAX_LIMIT, Event, Filters
+from engine.pipeline import MAX_HEAD_WEIGHT, MAX_LIMIT, Event, Filters
 from engine.policies import Arrangement, Explanation, ItemReasons
 from engine.trace import Trace
 from protos.trirank.v1 import recommender_pb2 as pb
@@ -123,6 +123,27 @@ def read_overrides(request: pb.RecommendRequest) -> dict[str, float]:
     return dict(request.overrides)
 
 
+def read_head_weights(
+    request: pb.RecommendRequest | pb.RankRequest, heads: Sequence[str]
+) -> dict[str, float]:
+    """Return how much each head of the ranker counts; nothing where the request does not say.
+
+    Args:
+        request: what was asked.
+        heads: the names that the bundle's ranker knows; none where it has one score alone.
+    """
+    for name, weight in request.head_weights.items():
+        if name not in heads:
+            known = f"one of {', '.join(heads)}" if heads else "none: this ranker scores for one thing alone"
+            raise InvalidRequestError("key of head_weights", name, known)
+        if not 0 <= weight <= MAX_HEAD_WEIGHT:  # NaN too
+            raise InvalidRequestError(f"head_weights[{name!r}]", weight, f"0 to {MAX_HEAD_WEIGHT}")
+    weights = dict(request.head_weights)
+    if weights and not any(weights.values()):
+        raise InvalidRequestError("head_weights", weights, "at least one weight above 0")
+    return weights
+
+
 def read_seed(request: pb.RecommendRequest) -> int:
     """Return the seed of what is random; the visitor is one, so that a retry shows the same page."""
     if request.HasField("seed"):
@@ -135,7 +156,7 @@ def visitor_number(visitor: pb.Visitor) -> int:
     return zlib.crc32(visitor.SerializeToString(deterministic=True))
 
 
-def read_now(request: pb.RecommendRequest | pb.SimilarItemsRequest) -> int | None:
+def read_now(request: pb.RecommendRequest | pb.SimilarItemsRequest | pb.RankRequest) -> int | None:
     """Return the time of the request in ms; None where it does not say."""
     if not request.HasField("now_ms"):
         return None

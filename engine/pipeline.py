@@ -37,6 +37,7 @@ from engine.item_list import ItemList, Ranked
 from engine.policies import Arrangement, Filtered, explanation, exposure_of, item_facts
 from engine.sources import check_sources, choice, is_number, sources_from_config
 from engine.trace import StageTiming, Trace, VisitorKind
+from ranking.context import Encoded
 from reranking.constraints import DropSeen
 from reranking.items import Request
 from reranking.policy import Policies, Policy, policies_from_config
@@ -46,6 +47,7 @@ from retrieval.sources import Candidates, EmbeddingSource, Query, merge
 
 MAX_LIMIT = 500  # items of a slate
 MAX_CANDIDATES = 10_000
+MAX_HEAD_WEIGHT = 100
 NO_ROWS = np.zeros(0, np.int32)
 DAY_MS = 86_400_000
 
@@ -91,6 +93,7 @@ class Filters:
 
 NO_FILTERS = Filters()
 NO_CONTEXT: Mapping[str, str] = MappingProxyType({})
+NO_WEIGHTS: Mapping[str, float] = MappingProxyType({})
 NOBODY = Visitor(EMPTY_HISTORY)
 NUMBERS = itertools.count()  # of pipelines: no two of a process are taken for each other
 
@@ -134,6 +137,11 @@ class RecommendationPipeline:
         # Where people return to the same items (groceries, sessions), no item counts as seen.
         self.has_repeats: bool = bundle.manifest["data"].get("repeats", False)
         self.has_clock = bundle.manifest["data"]["time"] == "unix"
+        # What the ranker knows of the moment, beside what the policy asks for.
+        self.context_keys = frozenset(bundle.scorer.context.names if bundle.scorer else ())
+        # What the ranker scores for, where it is more than one thing.
+        self.heads: tuple[str, ...] = bundle.scorer.heads if bundle.scorer else ()
+        self.head_weights = default_head_weights(bundle)
 
     def with_policies(self, policies: Policies) -> RecommendationPipeline:
         """Return a pipeline over the same bundle with other policies; this one stays as it is.
@@ -164,6 +172,7 @@ class RecommendationPipeline:
         seed: int = 0,
         context: Mapping[str, str] = NO_CONTEXT,
         explain: bool = False,
+        head_weights: Mapping[str, float] = NO_WEIGHTS,
     ) -> Answer:
         """Return the slate: the `limit` best items, fewer only where fewer are eligible.
 
@@ -183,12 +192,15 @@ class RecommendationPipeline:
                 sale yet; the time of the newest training event where it is not given.
             policy: one that `policy` returned, of this pipeline; the default one where None.
             seed: of all that is random; the same question with the same seed gets the same slate.
-            context: what else is known, such as {"region": "DE", "age": "17"}.
+            context: what else is known, such as {"region": "DE", "age": "17"}; what rules and the ranker
+                may ask for.
             explain: whether to work out the reasons (trace.arrangement.explanation).
+            head_weights: how much each of `heads` counts, 0 where one is left out; the bundle's own weights
+                where none is given.
         """
         _check_limit(limit)
         trace = self.begin_trace(visitor, budget)
-        query = self.query(visitor, now)
+        query = self.query(visitor, now, context, head_weights)
         num_items = self.bundle.catalog.num_items
         request = Request(now_ms=query.now if self.has_clock else None, seed=seed, context=context)
         ask = _Ask(policy or self.policy(), request, _purchases(visitor.history), explain)
@@ -204,7 +216,9 @@ class RecommendationPipeline:
         candidates = trace.run(
             "retrieval",
             lambda: self._retrieve(query, eligible, seen, limit, trace),
-            otherwise=lambda: self._retrieve(self.query(NOBODY, now), eligible, seen, limit, trace),
+            otherwise=lambda: self._retrieve(
+                self.query(NOBODY, now, context, head_weights), eligible, seen, limit, trace
+            ),
             num_in=trace.timings[-1].num_out,
         )
         num_ranked = max(self.num_ranked, limit)
@@ -265,21 +279,30 @@ class RecommendationPipeline:
         return Answer(items, trace)
 
     def rank(
-        self, visitor: Visitor, candidates: NDArray[np.int32], *, budget: Budget | None = None
+        self,
+        visitor: Visitor,
+        candidates: NDArray[np.int32],
+        *,
+        budget: Budget | None = None,
+        now: int | None = None,
+        context: Mapping[str, str] = NO_CONTEXT,
+        head_weights: Mapping[str, float] = NO_WEIGHTS,
     ) -> Answer:
         """Return the caller's own candidates (rows, none twice), best first, all of them.
 
-        Where time is short, the most popular are scored and stand before the others.
+        Where time is short, the most popular are scored and stand before the others. The other arguments are
+        those of `recommend`.
         """
         trace = self.begin_trace(visitor, budget)
         popularity = self.bundle.catalog.popularity[candidates].astype(np.float32)
         asked = ItemList(candidates, popularity, np.full(len(candidates), "caller"))
         by_popularity = asked.ordered_by(popularity, len(asked)).items
         num_scored = trace.affordable("ranking", len(asked))
+        query = self.query(visitor, now, context, head_weights)
 
         items = trace.run(
             "ranking",
-            lambda: self._rank(self.query(visitor), by_popularity, len(asked), num_scored).items,
+            lambda: self._rank(query, by_popularity, len(asked), num_scored).items,
             otherwise=lambda: by_popularity,
             num_in=len(asked),
             num_affordable=num_scored,
@@ -310,19 +333,32 @@ class RecommendationPipeline:
         resolving_s = time.perf_counter() - begin
         return Visitor(history, user_row, is_unknown, num_unknown, resolving_s, asked, is_degraded)
 
-    def query(self, visitor: Visitor, now: int | None = None) -> Query:
+    def query(
+        self,
+        visitor: Visitor,
+        now: int | None = None,
+        context: Mapping[str, str] = NO_CONTEXT,
+        head_weights: Mapping[str, float] = NO_WEIGHTS,
+    ) -> Query:
         """Return what the stages may know; the ranker's state is worked out once, when first asked for."""
+        weights_of_heads = self.head_weights
+        if head_weights:
+            weights_of_heads = np.array([[head_weights.get(name, 0.0) for name in self.heads]], np.float32)
+        clock = self.bundle.manifest["data"]["clock"]
+        moment = clock if now is None else now
 
         @functools.cache
         def state() -> NDArray[np.float32]:
-            assert self.bundle.scorer is not None
-            history = left_padded([visitor.history.items], self.bundle.scorer.history_length)
-            found: NDArray[np.float32] = self.bundle.scorer.user_states(history)[0]
+            scorer = self.bundle.scorer
+            assert scorer is not None
+            history = left_padded([visitor.history.items], scorer.history_length)
+            rows, weights = scorer.context.encode(context, moment if self.has_clock else None)
+            asked_in = Encoded(rows[np.newaxis], weights[np.newaxis])
+            found: NDArray[np.float32] = scorer.user_states(history, asked_in, weights_of_heads)[0]
             return found
 
         weights = history_weights(self.bundle, visitor.history)
-        clock = self.bundle.manifest["data"]["clock"]
-        return Query(visitor.history.wanted, weights, state, clock if now is None else now)
+        return Query(visitor.history.wanted, weights, state, moment)
 
     # The stages.
 
@@ -507,11 +543,37 @@ def check_settings(pipeline: Mapping[str, Any]) -> None:
             raise ValueError(f"pipeline.event_weights names {name!r}; expected {choice(name, EVENT_TYPES)}")
         if not (is_number(weight) and weight >= 0):
             raise ValueError(f"pipeline.event_weights.{name} is {weight!r}; expected a number of at least 0")
+    head_weights = pipeline.get("head_weights") or {}
+    for name, weight in head_weights.items():
+        if not (is_number(weight) and 0 <= weight <= MAX_HEAD_WEIGHT):
+            raise ValueError(
+                f"pipeline.head_weights.{name} is {weight!r}; expected a number from 0 to {MAX_HEAD_WEIGHT}"
+            )
+    if head_weights and not any(head_weights.values()):
+        raise ValueError("pipeline.head_weights are all 0; expected at least one above")
     for name in ("half_life_events", "half_life_days", "popular_window_days"):
         length = pipeline.get(name)
         if length is not None and not (is_number(length) and length > 0):
             raise ValueError(f"pipeline.{name} is {length!r}; expected a number above 0, or null")
     check_sources(pipeline["sources"])
+
+
+def default_head_weights(bundle: Bundle) -> NDArray[np.float32] | None:
+    """Return how much each head of a bundle's ranker counts where no request says, [1, heads]; None for one.
+
+    Raises:
+        ValueError: the settings weigh a head that the ranker does not have.
+    """
+    weights = bundle.manifest["pipeline"].get("head_weights") or {}
+    heads = bundle.scorer.heads if bundle.scorer else ()
+    for name in weights:
+        if name not in heads:
+            raise ValueError(f"pipeline.head_weights names {name!r}; expected {choice(name, heads)}")
+    if not heads:
+        return None
+    if not weights:
+        return np.eye(1, len(heads), dtype=np.float32)
+    return np.array([[weights.get(name, 0.0) for name in heads]], np.float32)
 
 
 def history_weights(bundle: Bundle, history: History) -> NDArray[np.float32]:

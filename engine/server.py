@@ -431,11 +431,12 @@ def recommend(
         seed=messages.read_seed(request),
         context=context,
         explain=request.explain,
+        head_weights=messages.read_head_weights(request, pipeline.heads),
     )
     assert trace.arrangement is not None
     response = pb.RecommendResponse(
         items=messages.write_items(items, catalog, trace.arrangement.explanation),
-        trace=messages.write_trace(trace, context.keys() - policy.context_keys),
+        trace=messages.write_trace(trace, context.keys() - policy.context_keys - pipeline.context_keys),
         arrangement=messages.write_arrangement(trace.arrangement, catalog),
     )
     if cache and key and not trace.degraded_stages:
@@ -494,17 +495,25 @@ def rank(pipeline: RecommendationPipeline, request: pb.RankRequest, budget: Budg
     catalog = pipeline.bundle.catalog
     visitor = pipeline.resolve_visitor(user_id, events)
     rows = catalog.rows(candidate_ids)
-    items, trace = pipeline.rank(visitor, rows[rows > 0], budget=budget)
+    items, trace = pipeline.rank(
+        visitor,
+        rows[rows > 0],
+        budget=budget,
+        now=_now(pipeline, request),
+        context=context,
+        head_weights=messages.read_head_weights(request, pipeline.heads),
+    )
     response = pb.RankResponse(
         items=messages.write_items(items, catalog),
         unknown_item_ids=[item_id for item_id, row in zip(candidate_ids, rows, strict=True) if not row],
-        trace=messages.write_trace(trace, context),
+        trace=messages.write_trace(trace, context.keys() - pipeline.context_keys),
     )
     return Reply(response, trace)
 
 
 def _now(
-    pipeline: RecommendationPipeline, request: pb.RecommendRequest | pb.SimilarItemsRequest
+    pipeline: RecommendationPipeline,
+    request: pb.RecommendRequest | pb.SimilarItemsRequest | pb.RankRequest,
 ) -> int | None:
     """Return the time of a request; None for that of the bundle's newest event, where a shop has no now."""
     now = messages.read_now(request)

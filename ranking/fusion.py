@@ -1,6 +1,6 @@
-"""Fusion: hidden states of the sequence cross-attend to graph vectors.
+"""Fusion: hidden states of the sequence cross-attend to graph vectors, and are bent by the context.
 
-Shapes: B batch, T history, D dimension, G graph dimension.
+Shapes: B batch, T history, D dimension, G graph dimension, K keys of the context.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ranking.context import ContextTable
 from ranking.encoders.sasrec import causal_mask
 
 
@@ -63,3 +64,71 @@ class GraphCrossAttention(nn.Module):
         attended = weights[..., :-1] @ value + weights[..., -1:] * user_value
         fused: Tensor = states + self.dropout(self.out(attended))
         return fused
+
+
+class ContextFusion(nn.Module):
+    """Bends a state to the moment: state * (1 + scale) + shift, each a sum over the context's values.
+
+    FiLM (Perez et al., "FiLM: Visual Reasoning with a General Conditioning Layer", AAAI 2018, eq. 1).
+    The shift says what is wanted more at such a moment whoever asks, the scale which of the visitor's wishes
+    count.
+    All effects start at zero: training starts from the ranker without context.
+
+    Args:
+        dim: D.
+        table: the keys, and where their effects stand.
+        dropout: share of the values that count as unknown in training, so that the defaults are learned.
+    """
+
+    default_rows: Tensor
+
+    def __init__(self, dim: int, table: ContextTable, dropout: float) -> None:
+        super().__init__()
+        self.effects = nn.Embedding(table.num_rows, 2 * dim)
+        nn.init.zeros_(self.effects.weight)
+        self.register_buffer("default_rows", torch.from_numpy(table.defaults))
+        self.dropout = dropout
+
+    def forward(self, states: Tensor, rows: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        """Return the bent states [..., D].
+
+        Args:
+            states: [..., D].
+            rows: [..., K] int64 rows of the table; None where nothing is known of the moment.
+            weights: [..., K] float32 how often each row counts; needed with rows.
+        """
+        if rows is None or weights is None:
+            rows = self.default_rows.expand(*states.shape[:-1], -1)
+            weights = torch.ones_like(rows, dtype=states.dtype)
+        if self.training and self.dropout:
+            unknown = torch.rand(rows.shape, device=rows.device) < self.dropout
+            rows = torch.where(unknown, self.default_rows, rows)
+            weights = torch.where(unknown, 1.0, weights)
+        effect = (self.effects(rows) * weights.unsqueeze(-1)).sum(-2)
+        scale, shift = effect.chunk(2, dim=-1)
+        bent: Tensor = states * (1 + scale) + shift
+        return bent
+
+
+class HeadQueries(nn.Module):
+    """One query for each kind of event, over the same item vectors: state + W_k state + b_k.
+
+    So a score of any kind is an inner product, and a weighted sum of scores is the inner product with the
+    weighted sum of the queries. The heads start where the state is.
+
+    Args:
+        dim: D.
+        num_heads: K, beside the one that the state itself is.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.turn = nn.Linear(dim, num_heads * dim)
+        nn.init.zeros_(self.turn.weight)
+        nn.init.zeros_(self.turn.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return the queries [..., 1 + K, D] of states [..., D]: the state itself, then one for each head."""
+        own = states.unsqueeze(-2)
+        return torch.cat([own, own + self.turn(states).unflatten(-1, (self.num_heads, -1))], dim=-2)

@@ -3,19 +3,24 @@
 Two graphs, so that what a history comes to is worked out once in a request: retrieval searches with it, and
 scoring goes on from it. Neither holds a weight that the other has.
 
-Shape legend: B batch, T history, C candidates, D dimension, I items.
+Shape legend: B batch, T history, C candidates, D dimension, I items, K keys of the context.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from ranking.context import ContextTable, Encoded
+
 # The two graphs' inputs and outputs.
 STATE_INPUTS = ["history"]  # int64 [B, T], left-padded with 0
+CONTEXT_INPUTS = ["context_rows", "context_weights"]  # int64 and float32 [B, K], where K is not 0
+HEAD_INPUTS = ["head_weights"]  # float32 [B, heads], where there are several
 STATE_OUTPUTS = ["state"]  # float32 [B, D]
 SCORES_INPUTS = ["state", "candidates"]  # float32 [B, D]; int64 [B or 1, C]
 SCORES_OUTPUTS = ["scores"]  # float32 [B, C]
@@ -32,7 +37,8 @@ class OnnxScorer:
 
         Args:
             state_path: an ONNX file from STATE_INPUTS to STATE_OUTPUTS, with the metadata "history_length"
-                and "num_items".
+                and "num_items". Where it has the metadata "context" (ContextTable.to_json), CONTEXT_INPUTS
+                are inputs too, and where it has "heads" (a JSON list of names), HEAD_INPUTS.
             scores_path: an ONNX file from SCORES_INPUTS to SCORES_OUTPUTS, with the metadata "num_items".
             num_threads: CPU threads of one call. Calls that run at once fight for them: under load 1 is best.
 
@@ -42,8 +48,22 @@ class OnnxScorer:
         """
         if num_threads < 1:
             raise ValueError(f"num_threads is {num_threads}; expected at least 1")
-        self._state = _open(state_path, num_threads, STATE_INPUTS, STATE_OUTPUTS)
-        self._scores = _open(scores_path, num_threads, SCORES_INPUTS, SCORES_OUTPUTS)
+        self._state = _open(state_path, num_threads)
+        told = self._state.get_modelmeta().custom_metadata_map.get("context", "[]")
+        self.context = ContextTable.from_json(told)  # what the ranker knows of the moment
+        # What a score is the weighted sum of; the first alone where nobody says. Empty: there is one score.
+        self.heads = _names(self._state, state_path, "heads")
+        sizes = dict.fromkeys(CONTEXT_INPUTS if len(self.context) else [], len(self.context))
+        sizes |= dict.fromkeys(HEAD_INPUTS if self.heads else [], len(self.heads))
+        inputs = [*STATE_INPUTS, *sizes]
+        _check_nodes(self._state, state_path, inputs, STATE_OUTPUTS)
+        for node in self._state.get_inputs():
+            if node.shape[1] != (expected := sizes.get(node.name, node.shape[1])):
+                raise ValueError(
+                    f"{state_path}: {node.name} has {node.shape[1]} columns; expected {expected}"
+                )
+        self._scores = _open(scores_path, num_threads)
+        _check_nodes(self._scores, scores_path, SCORES_INPUTS, SCORES_OUTPUTS)
         self.history_length = _number(self._state, state_path, "history_length")  # events it looks at
         self.num_items = _number(self._scores, scores_path, "num_items")  # I: rows 1..I have scores
         found = _number(self._state, state_path, "num_items")
@@ -58,29 +78,53 @@ class OnnxScorer:
         """The onnxruntime execution providers in use, the preferred one first."""
         return tuple(self._state.get_providers())
 
-    def score(self, history: NDArray[np.integer], candidates: NDArray[np.integer]) -> NDArray[np.float32]:
+    def score(
+        self,
+        history: NDArray[np.integer],
+        candidates: NDArray[np.integer],
+        context: Encoded | None = None,
+        head_weights: NDArray[np.floating] | None = None,
+    ) -> NDArray[np.float32]:
         """Return the score of each candidate: [B, C] float32, higher is better.
 
         Args:
             history: [B, T] item rows, oldest first, left-padded with 0; of more than `history_length`
                 the newest count. A row of zeros, or T = 0, is a visitor without a history: scored as well.
             candidates: [B, C] item rows in any order, or [1, C]: the same for every history.
+            context: of the moment, [B, K] each (`self.context`); None where nothing is known of it.
+            head_weights: [B, heads], of each of `self.heads`; None asks for the first alone.
 
         Raises:
             ValueError: on other shapes, numbers that are no integers, or rows outside 0..I.
         """
         if candidates.ndim == 2 and len(candidates) not in (1, len(history)):
             raise ValueError(f"history is for {len(history)} users, candidates for {len(candidates)}")
-        return self.score_states(self.user_states(history), candidates)
+        return self.score_states(self.user_states(history, context, head_weights), candidates)
 
-    def user_states(self, history: NDArray[np.integer]) -> NDArray[np.float32]:
-        """Return what the model makes of each history: [B, D] float32. Takes `history` as `score` does."""
+    def user_states(
+        self,
+        history: NDArray[np.integer],
+        context: Encoded | None = None,
+        head_weights: NDArray[np.floating] | None = None,
+    ) -> NDArray[np.float32]:
+        """Return what the model makes of each history: [B, D] float32. Takes all as `score` does."""
         history = self._check_rows("history", history)
         history = (
             history[:, -self.history_length :] if history.shape[1] else np.zeros((len(history), 1), np.int64)
         )
         states: NDArray[np.float32]
-        (states,) = self._state.run(STATE_OUTPUTS, {"history": np.ascontiguousarray(history)})
+        inputs: dict[str, NDArray[np.generic]] = {"history": np.ascontiguousarray(history)}
+        if len(self.context):
+            inputs |= self._checked(context or self.context.unknown(len(history)), len(history))
+        if self.heads:
+            if head_weights is None:
+                head_weights = np.tile(np.eye(1, len(self.heads)), (len(history), 1))
+            if head_weights.shape != (len(history), len(self.heads)):
+                raise ValueError(
+                    f"head_weights has shape {head_weights.shape}; expected {(len(history), len(self.heads))}"
+                )
+            inputs["head_weights"] = np.ascontiguousarray(head_weights, np.float32)
+        (states,) = self._state.run(STATE_OUTPUTS, inputs)
         return states
 
     def score_states(
@@ -107,6 +151,20 @@ class OnnxScorer:
         (scores,) = self._scores.run(SCORES_OUTPUTS, inputs)
         return scores
 
+    def _checked(self, context: Encoded, batch_size: int) -> dict[str, NDArray[np.generic]]:
+        expected = (batch_size, len(self.context))
+        rows, weights = context
+        if rows.shape != expected or weights.shape != expected:
+            raise ValueError(f"context has the shapes {rows.shape} and {weights.shape}; expected {expected}")
+        if rows.size and not 0 <= rows.min() <= rows.max() < self.context.num_rows:
+            raise ValueError(
+                f"context holds rows {rows.min()} to {rows.max()}; expected 0 to {self.context.num_rows - 1}"
+            )
+        return {
+            "context_rows": np.ascontiguousarray(rows, np.int64),
+            "context_weights": np.ascontiguousarray(weights, np.float32),
+        }
+
     def _scores_dim(self) -> int:
         return int(next(node.shape[1] for node in self._scores.get_inputs() if node.name == "state"))
 
@@ -123,13 +181,18 @@ class OnnxScorer:
         return np.ascontiguousarray(rows, np.int64)
 
 
-def _open(path: str | Path, num_threads: int, inputs: list[str], outputs: list[str]) -> ort.InferenceSession:
+def _open(path: str | Path, num_threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
     available = ort.get_available_providers()
     providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
-    session = ort.InferenceSession(str(path), options, providers=providers)
+    return ort.InferenceSession(str(path), options, providers=providers)
+
+
+def _check_nodes(
+    session: ort.InferenceSession, path: str | Path, inputs: list[str], outputs: list[str]
+) -> None:
     for kind, nodes, expected in (
         ("inputs", session.get_inputs(), inputs),
         ("outputs", session.get_outputs(), outputs),
@@ -137,7 +200,6 @@ def _open(path: str | Path, num_threads: int, inputs: list[str], outputs: list[s
         found = [node.name for node in nodes]
         if sorted(found) != sorted(expected):
             raise ValueError(f"{path} has the {kind} {', '.join(found)}; expected {', '.join(expected)}")
-    return session
 
 
 def _number(session: ort.InferenceSession, path: str | Path, key: str) -> int:
@@ -145,3 +207,14 @@ def _number(session: ort.InferenceSession, path: str | Path, key: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"{path} has the metadata {key} {text!r}; expected a number of at least 1")
     return int(text)
+
+
+def _names(session: ort.InferenceSession, path: str | Path, key: str) -> tuple[str, ...]:
+    text = session.get_modelmeta().custom_metadata_map.get(key, "[]")
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path} has the metadata {key} {text!r}; expected a JSON list of names")
+    return tuple(names)

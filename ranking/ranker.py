@@ -1,35 +1,61 @@
 """HybridRanker: sequence states fused with graph vectors, then one score per candidate.
 
-Shapes: B batch, T history, C candidates, D dimension, G graph dimension, I items.
+Shapes: B batch, T history, C candidates, D dimension, G graph dimension, F content dimension, I items,
+K keys of the context.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from ranking.fusion import GraphCrossAttention
+from ranking.context import ContextTable
+from ranking.fusion import ContextFusion, GraphCrossAttention, HeadQueries
+
+NO_CONTEXT = ContextTable()
+NEXT = "next"  # the head of the next item, whatever the event
 
 
 class HybridRanker(nn.Module):
     """Scores candidates for a history; candidates never see each other.
 
-    A history starts with a learned start token, so an empty one has a state too. The sequence encoder turns
-    the history into states, the states cross-attend to the graph vectors, and a candidate's score is the
-    inner product of the last state with the candidate's vector: its id embedding plus its projected graph
-    vector. Because a score is an inner product, training can afford the softmax over the whole catalog.
+    An item's vector is its id embedding plus its projected graph vector plus its projected content vector, on
+    the side of the candidates and of the history alike. A history starts with a learned start token, so an
+    empty one has a state too. The sequence encoder turns the history into states, the states cross-attend to
+    the graph vectors, the context of the moment bends them, and a candidate's score is the inner product of
+    the last state with the candidate's vector. Because a score is an inner product, training can afford the
+    softmax over the whole catalog, and serving needs one table of vectors, whatever they are made of.
+
+    An item that training never saw has no id embedding: a learned vector that stands for all such items takes
+    its place, and what is left is what graph and content say. Where there is content, training treats some
+    items, drawn anew in each step, as if they were new (DropoutNet, Volkovs et al., NIPS 2017): without id
+    and graph vector, which most new items lack too. So the stand-in is learned, and content suffices.
 
     Args:
         encoder: a SequenceEncoder with attributes `dim` and `max_length`:
             forward(items [B, T], vectors [B, T, D]) -> [B, T, D].
         graph_vectors: [I+1, G] float32, row 0 zeros; kept frozen. None leaves the graph out.
         item_degrees: [I+1] training interactions of each item; needed with graph_vectors.
-        num_items: I; needed without graph_vectors.
+        content_vectors: [I+1, F] float32, row 0 and items of which nothing is known zeros; kept frozen. None
+            leaves the content out.
+        is_trained: [I+1] bool, the items that training has events of. None: all.
+        num_items: I; needed without graph_vectors and content_vectors.
+        context: the keys of the context; the ranker has no context where there are none.
+        heads: kinds of events that have a query of their own, beside the next item whatever the event. None:
+            the state is all that candidates are scored with.
         dropout: on graph vectors and on the fusion's output.
+        content_dropout: on content vectors.
+        id_dropout: share of the items with content that are treated as new in a step of training.
+        context_dropout: share of the context's values that count as unknown, in training.
     """
 
     graph_vectors: Tensor
     fold_weights: Tensor
+    content_vectors: Tensor
+    has_id: Tensor
+    may_be_new: Tensor
 
     def __init__(
         self,
@@ -37,71 +63,179 @@ class HybridRanker(nn.Module):
         *,
         graph_vectors: Tensor | None = None,
         item_degrees: Tensor | None = None,
+        content_vectors: Tensor | None = None,
+        is_trained: Tensor | None = None,
         num_items: int | None = None,
+        context: ContextTable = NO_CONTEXT,
+        heads: Sequence[str] = (),
         dropout: float = 0.5,
+        content_dropout: float = 0.5,
+        id_dropout: float = 0.0,
+        context_dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        if graph_vectors is not None:
-            if item_degrees is None or len(item_degrees) != len(graph_vectors):
-                raise ValueError("item_degrees must be given with graph_vectors, one number a row")
-            num_items = len(graph_vectors) - 1
+        if graph_vectors is not None and (item_degrees is None or len(item_degrees) != len(graph_vectors)):
+            raise ValueError("item_degrees must be given with graph_vectors, one number a row")
+        given = {"graph_vectors": graph_vectors, "content_vectors": content_vectors, "is_trained": is_trained}
+        for name, rows in given.items():
+            if rows is None:
+                continue
+            if num_items is not None and len(rows) != num_items + 1:
+                raise ValueError(
+                    f"{name} has {len(rows)} rows; expected {num_items + 1}, one more than items"
+                )
+            num_items = len(rows) - 1
         if num_items is None:
             raise ValueError("num_items must be given where graph_vectors are not")
         dim = int(encoder.dim)  # type: ignore[arg-type]
         self.num_items = num_items
         self.history_length = int(encoder.max_length) - 1  # type: ignore[arg-type]
         self.encoder = encoder
+        self.id_dropout = id_dropout
         # Row 0 is padding and row I+1 the start token.
         self.embedding = nn.Embedding(num_items + 2, dim, padding_idx=0)
         nn.init.normal_(self.embedding.weight[1:], std=dim**-0.5)
+        self.unknown_id = nn.Parameter(torch.zeros(dim))
+        trained = torch.ones(num_items + 1, dtype=torch.bool) if is_trained is None else is_trained.bool()
+        has_id = torch.cat([trained, torch.ones(1, dtype=torch.bool)])
+        has_id[0] = True
+        self.register_buffer("has_id", has_id)
         self.fusion: GraphCrossAttention | None = None
         if graph_vectors is not None and item_degrees is not None:
-            # Brought to unit mean square, so that the layers' initial scale fits any graph encoder.
-            scale = graph_vectors[1:].square().mean().sqrt().clamp(min=1e-12)
-            start = graph_vectors.new_zeros(1, graph_vectors.shape[1])
-            self.register_buffer("graph_vectors", torch.cat([graph_vectors / scale, start]))
+            self.register_buffer("graph_vectors", _unit_scale(graph_vectors))
             weights = item_degrees.clamp(min=1).rsqrt()
             weights[0] = 0.0
             self.register_buffer("fold_weights", torch.cat([weights, weights.new_zeros(1)]))
             self.fusion = GraphCrossAttention(dim, graph_vectors.shape[1], dropout)
-            self.item_projection = nn.Linear(graph_vectors.shape[1], dim, bias=False)
-            nn.init.normal_(self.item_projection.weight, std=0.3 * (dim * graph_vectors.shape[1]) ** -0.5)
+            self.item_projection = _projection(graph_vectors.shape[1], dim)
             self.graph_dropout = nn.Dropout(dropout)
+        self.content_projection: nn.Linear | None = None
+        if content_vectors is not None:
+            self.register_buffer("content_vectors", _unit_scale(content_vectors))
+            self.content_projection = _projection(content_vectors.shape[1], dim)
+            self.content_dropout = nn.Dropout(content_dropout)
+        may_be_new = torch.zeros(num_items + 2, dtype=torch.bool)
+        if content_vectors is not None:
+            may_be_new[1:-1] = content_vectors[1:].any(dim=1)
+        self.register_buffer("may_be_new", may_be_new, persistent=False)
+        self.context = context
+        self.context_fusion: ContextFusion | None = None
+        if len(context):
+            self.context_fusion = ContextFusion(dim, context, context_dropout)
+        self.heads: tuple[str, ...] = (NEXT, *heads) if heads else ()
+        self.head_queries = HeadQueries(dim, len(heads)) if heads else None
+
+    def vectors(self, rows: Tensor) -> Tensor:
+        """Return the vectors of items, [..., D]: what they are scored with, and what a history is read from.
+
+        Args:
+            rows: [...] int64 item rows; row 0 is padding and has the zero vector, row I+1 the start token.
+        """
+        has_id, as_new = self.has_id[rows], None
+        if self.training and self.id_dropout:
+            as_new = torch.rand(rows.shape, device=rows.device) < self.id_dropout
+            as_new &= self.may_be_new[rows]
+            has_id = has_id & ~as_new
+        vectors: Tensor = torch.where(has_id.unsqueeze(-1), self.embedding(rows), self.unknown_id)
+        if self.fusion is not None:
+            graph = self.graph_vectors[rows]
+            if as_new is not None:
+                graph = graph * ~as_new.unsqueeze(-1)
+            vectors = vectors + self.item_projection(self.graph_dropout(graph))
+        if self.content_projection is not None:
+            vectors = vectors + self.content_projection(self.content_dropout(self.content_vectors[rows]))
+        return vectors
+
+    def all_vectors(self) -> Tensor:
+        """Return `vectors` of every row, [I+2, D]: all that serving needs of them."""
+        return self.vectors(torch.arange(self.num_items + 2, device=self.embedding.weight.device))
 
     def item_vectors(self) -> Tensor:
         """Return what candidates are scored with, [I+1, D]; row 0 is padding."""
-        vectors = self.embedding.weight[:-1]
-        if self.fusion is not None:
-            vectors = vectors + self.item_projection(self.graph_dropout(self.graph_vectors[:-1]))
-        return vectors
+        return self.all_vectors()[:-1]
 
-    def states(self, history: Tensor) -> Tensor:
-        """Return the state after the start token and after each event, [B, T+1, D].
+    def states(self, history: Tensor, table: Tensor | None = None) -> Tensor:
+        """Return the state after the start token and after each event, [B, T+1, D], whatever the context.
 
         Args:
             history: [B, T] int64 item rows 1..I, oldest first, padded on the left with 0.
+            table: all_vectors(), where they are worked out already.
         """
         start = self.num_items + 1
         items = torch.cat([torch.full_like(history[:, :1], start), history], dim=1)
         # Padding looks like the start token and sees nothing else, so its state is the start token's: the
         # last state of a history of nothing but padding is that of an empty history.
         tokens = torch.where(items > 0, items, start)
-        vectors = self.embedding(tokens)
-        if self.fusion is None:
-            states: Tensor = self.encoder(items, vectors)
-            return states
-        graph = self.graph_vectors[tokens]
-        states = self.encoder(items, vectors + self.item_projection(self.graph_dropout(graph)))
-        fused: Tensor = self.fusion(states, items, graph, self.fold_weights[tokens])
-        return fused
+        states: Tensor = self.encoder(items, self.vectors(tokens) if table is None else table[tokens])
+        if self.fusion is not None:
+            states = self.fusion(states, items, self.graph_vectors[tokens], self.fold_weights[tokens])
+        return states
 
-    def forward(self, history: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the candidates' scores [B, C] and the users' states [B, D].
+    def in_context(self, states: Tensor, rows: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        """Return states [..., D] as the context bends them: what candidates are scored with.
+
+        Args:
+            states: [..., D], of `states`.
+            rows: [..., K] int64 and
+            weights: [..., K] float32, as ContextTable gives them; None where nothing is known of the moment.
+        """
+        if self.context_fusion is None:
+            return states
+        bent: Tensor = self.context_fusion(states, rows, weights)
+        return bent
+
+    def queries(self, states: Tensor) -> Tensor:
+        """Return the query of each of `heads`, [..., K, D], for states [..., D] of `in_context`."""
+        if self.head_queries is None:
+            return states.unsqueeze(-2)
+        queries: Tensor = self.head_queries(states)
+        return queries
+
+    def combined(self, states: Tensor, head_weights: Tensor | None = None) -> Tensor:
+        """Return the one query [..., D] whose scores are the weighted sums of the heads' scores.
+
+        Args:
+            states: [..., D], of `in_context`.
+            head_weights: [..., K], in the order of `heads`; None asks for the next item alone.
+        """
+        if head_weights is None:
+            return states
+        return (self.queries(states) * head_weights.unsqueeze(-1)).sum(-2)
+
+    def forward(
+        self,
+        history: Tensor,
+        candidates: Tensor,
+        context_rows: Tensor | None = None,
+        context_weights: Tensor | None = None,
+        head_weights: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the candidates' scores [B, C] and what they are scored with, [B, D].
 
         Args:
             history: [B, T] int64, T >= 1; see `states`.
             candidates: [B, C] int64 item rows.
+            context_rows: [B, K] int64; see `in_context`.
+            context_weights: [B, K] float32.
+            head_weights: [B, heads] float32; see `combined`.
         """
-        state = self.states(history)[:, -1]
+        state = self.in_context(self.states(history)[:, -1], context_rows, context_weights)
+        state = self.combined(state, head_weights)
         scores = (self.item_vectors()[candidates] @ state.unsqueeze(-1)).squeeze(-1)
         return scores, state
+
+
+def _unit_scale(vectors: Tensor) -> Tensor:
+    """Return vectors [I+1, N] at unit mean square, and a row of zeros for the start token: [I+2, N].
+
+    So the layers' initial scale fits whatever made the vectors. Rows of zeros have no say in the scale.
+    """
+    filled = vectors[1:][vectors[1:].any(dim=1)]
+    scale = filled.square().mean().sqrt().clamp(min=1e-12) if len(filled) else 1.0
+    return torch.cat([vectors / scale, vectors.new_zeros(1, vectors.shape[1])])
+
+
+def _projection(width: int, dim: int) -> nn.Linear:
+    layer = nn.Linear(width, dim, bias=False)
+    nn.init.normal_(layer.weight, std=0.3 * (dim * width) ** -0.5)
+    return layer

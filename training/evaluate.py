@@ -25,10 +25,11 @@ from engine.arguments import ArgumentParser
 from engine.bundle import Bundle, resolve_bundle
 from engine.history import left_padded
 from engine.item_list import largest
-from engine.pipeline import RecommendationPipeline, Visitor, query_vector
+from engine.pipeline import RecommendationPipeline, Visitor, default_head_weights, query_vector
 from engine.policies import item_facts
 from engine.policy_files import PolicyFiles
 from training import metrics
+from training.data.context import encoded_context
 from training.data.dataset import fingerprint
 from training.data.splits import Holdout, Protocol, Split, SplitOptions, load_split, split_as_trained
 from training.slices import DEFINITIONS, target_slices
@@ -194,6 +195,8 @@ class _Questions:
         self.rows = rows
         # A visitor asks when the first event to come is about to happen.
         self.times = holdout.events.timestamps[holdout.ends[rows]].tolist()
+        self.events, self.ends = holdout.events, holdout.ends[rows]
+        self.contexts = [holdout.events.context_at(int(end)) for end in self.ends]
         self.users = holdout.users[rows]
         self.visitor_histories = [holdout.history(int(q)) for q in rows]
         self.histories = [history.items for history in self.visitor_histories]
@@ -237,7 +240,12 @@ def _ranking_scores(bundle: Bundle, questions: _Questions) -> NDArray[np.float32
     assert bundle.scorer is not None
     history = left_padded(questions.histories, bundle.scorer.history_length)
     scores = np.empty((len(history), bundle.catalog.num_items + 1), np.float32)
-    scores[:, 1:] = bundle.scorer.score(history, np.arange(1, bundle.catalog.num_items + 1)[None])
+    context = encoded_context(bundle.scorer.context, questions.events, questions.ends)
+    everything = np.arange(1, bundle.catalog.num_items + 1)[None]
+    weights = default_head_weights(bundle)
+    if weights is not None:
+        weights = np.repeat(weights, len(history), axis=0)
+    scores[:, 1:] = bundle.scorer.score(history, everything, context, weights)
     return scores
 
 
@@ -268,9 +276,14 @@ def _slate_answers(pipeline: RecommendationPipeline, policy: str) -> Callable[[_
                 now=now if pipeline.has_clock else None,
                 policy=chosen,
                 seed=int(user),
+                context=context,
             ).items.rows
-            for user, history, now in zip(
-                questions.users, questions.visitor_histories, questions.times, strict=True
+            for user, history, now, context in zip(
+                questions.users,
+                questions.visitor_histories,
+                questions.times,
+                questions.contexts,
+                strict=True,
             )
         ]
         places = [metrics.places_in_list(s, t) for s, t in zip(slates, questions.targets, strict=True)]

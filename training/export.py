@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import warnings
@@ -23,11 +24,10 @@ from engine.history import EMPTY_HISTORY, USERS_SCHEMA, History, left_padded
 from engine.pipeline import DAY_MS, RecommendationPipeline, Visitor, weights_by_settings
 from ranking.ranker import HybridRanker
 from retrieval.fold_in import fold_in
-from retrieval.graph_matrix import truncated_svd
 from retrieval.item_index import DEFAULT_K, EXACT_KINDS, TUNING_QUERIES, IndexOptions, ItemIndex
 from retrieval.neighbours import item_neighbours
-from retrieval.new_items import content_vectors, tfidf
-from retrieval.sparse import SparseRows
+from retrieval.new_items import content_vectors
+from training.content import content_embedding, content_features
 from training.data.dataset import Dataset
 from training.data.interactions import Interactions
 from training.data.splits import SplitData
@@ -56,8 +56,6 @@ DEFAULT_POLICIES: dict[str, Any] = {
         }
     },
 }
-CONTENT_DIM = 64
-
 
 # Where a bundle's candidates come from unless the recipe says otherwise: chosen on the validation splits of
 # Amazon Beauty and Toys (benchmarks/results/README.md). The ranker's own search finds most of what it ranks
@@ -72,14 +70,22 @@ DEFAULT_SOURCES: list[dict[str, Any]] = [
 
 
 class _State(nn.Module):
-    """The half of a HybridRanker that reads a history."""
+    """The half of a HybridRanker that reads a history, with the items' vectors worked out.
+
+    Inputs behind the history: context_rows and context_weights where the ranker has a context, then
+    head_weights where it has heads.
+    """
 
     def __init__(self, ranker: HybridRanker) -> None:
         super().__init__()
         self.ranker = ranker
+        self.register_buffer("table", ranker.all_vectors().detach().clone())
 
-    def forward(self, history: Tensor) -> Tensor:
-        return self.ranker.states(history)[:, -1]
+    def forward(self, history: Tensor, *more: Tensor) -> Tensor:
+        state = self.ranker.states(history, self.table)[:, -1]  # type: ignore[arg-type]
+        if len(self.ranker.context):
+            state, more = self.ranker.in_context(state, *more[:2]), more[2:]
+        return self.ranker.combined(state, *more)
 
 
 class _Scores(nn.Module):
@@ -108,9 +114,10 @@ def export_ranker(
 ) -> dict[str, Any]:
     """Write a ranker into a directory: two ONNX graphs and an index over the vectors that it scores with.
 
-    ranker_state.onnx takes history [B, T] to state [B, D]; ranker_scores.onnx takes state [B, D] and
-    candidates [B or 1, C] to scores [B, C]. All axes but D are dynamic. A single row of candidates is scored
-    for every state of the batch.
+    ranker_state.onnx takes history [B, T], and where the ranker has them context_rows and context_weights
+    [B, K] and head_weights [B, heads], to state [B, D]; ranker_scores.onnx takes state [B, D] and candidates
+    [B or 1, C] to scores [B, C]. B, T and C are dynamic. A single row of candidates is scored for every state
+    of the batch.
 
     Args:
         ranker: on any device; it is left on the CPU, in float32 and in evaluation mode.
@@ -126,13 +133,25 @@ def export_ranker(
     history = torch.ones(2, 3, dtype=torch.int64)
     with torch.no_grad():
         vectors = ranker.item_vectors().detach()
+        inputs = {"history": history}
+        shapes: dict[str, Any] = {"history": {0: batch, 1: torch.export.Dim("length")}}
+        metadata: dict[str, Any] = {"history_length": ranker.history_length, "num_items": ranker.num_items}
+        if len(ranker.context):
+            rows, weights = ranker.context.unknown(2)
+            inputs |= {"context_rows": torch.from_numpy(rows), "context_weights": torch.from_numpy(weights)}
+            metadata["context"] = ranker.context.to_json()
+        if ranker.heads:
+            inputs["head_weights"] = torch.ones(2, len(ranker.heads))
+            metadata["heads"] = json.dumps(ranker.heads)
+        if len(inputs) > 1:
+            shapes["more"] = tuple({0: batch} for _ in range(len(inputs) - 1))
         _export_onnx(
             _State(ranker),
-            {"history": history},
+            inputs,
             "state",
-            {"history": {0: batch, 1: torch.export.Dim("length")}},
+            shapes,
             directory / RANKER_STATE,
-            {"history_length": ranker.history_length, "num_items": ranker.num_items},
+            metadata,
         )
         _export_onnx(
             _Scores(ranker),
@@ -143,7 +162,7 @@ def export_ranker(
             {"num_items": ranker.num_items},
         )
         padded = torch.from_numpy(left_padded(histories, ranker.history_length))
-        states = ranker.states(padded)[:, -1].numpy()
+        states = ranker.in_context(ranker.states(padded)[:, -1]).numpy()
     return write_index(directory / RANKER_INDEX, vectors.numpy(), options or IndexOptions(), states)
 
 
@@ -203,7 +222,7 @@ def _export_onnx(
     output: str,
     dynamic_shapes: dict[str, Any],
     path: Path,
-    metadata: dict[str, int],
+    metadata: dict[str, Any],
 ) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of every operator torchvision lacks
     with warnings.catch_warnings():
@@ -273,7 +292,10 @@ def export_bundle(
     def fill(directory: Path) -> dict[str, Any]:
         popularity = pl.Series("popularity", vectors["item_degrees"][1:], pl.Int64)
         histories = example_histories(data, NUM_EXAMPLES, seed=0)
-        items.with_columns(popularity).write_parquet(directory / "catalog.parquet")
+        known = items.drop(
+            "description", strict=False
+        )  # what the content vectors were made from, and no more
+        known.with_columns(popularity).write_parquet(directory / "catalog.parquet")
         _users_table(data).write_parquet(directory / "users.parquet")
         queries = folded_in(vectors, histories, pipeline, data.info.time)
         indexes = {ITEM_INDEX: write_index(directory / ITEM_INDEX, vectors["item_vectors"], options, queries)}
@@ -303,6 +325,8 @@ def export_bundle(
             "ranker": {
                 "kind": "none" if ranker is None else "ordered",
                 "history_length": 0 if ranker is None else ranker.history_length,
+                "context": [] if ranker is None else list(ranker.context.names),
+                "heads": [] if ranker is None else list(ranker.heads),
             },
             "pipeline": pipeline,
             "indexes": indexes,
@@ -341,61 +365,6 @@ def with_new_items(
     completed = item_vectors.copy()
     completed[new] = content_vectors(item_vectors, item_degrees, content_features(items), new)
     return completed
-
-
-def content_features(items: pl.DataFrame) -> SparseRows:
-    """Return what each item is described by, as TF-IDF [I+1, F]: words of the title, category, brand, ..."""
-    row = pl.int_range(1, pl.len() + 1, dtype=pl.Int32).alias("row")
-    values = {
-        "title": pl.col("title").str.to_lowercase().str.extract_all(r"\w+"),
-        "category": pl.col("category"),
-        "brand": pl.concat_list("brand"),
-        "attributes": pl.col("attributes"),
-    }
-    described = [
-        items.select(row, value.alias("value"))
-        .explode("value")
-        .drop_nulls()
-        # The column is part of the feature: a brand is no word of a title.
-        .select("row", pl.concat_str(pl.lit(f"{column} "), "value").alias("feature"))
-        for column, value in values.items()
-        if column in items.columns
-    ]
-    if not described:
-        return tfidf(np.zeros(0, np.int32), np.zeros(0, np.int32), items.height, 0)
-    features = pl.concat(described)
-    codes = features["feature"].rank("dense").cast(pl.Int32).to_numpy() - 1
-    return tfidf(features["row"].to_numpy(), codes, items.height, int(codes.max(initial=-1)) + 1)
-
-
-def content_embedding(features: SparseRows, dim: int = CONTENT_DIM) -> NDArray[np.float32]:
-    """Return what items are described by as short vectors [I+1, C], C at most `dim`; no features give zeros.
-
-    Latent semantic analysis (Deerwester et al. 1990): the leading singular vectors of the TF-IDF matrix, each
-    times its singular value, so that cosines of rows are close to those of the features.
-
-    Args:
-        features: [I+1, F], rows of length 1 or empty (`content_features`).
-        dim: C, where there are as many items and features.
-    """
-    rank = min(dim, len(features), features.num_columns)
-    if not rank:
-        return np.zeros((len(features), 1), np.float32)
-    with warnings.catch_warnings():  # "CSR is in beta"
-        warnings.simplefilter("ignore", UserWarning)
-        matrix = torch.sparse_csr_tensor(
-            torch.from_numpy(features.offsets),
-            torch.from_numpy(features.columns.astype(np.int64)),
-            torch.from_numpy(features.values),
-            (len(features), features.num_columns),
-        )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        torch.manual_seed(0)
-        left, values, _ = truncated_svd(matrix, rank)
-    vectors = np.ascontiguousarray((left * values).numpy(), np.float32)
-    vectors[np.diff(features.offsets) == 0] = 0  # not just nearly: a rule for variety looks at directions
-    return vectors
 
 
 def recent_popularity(train: Interactions, window_days: float | None) -> NDArray[np.int64]:
@@ -441,11 +410,24 @@ def verify_bundle(bundle: Bundle, ranker: HybridRanker | None, data: SplitData) 
         if length > 0:
             row[-length:] = rng.choice(known, length)
     candidates = rng.integers(1, len(items), (len(lengths), min(200, len(items) - 1)))
+    table = ranker.context
+    context = table.unknown(len(history))
+    for place, (key, default) in enumerate(zip(table.keys, table.defaults, strict=True)):
+        context.rows[:, place] = default + rng.integers(0, key.num_rows, len(history))
+        context.weights[:, place] = rng.uniform(0.5, 1.5, len(history))
+    # Without heads there is nothing to weigh.
+    weights = (
+        rng.uniform(0, 1, (len(history), len(ranker.heads))).astype(np.float32) if ranker.heads else None
+    )
+    tensors = map(torch.from_numpy, (history, candidates, *context, *([weights] if ranker.heads else [])))
     with torch.no_grad():
-        scores, states = ranker(torch.from_numpy(history), torch.from_numpy(candidates))
+        scores, states = ranker(*tensors)
         fused = ranker.item_vectors().detach().numpy()
-    _check_close("ONNX states differ from torch", bundle.scorer.user_states(history), states.numpy())
-    _check_close("ONNX scores differ from torch", bundle.scorer.score(history, candidates), scores.numpy())
+    _check_close(
+        "ONNX states differ from torch", bundle.scorer.user_states(history, context, weights), states.numpy()
+    )
+    found = bundle.scorer.score(history, candidates, context, weights)
+    _check_close("ONNX scores differ from torch", found, scores.numpy())
     asked = bundle.scorer.user_states(left_padded([history.items for history in histories], longest))
     _check_index(RANKER_INDEX, bundle.ranker_index, asked, fused, options)
 

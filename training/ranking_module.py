@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,17 +12,28 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from engine.history import left_padded
+from engine.history import EVENT_CODE, left_padded
 from ranking.encoders.sasrec import SASRec
 from ranking.ranker import HybridRanker
 from training.data.modules import QuestionBatch, RankingData
 from training.data.sequences import SequenceBatch
-from training.losses import full_softmax_loss, sampled_softmax_loss
+from training.losses import sampled_softmax_loss
 from training.metrics import mean_accuracy
 
 # Above this the softmax over the whole catalog costs more than it brings, and negatives are sampled.
 FULL_SOFTMAX_ITEMS = 50_000
 RANKING_EPOCHS = 24  # by default: how long the learning rate takes to fall to zero
+
+
+def check_heads(heads: Sequence[str], event_types: Sequence[str]) -> None:
+    """Raise ValueError unless each head is an event type that training has, and is there once."""
+    for name in heads:
+        if name not in event_types:
+            raise ValueError(
+                f"heads names {name!r}, of which training has no event; it has {', '.join(event_types)}"
+            )
+    if len(set(heads)) != len(heads):
+        raise ValueError(f"heads is {', '.join(heads)}; expected each once")
 
 
 class RankingModule(L.LightningModule):
@@ -33,12 +44,21 @@ class RankingModule(L.LightningModule):
             path and its keywords.
         embeddings: safetensors file with item_vectors [I+1, G] and item_degrees [I+1] (stage one writes it).
             None trains the sequence model alone.
+        content: safetensors file with content_vectors [I+1, F] (`python -m training.content`). None leaves
+            out what items are.
         loss: "full": softmax over the catalog; "sampled": over shared uniform negatives; "auto": full up to
             50,000 items.
         num_negatives: of the sampled loss.
+        heads: kinds of events, such as [cart, purchase], that candidates are scored for as well. Beside them
+            there is always "next", the next item whatever the event. What counts how much is for
+            pipeline.head_weights and for each request to say.
         learning_rate: of Adam.
         schedule: "linear" lets the learning rate fall to zero over the epochs; "constant" does not.
         dropout: on graph vectors and on the fusion's output.
+        content_dropout: on content vectors.
+        id_dropout: share of the items that are treated as new in a step, so that new ones are scored well;
+            with content alone.
+        context_dropout: share of the context's values that are left out of a step.
     """
 
     ranker: HybridRanker
@@ -47,16 +67,29 @@ class RankingModule(L.LightningModule):
         self,
         encoder: Callable[[int], nn.Module] = SASRec,
         embeddings: Path | None = None,
+        content: Path | None = None,
         loss: Literal["auto", "full", "sampled"] = "auto",
         num_negatives: int = 4096,
+        heads: list[str] | None = None,
         learning_rate: float = 2e-3,
         schedule: Literal["constant", "linear"] = "linear",
         dropout: float = 0.5,
+        content_dropout: float = 0.5,
+        id_dropout: float = 0.05,
+        context_dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        self.make_encoder, self.embeddings, self.dropout = encoder, embeddings, dropout
+        self.make_encoder, self.embeddings, self.content = encoder, embeddings, content
+        self.dropouts = {
+            "dropout": dropout,
+            "content_dropout": content_dropout,
+            "id_dropout": id_dropout,
+            "context_dropout": context_dropout,
+        }
         self.loss, self.num_negatives, self.learning_rate = loss, num_negatives, learning_rate
         self.schedule = schedule
+        self.heads = tuple(heads or ())
+        self._possible: Tensor | None = None  # [N] rows, worked out at the first step
 
     @property
     def data(self) -> RankingData:
@@ -69,17 +102,26 @@ class RankingModule(L.LightningModule):
         if hasattr(self, "ranker"):
             return
         graph = load_file(self.embeddings) if self.embeddings is not None else {}
-        if graph and len(graph["item_vectors"]) != self.data.num_items + 1:
-            raise ValueError(
-                f"{self.embeddings} has {len(graph['item_vectors']) - 1} items; the data set has "
-                f"{self.data.num_items}: train stage one on this data set first"
-            )
+        content = load_file(self.content) if self.content is not None else {}
+        for file, rows, how in (
+            (self.embeddings, graph.get("item_vectors"), "train stage one on this data set first"),
+            (self.content, content.get("content_vectors"), "make it with `python -m training.content`"),
+        ):
+            if rows is not None and len(rows) != self.data.num_items + 1:
+                raise ValueError(
+                    f"{file} has {len(rows) - 1} items; the data set has {self.data.num_items}: {how}"
+                )
+        check_heads(self.heads, self.data.event_types)
         self.ranker = HybridRanker(
             self.make_encoder(self.data.history_length + 1),
             graph_vectors=graph.get("item_vectors"),
             item_degrees=graph.get("item_degrees"),
+            content_vectors=content.get("content_vectors"),
+            is_trained=self.data.is_trained,
             num_items=self.data.num_items,
-            dropout=self.dropout,
+            context=self.data.context,
+            heads=self.heads,
+            **self.dropouts,
         )
 
     def configure_optimizers(self) -> Any:
@@ -99,16 +141,51 @@ class RankingModule(L.LightningModule):
     def training_step(self, batch: SequenceBatch, batch_index: int) -> Tensor:
         """Return the loss over all places of a batch that have something to predict."""
         known = batch.targets > 0
-        states, targets = self.ranker.states(batch.history)[known], batch.targets[known]
-        vectors = self.ranker.item_vectors()
+        targets = batch.targets[known]
+        states = self.ranker.in_context(
+            self.ranker.states(batch.history)[known],
+            batch.context_rows[known],
+            batch.context_weights[known],
+        )
+        if self.heads:
+            states, targets = self._of_every_head(states, targets, batch.target_kinds[known])
+        possible = self._possible_rows(targets.device)
         full = self.loss == "full" or (self.loss == "auto" and self.data.num_items <= FULL_SOFTMAX_ITEMS)
         if full:
-            loss = full_softmax_loss(states, vectors, targets)
+            loss = sampled_softmax_loss(states, self.ranker.item_vectors(), targets, possible)
         else:
-            negatives = torch.randint(1, len(vectors), (self.num_negatives,), device=targets.device)
-            loss = sampled_softmax_loss(states, vectors, targets, negatives)
+            drawn = possible[torch.randint(len(possible), (self.num_negatives,), device=targets.device)]
+            # Vectors of these items alone are made: a catalog may have millions.
+            rows, place = torch.unique(torch.cat([targets, drawn]), return_inverse=True)
+            loss = sampled_softmax_loss(
+                states, self.ranker.vectors(rows), place[: len(targets)], place[len(targets) :]
+            )
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(targets))
         return loss
+
+    def _of_every_head(self, states: Tensor, targets: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the queries of all heads, each where its kind of event came, and their targets.
+
+        An example of one head counts as much as one of another, so a rare kind of event moves the shared
+        vectors little.
+        """
+        queries = self.ranker.queries(states)
+        came = torch.ones(queries.shape[:-1], dtype=torch.bool, device=kinds.device)
+        for place, name in enumerate(self.heads, start=1):
+            came[:, place] = (kinds & (1 << EVENT_CODE[name])) > 0
+        return queries[came], targets.unsqueeze(1).expand(-1, queries.shape[1])[came]
+
+    def _possible_rows(self, device: torch.device) -> Tensor:
+        """Return the rows that a target is told apart from.
+
+        An item that training never saw is no negative: nothing says that it was not wanted, and what is
+        known of it would be learned to be unwanted. Without content nothing is known, and it is to stay below
+        the others.
+        """
+        if self._possible is None or self._possible.device != device:
+            possible = self.ranker.has_id[1:-1] | (self.ranker.content_projection is None)
+            self._possible = (possible.nonzero().squeeze(1) + 1).to(device)
+        return self._possible
 
     def on_validation_epoch_start(self) -> None:
         """Make the candidates' vectors once for the whole epoch."""
@@ -126,7 +203,9 @@ class RankingModule(L.LightningModule):
 
     def _log_accuracy(self, batch: QuestionBatch, part: str) -> None:
         history = torch.from_numpy(left_padded(batch.histories, self.ranker.history_length))
-        states = self.ranker.states(history.to(self.device))[:, -1].float()
+        rows, weights = (torch.from_numpy(array).to(self.device) for array in batch.context)
+        states = self.ranker.states(history.to(self.device))[:, -1]
+        states = self.ranker.in_context(states, rows, weights).float()
         scores = (states @ self._item_vectors.T).float().cpu().numpy()
         metrics = mean_accuracy(
             scores, batch.histories, batch.targets, (10,), repeats=self.data.split.repeats

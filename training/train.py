@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -21,13 +22,14 @@ from safetensors.numpy import load_file, save_file
 from engine.catalog import Catalog
 from engine.pipeline import check_settings
 from engine.policies import check_policies
-from ranking.ranker import HybridRanker
+from ranking.ranker import NEXT, HybridRanker
 from retrieval.item_index import IndexOptions
+from training.content import ContentOptions, encoder_name, write_content
 from training.data.dataset import Dataset
 from training.data.modules import RankingData, RetrievalData
 from training.data.splits import Split, SplitOptions, final_split, load_split
 from training.export import DEFAULT_POLICIES, DEFAULT_SOURCES, export_bundle
-from training.ranking_module import RANKING_EPOCHS, RankingModule
+from training.ranking_module import RANKING_EPOCHS, RankingModule, check_heads
 from training.retrieval_module import RETRIEVAL_EPOCHS, RetrievalModule
 from training.stages import (
     MONITOR,
@@ -40,14 +42,15 @@ from training.stages import (
     refit_stage,
 )
 
-EMBEDDINGS, CHOSEN = "embeddings.safetensors", "chosen.json"
+EMBEDDINGS, CONTENT, CHOSEN = "embeddings.safetensors", "content.safetensors", "chosen.json"
 
 DESCRIPTION = """\
 Train both stages on a data set directory and publish a bundle.
 
 Stage one fits LightGCN to the graph of training events; stage two fits a Transformer ranker to the histories,
-on the vectors of stage one. Validation chooses the epochs of each; then both are fitted again, for as many
-epochs, on train and validation together. --no-refit leaves that out. No fit learns from test events.
+on the vectors of stage one and what the catalog says of the items. Validation chooses the epochs of each;
+then both are fitted again, for as many epochs, on train and validation together. --no-refit leaves that out.
+No fit learns from test events.
 The bundle is verified (ONNX against torch, FAISS against brute force) before it appears in OUT.
 
   trirank train data/beauty --out bundles
@@ -74,6 +77,8 @@ class PipelineOptions:
         half_life_days: the same in days, where the data has times.
         index: the kind of index to search with, and how much of the best it must find; there is one over the
             graph vectors and one over the ranker's. A k of null is num_candidates.
+        head_weights: how much each head of the ranker counts where a request does not say, such as {next: 1,
+            purchase: 3}; of ranking.model.heads and "next". Empty: the next item alone.
         num_neighbours: how many neighbours the bundle holds of each item.
         popular_window_days: popular is what is popular in the last days of the training data; null, and data
             without times, count all of it.
@@ -88,6 +93,7 @@ class PipelineOptions:
     half_life_events: float | None = 3.0
     half_life_days: float | None = None
     index: IndexOptions = field(default_factory=IndexOptions)
+    head_weights: dict[str, float] = field(default_factory=dict)
     num_neighbours: int = 200
     popular_window_days: float | None = 30.0
     policies: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(DEFAULT_POLICIES))
@@ -119,6 +125,7 @@ def build_parser() -> LightningArgumentParser:
         "--no-refit: the strict protocol, where the model never learns from what validation asks for.",
     )
     parser.add_class_arguments(SplitOptions, "split")
+    parser.add_class_arguments(ContentOptions, "content")
     for stage, module, data, epochs in (
         ("retrieval", RetrievalModule, RetrievalData, RETRIEVAL_EPOCHS),
         ("ranking", RankingModule, RankingData, RANKING_EPOCHS),
@@ -129,7 +136,7 @@ def build_parser() -> LightningArgumentParser:
             default=epochs,  # what a falling rate settles in the last epochs is worth having
             help="Validations, 50 steps apart at least, without a better one until the end.",
         )
-        parser.add_class_arguments(module, f"{stage}.model", skip={"embeddings"})
+        parser.add_class_arguments(module, f"{stage}.model", skip={"embeddings", "content"})
         parser.add_class_arguments(data, f"{stage}.data", skip={"directory", "split"}, instantiate=False)
         parser.add_lightning_class_args(L.Trainer, f"{stage}.trainer")
         parser.set_defaults(
@@ -176,7 +183,8 @@ def recipe_of(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
 
     A run is resumed, and a bundle reproduced, by these alone.
     """
-    settings = json.loads(parser.dump(config, format="json"))
+    settings: dict[str, Any] = json.loads(parser.dump(config, format="json"))
+    settings["content"].pop("cache", None)
     where = ("config", "dataset", "out", "runs", "resume")
     return {key: value for key, value in settings.items() if key not in where}
 
@@ -200,6 +208,11 @@ def train(
     """
     # What can be wrong is found before the training, not after it.
     check_settings(recipe["pipeline"])
+    heads = recipe["ranking"]["model"].get("heads") or []
+    for name in recipe["pipeline"]["head_weights"]:
+        if name not in (NEXT, *heads) or not heads:
+            known = f"one of {', '.join((NEXT, *heads))}" if heads else "none without ranking.model.heads"
+            raise ValueError(f"pipeline.head_weights names {name!r}; expected {known}")
     refit: bool = recipe["refit"]
     for stage in ("retrieval", "ranking") if refit else ():
         max_steps = recipe[stage]["trainer"]["max_steps"]
@@ -211,6 +224,7 @@ def train(
     dataset = Dataset.open(directory)
     check_policies(recipe["pipeline"]["policies"], Catalog(dataset.items.collect()))
     data = load_split(directory, settings().split)
+    check_heads(heads, data.split.train.wanted_types)
     run = _run_directory(runs, dataset, recipe, resume)
     split = data.split
     _say(
@@ -225,6 +239,7 @@ def train(
             "those that it trains on (leave-one-out: at least 3 different items)"
         )
 
+    content = content_of(directory, settings().content, run) if split.ordered else None
     num_fits = (2 if split.ordered else 1) * (2 if refit else 1)
     step = iter(f"fit {number} of {num_fits}" for number in range(1, num_fits + 1))
     chosen: dict[str, Chosen] = {}
@@ -240,7 +255,7 @@ def train(
             chosen["ranking"] = before
         else:
             ranker, chosen["ranking"] = fit_ranking(
-                directory, split, run / EMBEDDINGS, run, settings, recipe["seed"], resume
+                directory, split, run / EMBEDDINGS, run, settings, recipe["seed"], resume, content=content
             )
     else:
         _say(f"ranking: left out, split {split.name} leaves the events without an order to learn from")
@@ -255,7 +270,15 @@ def train(
                 fit_retrieval(directory, data.split, vectors.parent, settings, recipe["seed"], resume, fit)
             else:
                 ranker, _ = fit_ranking(
-                    directory, data.split, vectors, vectors.parent, settings, recipe["seed"], resume, fit
+                    directory,
+                    data.split,
+                    vectors,
+                    vectors.parent,
+                    settings,
+                    recipe["seed"],
+                    resume,
+                    fit,
+                    content=content,
                 )
 
     _say("export: writing and verifying the bundle")
@@ -267,12 +290,28 @@ def train(
         training={
             "protocol": "refit" if refit else "strict",
             "epochs": {stage: fit.epochs for stage, fit in chosen.items()},
+            "content": encoder_name(settings().content) if content else "none",
         },
         recipe=recipe,
         metrics={"validation": {stage: {MONITOR[stage]: fit.metric} for stage, fit in chosen.items()}},
     )  # fmt: skip
     (run / "bundle.txt").write_text(f"{bundle}\n", encoding="utf-8")
     return bundle
+
+
+def content_of(directory: Path, options: ContentOptions, folder: Path) -> Path | None:
+    """Return the file of what the items of a data set are, in this folder, made where it is not there.
+
+    None where the recipe wants none, or the catalog says nothing.
+    """
+    file = folder / CONTENT
+    if not file.is_file():
+        begin = time.perf_counter()
+        if not write_content(directory, options, file):
+            _say("content: none")
+            return None
+        _say(f"content: vectors of the items by {encoder_name(options)}, {time.perf_counter() - begin:.1f} s")
+    return file
 
 
 def fit_retrieval(
@@ -331,6 +370,8 @@ def fit_ranking(
     seed: int,
     resume: bool,
     chosen: Chosen | None = None,
+    *,
+    content: Path | None = None,
 ) -> tuple[HybridRanker, Chosen]:
     """Fit stage two on the vectors of stage one; what validation chose is kept for chosen_before.
 
@@ -343,11 +384,12 @@ def fit_ranking(
         seed: of everything random.
         resume: go on with a fit that was cut short.
         chosen: what validation chose before: fit for as many epochs, without validation. None: choose now.
+        content: file of what items are; None leaves that out.
     """
     L.seed_everything(seed, verbose=False)
     options = settings().ranking
     data, module = RankingData(directory, **options.data.as_dict()), options.model
-    data.split, module.embeddings = split, embeddings
+    data.split, module.embeddings, module.content = split, embeddings, content
     trainer = options.trainer.as_dict()
     if chosen is None:
         chosen = fit_stage(

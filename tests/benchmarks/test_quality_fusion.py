@@ -15,7 +15,6 @@ from engine.cli import main as trirank
 from engine.history import left_padded
 from training import train
 from training.data.splits import SplitOptions, load_split
-from training.ranking_module import RankingModule
 
 TINY = [
     "ranking.trainer.max_epochs=1",
@@ -24,6 +23,7 @@ TINY = [
     "retrieval.model.encoder.dim=8",
     "retrieval.model.loss=SampledSoftmax",
     "retrieval.model.loss.num_negatives=32",
+    "content.encoder=lsa",
 ]
 
 
@@ -85,10 +85,13 @@ def test_a_row_is_what_its_ranker_finds(directory, strict):
         False,
     )
     found = []
-    for _, history, target in data.split.test:
+    test = data.split.test
+    for end, (_, history, target) in zip(test.ends, test, strict=True):
         rows = torch.from_numpy(left_padded([history.items], ranker.history_length))
+        moment = ranker.context.encode(test.events.context_at(end), int(test.events.timestamps[end]))
         with torch.no_grad():
-            scores, _ = ranker(rows, torch.arange(51)[None])
+            context = [torch.from_numpy(part)[None] for part in moment]
+            scores, _ = ranker(rows, torch.arange(51)[None], *context)
         scores[0, [0, *history.items]] = -torch.inf
         place = int((scores[0] > scores[0, target[0]]).sum())
         found.append(1 / np.log2(place + 2) if place < 10 else 0.0)
@@ -208,10 +211,14 @@ def test_the_paired_test_by_its_formula():
     assert paired_test(rows[0], {}) is None
 
 
-def test_the_content_variant_waits_for_a_ranker_that_takes_content():
-    import inspect
-
-    assert ("content" in VARIANTS) == ("content" in inspect.signature(RankingModule).parameters)
+def test_content_is_made_once_and_given_to_its_variant_alone(strict, directory):
+    """The ranker of (f) is another than that of (d), though seeds and graph vectors are the same."""
+    assert load_file(strict / "runs" / "content.safetensors")["content_vectors"].shape[0] == 51
+    rows = {name: np.load(strict / f"{name}-seed0.npz")["ndcg@10"] for name in ("content", "cross-attention")}
+    assert (rows["content"] != rows["cross-attention"]).any()
+    experiment = Experiment(directory, strict.parent / "none", "strict", [*TINY, "content.encoder=none"])
+    with pytest.raises(ValueError, match="variant content: the catalog says nothing"):
+        experiment.run("content", 0)
 
 
 def test_wrong_input(directory, tmp_path, capsys):

@@ -90,10 +90,10 @@ def test_damage_is_refused_by_name(copy: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda manifest: manifest.update(format_version=4), "has format 4, newer than 3"),
+        (lambda manifest: manifest.update(format_version=5), "has format 5, newer than 4"),
         (
             lambda manifest: manifest.update(format_version=1),
-            "has format 1; this trirank reads format 3.*train",
+            "has format 1; this trirank reads format 4.*train",
         ),
         (lambda manifest: manifest.pop("format_version"), "format_version is missing"),
         (lambda manifest: manifest.pop("policies"), "policies is missing"),

@@ -21,6 +21,7 @@ from engine.following import follow_bundles, follow_keys, follow_policies, prepa
 from engine.pipeline import RecommendationPipeline
 from engine.policy_files import PolicyFiles
 from protos.trirank.v1 import recommender_pb2 as pb
+from ranking.context import ContextTable
 
 Publish = Callable[..., Path]
 POLICIES = "policies: {home: {rules: [{rule: drop_seen}, {rule: deny, brand: [brand 5]}]}}"
@@ -116,8 +117,9 @@ def test_a_bundle_whose_answers_lack_a_stage_is_refused(publish: Publish) -> Non
 
     class Nan:
         history_length, num_items, dim = 6, 40, 8
+        context, heads = ContextTable(), ()
 
-        def user_states(self, history: Any) -> Any:
+        def user_states(self, history: Any, context: Any, head_weights: Any) -> Any:
             return np.full((len(history), 8), np.nan, np.float32)
 
         def score_states(self, states: Any, candidates: Any) -> Any:

@@ -230,6 +230,29 @@ def test_items_of_nothing() -> None:
     assert list(messages.write_items(nothing, None)) == []  # type: ignore[arg-type]
 
 
+def test_head_weights() -> None:
+    heads = ("next", "purchase")
+    assert messages.read_head_weights(pb.RecommendRequest(), ()) == {}
+    request = pb.RankRequest(head_weights={"purchase": 2.5, "next": 0})
+    assert messages.read_head_weights(request, heads) == {"purchase": 2.5, "next": 0}
+
+
+@pytest.mark.parametrize(
+    ("weights", "heads", "message"),
+    [
+        ({"cart": 1}, ("next", "purchase"), "key of head_weights is 'cart'; expected one of next, purchase"),
+        ({"cart": 1}, (), "key of head_weights is 'cart'; expected none"),
+        ({"next": -1}, ("next",), r"head_weights\['next'\] is -1.0; expected 0 to 100"),
+        ({"next": 101}, ("next",), r"head_weights\['next'\] is 101.0; expected 0 to 100"),
+        ({"next": float("nan")}, ("next",), r"head_weights\['next'\] is nan; expected 0 to 100"),
+        ({"next": 0}, ("next",), "expected at least one weight above 0"),
+    ],
+)
+def test_bad_head_weights(weights: dict[str, float], heads: tuple[str, ...], message: str) -> None:
+    with pytest.raises(messages.InvalidRequestError, match=message):
+        messages.read_head_weights(pb.RecommendRequest(head_weights=weights), heads)
+
+
 def events(**changed: object) -> pb.RecordEventsRequest:
     good = {"event_id": "e 🎉", "user_id": "u", "item_id": "x y"}
     return pb.RecordEventsRequest(

@@ -25,6 +25,7 @@ from engine.pipeline import (
     query_vector,
 )
 from engine.trace import VisitorKind
+from ranking.context import ContextTable, Encoded
 from retrieval.fold_in import fold_in
 
 MakeBundle = Callable[..., Path]
@@ -400,7 +401,9 @@ def test_whatever_is_asked_nothing_forbidden_and_nothing_missing(
     if broken == "index":
         pipeline = without(pipeline, index=SimpleNamespace())
     elif broken == "scorer":
-        pipeline = without(pipeline, scorer=SimpleNamespace(history_length=6))
+        pipeline = without(
+            pipeline, scorer=SimpleNamespace(history_length=6, context=ContextTable(), heads=())
+        )
     elif broken in ("popular", "neighbours"):
         pipeline = without(pipeline)
         pipeline.sources = [FailingSource(s.name) if s.name == broken else s for s in pipeline.sources]
@@ -437,11 +440,13 @@ def test_whatever_is_asked_nothing_forbidden_and_nothing_missing(
 
 class FailingScorer:
     history_length = 6
+    context = ContextTable()
+    heads = ()
 
     def __init__(self, answer: Callable[[int], np.ndarray] | None) -> None:
         self.answer = answer
 
-    def user_states(self, history: np.ndarray) -> np.ndarray:
+    def user_states(self, history: np.ndarray, context: Encoded, head_weights: None) -> np.ndarray:
         return np.ones((1, 8), np.float32)
 
     def score_states(self, states: np.ndarray, candidates: np.ndarray) -> np.ndarray:
@@ -536,7 +541,9 @@ def test_when_all_sources_fail_there_is_still_the_catalog(plain: RecommendationP
 
 
 def test_a_failing_state_costs_the_sequence_source_and_the_ranking(plain: RecommendationPipeline) -> None:
-    items, trace = without(plain, scorer=SimpleNamespace(history_length=6)).recommend(visitor_of(2, 3, 5), 10)
+    items, trace = without(
+        plain, scorer=SimpleNamespace(history_length=6, context=ContextTable(), heads=())
+    ).recommend(visitor_of(2, 3, 5), 10)
     assert trace.degraded_stages == ["retrieval.sequence", "ranking"]
     assert len(items) == 10
 
@@ -545,12 +552,17 @@ def test_the_state_is_worked_out_once(plain: RecommendationPipeline) -> None:
     scorer, calls = plain.bundle.scorer, []
     assert scorer is not None
 
-    def user_states(history: np.ndarray) -> np.ndarray:
+    def user_states(history: np.ndarray, context: Encoded, head_weights: None) -> np.ndarray:
         calls.append(history)
-        return scorer.user_states(history)
+        return scorer.user_states(history, context)
 
     counting = SimpleNamespace(
-        history_length=6, user_states=user_states, score_states=scorer.score_states, num_items=40
+        history_length=6,
+        context=scorer.context,
+        heads=(),
+        user_states=user_states,
+        score_states=scorer.score_states,
+        num_items=40,
     )
     pipeline = without(plain, scorer=counting)
     answer = pipeline.recommend(visitor_of(2, 3, 5), 10)

@@ -21,6 +21,7 @@ from engine.history import EMPTY_HISTORY, EVENT_CODE, History
 from engine.pipeline import Filters, RecommendationPipeline, Visitor
 from engine.policies import check_policies, item_facts
 from engine.policy_files import PolicyFiles
+from ranking.context import ContextTable
 from reranking.policy import Policies, PolicyError, policies_from_config, single_policy
 
 MakeBundle = Callable[..., Path]
@@ -105,7 +106,7 @@ def broken_pipeline(pipeline: RecommendationPipeline, broken: str) -> Recommenda
             raise RuntimeError("broken on purpose")
 
     if broken == "ranking":
-        scorer = SimpleNamespace(history_length=6)
+        scorer = SimpleNamespace(history_length=6, context=ContextTable(), heads=())
         return RecommendationPipeline(dataclasses.replace(pipeline.bundle, scorer=scorer))  # type: ignore[arg-type]
     other = pipeline.with_policies(pipeline.reranker.policies)
     if broken == "sources":

@@ -7,6 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from ranking.context import ContextKey, ContextTable, Encoded
 from ranking.onnx_scorer import OnnxScorer
 
 TABLE = np.array([[0, 0], [1, 0], [0, 1], [2, 2], [-1, 3]], np.float32)  # rows 0..4: four items
@@ -196,6 +197,28 @@ def test_other_models_are_refused(tmp_path, options, message):
 def test_num_threads_is_checked(tmp_path):
     with pytest.raises(ValueError, match="num_threads is 0; expected at least 1"):
         opened(tmp_path, num_threads=0)
+
+
+def test_a_context_that_does_not_fit_is_refused(tmp_path):
+    table = ContextTable((ContextKey(name="device", kind="categorical", values=("phone",)),))
+    state, scores = tiny_models(METADATA | {"context": table.to_json()})
+    with pytest.raises(
+        ValueError, match="has the inputs history; expected history, context_rows, context_weights"
+    ):
+        opened(tmp_path, (state, scores))
+    for name, kind in (("context_rows", TensorProto.INT64), ("context_weights", TensorProto.FLOAT)):
+        state.graph.input.append(helper.make_tensor_value_info(name, kind, ["B", 2]))
+    with pytest.raises(ValueError, match="context_rows has 2 columns; expected 1"):
+        opened(tmp_path, (state, scores))
+    for node in state.graph.input[1:]:
+        node.type.tensor_type.shape.dim[1].dim_value = 1
+    scorer = opened(tmp_path, (state, scores))
+    history = np.array([[1], [2]])
+    assert scorer.user_states(history).tolist() == scorer.user_states(history, table.unknown(2)).tolist()
+    with pytest.raises(ValueError, match=r"context has the shapes \(1, 1\) and \(1, 1\); expected \(2, 1\)"):
+        scorer.user_states(history, table.unknown(1))
+    with pytest.raises(ValueError, match="context holds rows 2 to 2; expected 0 to 1"):
+        scorer.user_states(history, Encoded(np.full((2, 1), 2), np.ones((2, 1), np.float32)))
 
 
 @pytest.mark.parametrize("kind", ["parent", "absolute", "link"])

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from ranking.context import ContextKey, ContextTable
 from ranking.encoders.sasrec import SASRec
 from ranking.ranker import HybridRanker
-from training.losses import full_softmax_loss
+from training.losses import full_softmax_loss, sampled_softmax_loss
 
-NUM_ITEMS, LENGTH, DIM, GRAPH_DIM = 20, 6, 8, 5
+NUM_ITEMS, LENGTH, DIM, GRAPH_DIM, CONTENT_DIM = 20, 6, 8, 5, 7
 
 
 def graph():
@@ -17,11 +18,27 @@ def graph():
     return vectors, torch.randint(0, 50, (NUM_ITEMS + 1,), generator=rng).float()
 
 
-def ranker(with_graph=True, trained=True):
+TABLE = ContextTable(
+    (
+        ContextKey(name="device", kind="categorical", values=("phone", "desktop")),
+        ContextKey(name="basket", kind="numeric", mean=10.0, std=4.0),
+    )
+)
+
+
+def content():
+    rng = torch.Generator().manual_seed(4)
+    vectors = torch.randn(NUM_ITEMS + 1, CONTENT_DIM, generator=rng)
+    vectors[[0, 7]] = 0  # padding, and an item of which nothing is known
+    return vectors
+
+
+def ranker(with_graph=True, trained=True, with_content=False, **options):
     """Return a HybridRanker; `trained`: no weight is at its special initial value."""
     torch.manual_seed(0)
     vectors, degrees = graph()
-    options = {"graph_vectors": vectors, "item_degrees": degrees} if with_graph else {"num_items": NUM_ITEMS}
+    options |= {"graph_vectors": vectors, "item_degrees": degrees} if with_graph else {"num_items": NUM_ITEMS}
+    options |= {"content_vectors": content()} if with_content else {}
     model = HybridRanker(SASRec(LENGTH + 1, dim=DIM, num_blocks=2, num_heads=2), **options).eval()
     if trained:
         with torch.no_grad():
@@ -40,6 +57,9 @@ def histories(*lengths, width=LENGTH):
 
 
 both_kinds = pytest.mark.parametrize("with_graph", [True, False], ids=["graph", "no graph"])
+all_kinds = pytest.mark.parametrize(
+    ("with_graph", "with_content"), [(True, True), (True, False), (False, True), (False, False)]
+)
 
 
 @both_kinds
@@ -198,11 +218,172 @@ def test_what_the_ranker_says_of_itself():
         ({}, "num_items must be given where graph_vectors are not"),
         ({"graph_vectors": torch.zeros(4, 2)}, "item_degrees must be given with graph_vectors"),
         ({"graph_vectors": torch.zeros(4, 2), "item_degrees": torch.zeros(3)}, "one number a row"),
+        (
+            {"num_items": 3, "content_vectors": torch.zeros(3, 2)},
+            "content_vectors has 3 rows; expected 4, one more than items",
+        ),
     ],
 )
 def test_what_is_missing_is_said(options, message):
     with pytest.raises(ValueError, match=message):
         HybridRanker(SASRec(5, dim=4), **options)
+
+
+# --- content, and items that training never saw
+
+
+@all_kinds
+@torch.no_grad()
+def test_an_item_without_events_has_no_random_vector(with_graph, with_content):
+    """Its id embedding plays no part, as a candidate and in a history: what stays is what is known of it."""
+    is_trained = torch.ones(NUM_ITEMS + 1, dtype=torch.bool)
+    is_trained[[3, 7]] = False
+    models = [ranker(with_graph, with_content=with_content, is_trained=is_trained) for _ in range(2)]
+    models[1].embedding.weight[[3, 7]] += 5.0
+    history = torch.tensor([[0, 3], [3, 7], [4, 3]])
+    everything = torch.arange(NUM_ITEMS + 1).expand(3, -1)
+    first, second = (model(history, everything)[0] for model in models)
+    assert torch.equal(first, second)
+    # The reference, by hand: the stand-in, and the projections.
+    model, expected = models[0], models[0].unknown_id.clone()
+    if with_graph:
+        expected += model.item_projection.weight @ model.graph_vectors[3]
+    if with_content:
+        expected += model.content_projection.weight @ model.content_vectors[3]
+    torch.testing.assert_close(model.item_vectors()[3], expected)
+    changed = ranker(with_graph, with_content=with_content)
+    changed.embedding.weight[3] += 5.0
+    assert not torch.allclose(changed.item_vectors()[3], expected)
+
+
+@torch.no_grad()
+def test_vectors_are_the_same_on_both_sides():
+    model = ranker(with_content=True, is_trained=torch.arange(NUM_ITEMS + 1) != 5)
+    table = model.all_vectors()
+    assert table.shape == (NUM_ITEMS + 2, DIM)
+    assert (table[0] == 0).all()
+    torch.testing.assert_close(table[-1], model.embedding.weight[-1])  # the start token is nothing else
+    torch.testing.assert_close(model.item_vectors(), table[:-1])
+    rows = torch.tensor([[4, 5], [0, 20]])
+    torch.testing.assert_close(model.vectors(rows), table[rows])
+    history = histories(0, 2, LENGTH)
+    torch.testing.assert_close(model.states(history, table), model.states(history))
+
+
+@torch.no_grad()
+def test_content_matters_and_its_scale_does_not():
+    model = ranker(with_content=True)
+    before = model(histories(0, 3), torch.arange(1, NUM_ITEMS + 1).expand(2, -1))[0]
+    model.content_vectors[1:-1] = model.content_vectors[1:-1][torch.randperm(NUM_ITEMS)]
+    after = model(histories(0, 3), torch.arange(1, NUM_ITEMS + 1).expand(2, -1))[0]
+    assert ((before - after).abs() > 1e-3).float().mean() > 0.9
+    plain = {"num_items": NUM_ITEMS}
+    scaled = HybridRanker(SASRec(LENGTH + 1, dim=DIM), content_vectors=100 * content(), **plain)
+    torch.testing.assert_close(scaled.content_vectors, ranker(with_content=True).content_vectors)
+    filled = scaled.content_vectors.any(dim=1)
+    assert filled.tolist() == [row not in (0, 7, NUM_ITEMS + 1) for row in range(NUM_ITEMS + 2)]
+    assert scaled.content_vectors[filled].square().mean().item() == pytest.approx(1)
+    assert "content_vectors" not in dict(scaled.named_parameters())
+
+
+@all_kinds
+def test_some_items_are_treated_as_new_in_training_alone(with_graph, with_content):
+    model = ranker(with_graph, with_content=with_content, id_dropout=0.3, dropout=0.0, content_dropout=0.0)
+    plain = ranker(with_graph, with_content=with_content)
+    assert torch.equal(model.all_vectors(), plain.all_vectors())
+    model.train()
+    # By hand: what is left of each item where it is new. Padding, the start token and items of which nothing
+    # would be left are never new.
+    new, never = model.unknown_id.expand(NUM_ITEMS + 2, -1), list(range(NUM_ITEMS + 2))
+    if with_content:
+        new = new + model.content_vectors @ model.content_projection.weight.T
+        never = [0, 7, NUM_ITEMS + 1]
+    count = torch.zeros(NUM_ITEMS + 2)
+    for _ in range(200):
+        vectors = model.all_vectors()
+        as_new = torch.isclose(vectors, new, atol=1e-5).all(1)
+        torch.testing.assert_close(vectors[~as_new], plain.all_vectors()[~as_new])
+        count += as_new
+    assert not count[never].any()
+    others = [row for row in range(NUM_ITEMS + 2) if row not in never]
+    if others:
+        assert (count[others].mean() / 200).item() == pytest.approx(0.3, abs=0.03)
+
+
+# --- context
+
+
+@torch.no_grad()
+def test_context_bends_the_last_state():
+    model = ranker(context=TABLE)
+    history, candidates = histories(0, LENGTH), torch.arange(1, NUM_ITEMS + 1).expand(2, -1)
+    unknown = map(torch.from_numpy, TABLE.unknown(2))
+    scores, _ = model(history, candidates, *unknown)
+    torch.testing.assert_close(model(history, candidates)[0], scores)  # nothing said is nothing known
+    rows, weights = torch.tensor([[1, 4], [2, 3]]), torch.tensor([[1.0, -1.5], [1.0, 1.0]])
+    in_context, bent = model(history, candidates, rows, weights)
+    assert not torch.allclose(in_context, scores)
+    torch.testing.assert_close(in_context, bent @ model.item_vectors()[1:].T)
+    # By hand: the sum of the effects, half of it a scale and half a shift.
+    effects = model.context_fusion.effects.weight
+    for row, of, expected in (
+        (0, effects[1] - 1.5 * effects[4], bent[0]),
+        (1, effects[2] + effects[3], bent[1]),
+    ):
+        plain = model.states(history)[row, -1]
+        torch.testing.assert_close(plain * (1 + of[:DIM]) + of[DIM:], expected)
+
+
+@torch.no_grad()
+def test_context_starts_without_effect_and_none_is_no_context():
+    model = ranker(trained=False, context=TABLE)
+    states = model.states(histories(0, 3))[:, -1]
+    rows, weights = torch.tensor([[1, 4], [2, 3]]), torch.tensor([[1.0, -1.5], [1.0, 1.0]])
+    assert torch.equal(model.in_context(states, rows, weights), states)
+    assert ranker().context_fusion is None
+    assert torch.equal(ranker().in_context(states), states)
+
+
+def test_the_defaults_are_learned():
+    """Where values are left out of a step, their defaults take their place."""
+    model = ranker(context=TABLE, context_dropout=0.5).train()
+    rows, weights = torch.tensor([[1, 4]]).expand(400, -1), torch.full((400, 2), 2.0)
+    torch.manual_seed(0)
+    model.in_context(torch.ones(400, DIM), rows, weights).sum().backward()
+    counts = model.context_fusion.effects.weight.grad[:, -1]
+    assert counts[[0, 3]].tolist() == pytest.approx([200, 200], abs=40)  # each once
+    assert counts[[1, 4]].tolist() == pytest.approx([400, 400], abs=80)  # each twice: the weight is 2
+    assert counts[2] == 0
+
+
+# --- heads
+
+
+@torch.no_grad()
+def test_a_weighted_sum_of_scores_is_one_inner_product():
+    model = ranker(with_content=True, context=TABLE, heads=("cart", "purchase"))
+    assert model.heads == ("next", "cart", "purchase")
+    history, candidates = histories(0, 2, LENGTH), torch.arange(1, NUM_ITEMS + 1).expand(3, -1)
+    moment = torch.tensor([[1, 4]] * 3), torch.tensor([[1.0, 0.5]] * 3)
+    by_head = []
+    for place in range(3):
+        scores, _ = model(history, candidates, *moment, torch.eye(3)[place].expand(3, -1))
+        by_head.append(scores)
+    torch.testing.assert_close(by_head[0], model(history, candidates, *moment)[0])  # the next item alone
+    assert all(not torch.allclose(by_head[0], other) for other in by_head[1:])
+    weights = torch.tensor([[0.5, 2.0, 0.0], [1.0, 0.0, 3.0], [0.0, 0.0, 1.0]])
+    scores, query = model(history, candidates, *moment, weights)
+    torch.testing.assert_close(scores, (torch.stack(by_head) * weights.T[:, :, None]).sum(0))
+    torch.testing.assert_close(scores, query @ model.item_vectors()[1:].T)
+
+
+@torch.no_grad()
+def test_heads_start_where_the_state_is():
+    model = ranker(trained=False, heads=("purchase",))
+    states = model.states(histories(0, 3))[:, -1]
+    assert torch.equal(model.queries(states), states[:, None].expand(-1, 2, -1))
+    assert ranker().heads == ()
+    assert torch.equal(ranker().queries(states), states[:, None])
 
 
 # --- it learns
@@ -251,3 +432,67 @@ def test_what_came_before_the_last_item_counts():
         return rows + 1
 
     assert hit_at_1(second_order, num_steps=200) > 0.9
+
+
+def test_what_is_known_of_an_item_places_it_without_an_event():
+    """Items of one colour follow one another. One that training never saw is found by its colour."""
+    torch.manual_seed(0)
+    num_items, colours = 40, torch.arange(41) % 4
+    vectors = torch.nn.functional.one_hot(colours, 4).float()
+    vectors[0] = 0
+    is_trained = torch.arange(num_items + 1) % 10 != 5
+    trained = [row for row in range(1, num_items + 1) if is_trained[row]]
+    model = HybridRanker(
+        SASRec(5, dim=16, dropout=0.0), content_vectors=vectors, is_trained=is_trained, id_dropout=0.2,
+        content_dropout=0.0,
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    possible = torch.tensor(trained)
+    for _ in range(60):
+        of_colour = [[row for row in trained if row % 4 == colour] for colour in range(4)]
+        rows = torch.tensor(
+            [
+                [of_colour[c][n % len(of_colour[c])] for n in torch.randint(0, 99, (5,)).tolist()]
+                for c in torch.randint(0, 4, (32,)).tolist()
+            ]
+        )
+        states = model.states(rows[:, :-1])[:, 1:].flatten(0, 1)
+        targets = rows[:, 1:].flatten()
+        loss = sampled_softmax_loss(states, model.item_vectors(), targets, possible)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    new = [row for row in range(1, num_items + 1) if not is_trained[row]]
+    history = torch.tensor([[row for row in trained if row % 4 == colour][:4] for colour in range(4)])
+    with torch.no_grad():
+        scores = model(history, torch.tensor([new]).expand(4, -1))[0]
+    for colour in range(4):
+        if any(row % 4 == colour for row in new):
+            assert new[int(scores[colour].argmax())] % 4 == colour
+
+
+def test_a_moment_without_which_nothing_can_be_said():
+    """What comes next depends on the device alone: without it there is nothing but chance."""
+
+    def hit_at_1(context):
+        torch.manual_seed(0)
+        model = HybridRanker(
+            SASRec(4, dim=16, dropout=0.0), num_items=8, context=context, context_dropout=0.0
+        )
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+        for step in range(150):
+            rows = torch.randint(1, 9, (64, 3))
+            device = torch.randint(0, 2, (64,))
+            targets = device * 4 + 1  # item 1 on a phone, item 5 on a desktop
+            moment = (1 + device[:, None], torch.ones(64, 1)) if len(context) else ()
+            scores, _ = model(rows, torch.arange(1, 9).expand(64, -1), *moment)
+            if step == 149:
+                return (scores.argmax(1) + 1 == targets).float().mean().item()
+            loss = torch.nn.functional.cross_entropy(scores, targets - 1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    assert hit_at_1(ContextTable(TABLE.keys[:1])) > 0.99
+    assert hit_at_1(ContextTable()) < 0.75

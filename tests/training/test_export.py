@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from engine.bundle import RANKER_FILES, RANKER_INDEX, RANKER_SCORES, RANKER_STATE
+from ranking.context import ContextKey, ContextTable, Encoded
 from ranking.encoders.sasrec import SASRec
 from ranking.onnx_scorer import OnnxScorer
 from ranking.ranker import HybridRanker
 from retrieval.item_index import EXACT_KINDS, KINDS, IndexOptions, ItemIndex
+from training.content import content_embedding, content_features
 from training.data.dataset import ITEM_SCHEMA
 from training.data.interactions import Interactions
 from training.export import (
     _check_index,
-    content_embedding,
-    content_features,
     export_ranker,
     index_options,
     recent_popularity,
@@ -27,13 +27,25 @@ from training.export import (
 NUM_ITEMS, LENGTH, DIM = 60, 6, 16
 
 
-def ranker(length=LENGTH, with_graph=True):
+TABLE = ContextTable(
+    (
+        ContextKey(name="device", kind="categorical", values=("phone", "desktop")),
+        ContextKey(name="basket", kind="numeric", mean=10.0, std=4.0),
+    )
+)
+
+
+def ranker(length=LENGTH, with_graph=True, content_dim=0, **options):
     torch.manual_seed(0)
     vectors = torch.cat([torch.zeros(1, 5), torch.randn(NUM_ITEMS, 5)])
-    options = {"graph_vectors": vectors, "item_degrees": torch.arange(NUM_ITEMS + 1.0)}
+    if with_graph:
+        options |= {"graph_vectors": vectors, "item_degrees": torch.arange(NUM_ITEMS + 1.0)}
+    if content_dim:
+        options["content_vectors"] = torch.cat(
+            [torch.zeros(1, content_dim), torch.randn(NUM_ITEMS, content_dim)]
+        )
     model = HybridRanker(
-        SASRec(length + 1, dim=DIM, num_blocks=2, num_heads=2),
-        **(options if with_graph else {"num_items": NUM_ITEMS}),
+        SASRec(length + 1, dim=DIM, num_blocks=2, num_heads=2), num_items=NUM_ITEMS, **options
     )
     with torch.no_grad():  # as after training: nothing is at its special initial value
         for parameter in model.parameters():
@@ -212,6 +224,65 @@ def test_the_shortest_histories_and_no_graph(tmp_path, length, with_graph):
         history = histories(1, events, length)
         scores, _ = by_torch(model.float().eval(), history, candidates)
         assert np.abs(scorer.score(history, candidates) - scores).max() <= 1e-4
+
+
+def test_a_ranker_in_context_scores_as_in_torch(tmp_path):
+    model = ranker(context=TABLE, content_dim=4, is_trained=torch.arange(NUM_ITEMS + 1) % 9 > 0)
+    export_ranker(model, tmp_path)
+    scorer = scorer_of(tmp_path)
+    assert scorer.context.keys == TABLE.keys
+    history = np.concatenate([histories(1, length) for length in (0, 1, LENGTH - 1, LENGTH)])
+    candidates = np.arange(1, NUM_ITEMS + 1)[None]
+    moments = [
+        TABLE.unknown(4),
+        Encoded(
+            np.array([[1, 4], [2, 4], [0, 3], [2, 3]]),
+            np.array([[1, 2], [1, -1], [1, 1], [1, 1]], np.float32),
+        ),
+    ]
+    for context in moments:
+        with torch.no_grad():
+            tensors = map(torch.from_numpy, (history, np.repeat(candidates, 4, axis=0), *context))
+            scores, states = (found.numpy() for found in model(*tensors))
+        assert np.abs(scorer.score(history, candidates, context) - scores).max() <= 1e-4
+        assert np.abs(scorer.user_states(history, context) - states).max() <= 1e-4
+    assert np.abs(scorer.user_states(history) - scorer.user_states(history, moments[0])).max() == 0
+    assert np.abs(scorer.user_states(history) - states).max() > 0.1
+    for count in (1, 3):  # the batch axis is free
+        alone = Encoded(moments[1].rows[:count], moments[1].weights[:count])
+        np.testing.assert_allclose(scorer.user_states(history[:count], alone), states[:count], atol=1e-5)
+
+
+def test_heads_are_weighed_as_in_torch(tmp_path):
+    model = ranker(heads=("cart", "purchase"))
+    export_ranker(model, tmp_path)
+    scorer = scorer_of(tmp_path)
+    assert scorer.heads == ("next", "cart", "purchase")
+    history, candidates = histories(2, 3), np.arange(1, NUM_ITEMS + 1)[None].repeat(2, axis=0)
+    weights = np.array([[1, 0, 0], [0.5, 0, 2]], np.float32)
+    moment = ContextTable().unknown(2)
+    with torch.no_grad():
+        tensors = map(torch.from_numpy, (history, candidates, *moment, weights))
+        scores = model(*tensors)[0].numpy()
+    assert np.abs(scorer.score(history, candidates, moment, weights) - scores).max() <= 1e-4
+    assert np.abs(scorer.score(history, candidates)[0] - scores[0]).max() <= 1e-4  # the first head alone
+    with pytest.raises(ValueError, match=r"head_weights has shape \(1, 3\); expected \(2, 3\)"):
+        scorer.user_states(history, None, weights[:1])
+
+
+def test_content_costs_serving_nothing(tmp_path):
+    """It is in the items' vectors: no file grows with what it was made from."""
+    sizes = []
+    for content_dim in (0, 400):
+        directory = tmp_path / str(content_dim)
+        directory.mkdir()
+        model = ranker(content_dim=content_dim)
+        export_ranker(model, directory)
+        sizes.append([(directory / name).stat().st_size for name in RANKER_FILES])
+        scores, _ = by_torch(model, histories(2, 4), np.arange(1, 9)[None].repeat(2, axis=0))
+        found = scorer_of(directory).score(histories(2, 4), np.arange(1, 9)[None])
+        assert np.abs(found - scores).max() <= 1e-4
+    assert np.ptp(sizes, axis=0).max() < 200
 
 
 ITEMS = pl.DataFrame(

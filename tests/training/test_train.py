@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -17,6 +18,7 @@ from engine.cli import main
 from engine.history import EMPTY_HISTORY
 from engine.pipeline import RecommendationPipeline, Visitor, query_vector
 from engine.policy_files import PolicyFiles
+from ranking.context import Encoded
 from reranking.rules import RULES
 from retrieval.neighbours import item_neighbours
 from training import train
@@ -33,6 +35,7 @@ FAST = [
     "--ranking.model.encoder.dim=16",
     "--retrieval.model.loss=SampledSoftmax",
     "--retrieval.model.loss.num_negatives=64",
+    "--content.encoder=lsa",
 ]
 
 
@@ -65,7 +68,12 @@ def test_train_publishes_one_verified_bundle_and_leaves_logs(shop: Path) -> None
     bundle = Bundle.load(resolve_bundle(shop / "bundles"))
     manifest = bundle.manifest
     assert manifest["data"]["simulated"] is True
-    assert manifest["ranker"] == {"kind": "ordered", "history_length": 50}
+    assert manifest["ranker"] == {
+        "kind": "ordered",
+        "history_length": 50,
+        "context": ["placement", "hour", "weekday"],
+        "heads": [],
+    }
     assert manifest["pipeline"]["sources"] == manifest["recipe"]["pipeline"]["sources"]
     events = pl.read_parquet(shop / "data" / "events.parquet")
     assert 0 < manifest["data"]["clock"] <= events["timestamp"].max()
@@ -398,13 +406,90 @@ def test_full_ranking_of_evaluation_agrees_with_the_pipeline_without_rules(shop:
     history = bundle.users.get("17")
     slate = pipeline.recommend(Visitor(history), 10).items
     assert bundle.scorer is not None
-    scores = bundle.scorer.score(np.asarray([without_seen(history.items)]), np.arange(101)[None])[0]
+    rows, weights = bundle.scorer.context.encode({}, bundle.manifest["data"]["clock"])
+    asked = np.asarray([without_seen(history.items)]), np.arange(101)[None]
+    scores = bundle.scorer.score(*asked, Encoded(rows[None], weights[None]))[0]
     scores[[0, *history.items]] = -np.inf
     assert slate.rows.tolist() == np.argsort(-scores, kind="stable")[:10].tolist()
 
 
 def without_seen(items: np.ndarray) -> np.ndarray:
     return items[np.r_[True, items[1:] != items[:-1]]]
+
+
+def test_the_moment_counts_and_unknown_values_do_not(shop: Path) -> None:
+    pipeline = RecommendationPipeline(Bundle.load(resolve_bundle(shop / "bundles")))
+    assert pipeline.context_keys == {"placement", "hour", "weekday"}
+    visitor = Visitor(pipeline.bundle.users.get("17"))
+
+    def scores(now: int | None = None, **context: str) -> list[float]:
+        candidates = np.arange(1, 101, dtype=np.int32)
+        found = pipeline.rank(visitor, candidates, now=now, context=context).items
+        return found.scores[np.argsort(found.rows)].tolist()
+
+    clock = pipeline.bundle.manifest["data"]["clock"]
+    at_home = scores(placement="home")
+    assert scores() != at_home != scores(placement="search")
+    assert scores(placement="attic") == scores(colour="red") == scores(clock)
+    assert scores(clock + 3 * 3_600_000) != scores(clock)
+    assert scores(clock, hour="4") != scores(clock)
+    slates = [
+        pipeline.recommend(visitor, 100, context={"placement": place}).items.rows.tolist()
+        for place in ("home", "search")
+    ]
+    assert slates[0] != slates[1]
+
+
+def test_heads_are_weighed_by_the_recipe_and_by_each_request(shop: Path, tmp_path: Path) -> None:
+    heads = ["--ranking.model.heads=[click, purchase]", "--pipeline.head_weights={next: 1, purchase: 2}"]
+    assert _train(shop, *heads, "--no-refit", "--out", str(tmp_path)) == 0
+    bundle = Bundle.load(resolve_bundle(tmp_path))
+    assert bundle.manifest["ranker"]["heads"] == ["next", "click", "purchase"]
+    pipeline = RecommendationPipeline(bundle)
+    visitor = Visitor(bundle.users.get("17"))
+
+    def scores(**weights: float) -> np.ndarray:
+        found = pipeline.rank(visitor, np.arange(1, 101, dtype=np.int32), head_weights=weights).items
+        return found.scores[np.argsort(found.rows)]
+
+    by_head = np.stack([scores(**{name: 1.0}) for name in pipeline.heads])
+    assert np.abs(by_head[0] - by_head[2]).max() > 1e-3
+    np.testing.assert_allclose(scores(), by_head[0] + 2 * by_head[2], atol=1e-4)
+    np.testing.assert_allclose(scores(click=0.5, purchase=3), by_head.T @ [0, 0.5, 3], atol=1e-4)
+    found = evaluate(bundle, shop / "data", max_users=40, stages=("ranking", "slate"))
+    plain = served_with(bundle, rules=False)
+    slates = evaluate(plain, shop / "data", max_users=40, stages=("slate",))
+    assert slates["slate"]["ndcg@10"] == pytest.approx(found["ranking"]["ndcg@10"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--pipeline.head_weights={purchase: 1}"],
+            "names 'purchase'; expected none without ranking.model.heads",
+        ),
+        (
+            ["--ranking.model.heads=[cart]", "--pipeline.head_weights={carts: 1}"],
+            "head_weights names 'carts'; expected one of next, cart",
+        ),
+        (["--ranking.model.heads=[cart]", "--pipeline.head_weights={cart: -1}"], "head_weights.cart is -1"),
+        (["--ranking.model.heads=[cart]", "--pipeline.head_weights={cart: 0}"], "head_weights are all 0"),
+        (["--content.encoder=no/such/folder/model"], "content.encoder is 'no/such/folder/model'"),
+    ],
+)
+def test_wrong_heads_and_encoders_are_refused_before_training(
+    shop: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _train(shop, *options) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "epoch" not in shown
+
+
+def test_heads_of_events_that_training_lacks(shop: Path, tmp_path: Path, capsys: Any) -> None:
+    assert _train(shop, "--ranking.model.heads=[wishlist]", "--runs", str(tmp_path)) == 2
+    assert "heads names 'wishlist', of which training has no event; it has view" in capsys.readouterr().err
 
 
 def test_a_visitor_with_nothing_gets_a_full_slate(shop: Path) -> None:
@@ -446,7 +531,11 @@ def test_resume_goes_on_in_each_of_the_four_fits(
     assert "ranking: already trained in this run" in shown[-1]
     # What was found before the cuts is on record.
     manifest = Bundle.load(resolve_bundle(tmp_path / "bundles")).manifest
-    assert manifest["training"] == {"protocol": "refit", "epochs": {"retrieval": 2, "ranking": 2}}
+    assert manifest["training"] == {
+        "protocol": "refit",
+        "epochs": {"retrieval": 2, "ranking": 2},
+        "content": "lsa",
+    }
     assert manifest["metrics"]["validation"]["retrieval"]["val_ndcg@20"] > 0
     assert manifest["metrics"]["validation"]["ranking"]["val_ndcg@10"] > 0
     assert len(list((tmp_path / "runs").iterdir())) == 1

@@ -30,12 +30,15 @@ EVENT_SCHEMA: dict[str, pl.DataType] = {
     "rating": pl.Float64(),
     "split": pl.String(),  # "train" or "test", where DatasetInfo.split is "given"
 }
+# Beside these stand the columns that DatasetInfo.context names: String, or Float64 where they are numeric.
+CONTEXT_TYPES: dict[str, pl.DataType] = {"categorical": pl.String(), "numeric": pl.Float64()}
 REQUIRED_EVENT_COLUMNS = ("user_id", "item_id", "timestamp", "event_type")
 
 ITEM_SCHEMA: dict[str, pl.DataType] = {
     "item_id": pl.String(),
     # the rest is optional
     "title": pl.String(),
+    "description": pl.String(),
     "category": pl.List(pl.String()),  # the path, broadest first
     "brand": pl.String(),
     "seller_id": pl.String(),
@@ -48,6 +51,7 @@ ITEM_SCHEMA: dict[str, pl.DataType] = {
 }
 
 TimeKind = Literal["unix", "order", "none"]
+ColumnKind = Literal["categorical", "numeric"]
 
 
 @dataclass(kw_only=True)
@@ -66,6 +70,8 @@ class DatasetInfo:
     num_rejected: int = 0
     rejected_reasons: dict[str, int] = field(default_factory=dict)
     event_types: dict[str, int] = field(default_factory=dict)  # event type -> number of events
+    # What events.parquet says of the moment of an event: column -> kind
+    context: dict[str, ColumnKind] = field(default_factory=dict)
     fingerprint: str = ""  # sha256 over events.parquet and items.parquet
 
 
@@ -141,13 +147,27 @@ class Dataset:
                     raise DatasetError(
                         f"{self.directory / file}: column {column!r} is {dtype}; expected {allowed[column]}"
                     )
+        schema = self.events.collect_schema()
+        for key, kind in self.info.context.items():
+            if key in EVENT_SCHEMA or kind not in CONTEXT_TYPES:
+                raise DatasetError(
+                    f"{self.directory / 'dataset.json'}: context names {key!r} as {kind!r}; expected a "
+                    "column that is no other part of an event, categorical or numeric"
+                )
+            if schema.get(key) != CONTEXT_TYPES[kind]:
+                raise DatasetError(
+                    f"{self.directory / 'events.parquet'}: column {key!r} is {schema.get(key)}; expected "
+                    f"{CONTEXT_TYPES[kind]}, as dataset.json says {kind}"
+                )
 
 
 __all__ = [
+    "CONTEXT_TYPES",
     "EVENT_SCHEMA",
     "EVENT_TYPES",
     "ITEM_SCHEMA",
     "REQUIRED_EVENT_COLUMNS",
+    "ColumnKind",
     "Dataset",
     "DatasetError",
     "DatasetInfo",

@@ -43,7 +43,8 @@ FORMATS: dict[str, Callable[..., Source]] = {
 }
 EXAMPLES = {"table": table.EXAMPLES}
 
-ITEM_FACTS = ("title", "category", "brand", "seller_id")  # text that an event log may hold beside the event
+# Text that an event log may hold beside the event.
+ITEM_FACTS = ("title", "description", "category", "brand", "seller_id")
 REJECTED = pl.col("reason").is_not_null()
 MAX_TIMESTAMP_MS = 253_402_300_799_999  # the end of the year 9999; beyond it the unit was wrong
 
@@ -95,6 +96,7 @@ def import_source(
             source={"format": format_name, "files": [file.name for file in source.files]},
             time=source.time,
             split=source.split,
+            context=dict(source.context),
             repeats=repeats,
             **_counts(directory),
         )
@@ -189,6 +191,8 @@ def _event(schema: pl.Schema, unit: TimeUnit, source: Source) -> dict[str, pl.Ex
     columns |= {name: _amount(name) for name in ("price", "rating") if name in schema}
     if "split" in schema:
         columns["split"] = pl.col("split")
+    for name, kind in source.context.items():
+        columns[name] = _blank_to_null(name) if kind == "categorical" else _finite(name)
     return columns
 
 
@@ -222,6 +226,12 @@ def _blank_to_null(name: str, dtype: pl.DataType | None = None) -> pl.Expr:
 
 def _as_text(name: str, dtype: pl.DataType) -> pl.Expr:
     return pl.col(name).list.join("|") if isinstance(dtype, pl.List) else pl.col(name)
+
+
+def _finite(name: str) -> pl.Expr:
+    """Return a Float64 column: null where the text is no finite number."""
+    number = pl.col(name).str.strip_chars().cast(pl.Float64, strict=False)
+    return pl.when(number.is_finite()).then(number)
 
 
 def _amount(name: str) -> pl.Expr:

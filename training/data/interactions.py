@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -10,7 +11,30 @@ import polars as pl
 from numpy.typing import NDArray
 
 from engine.history import EVENT_TYPES, NEGATIVE_EVENT, History
+from ranking.context import HOUR_MS, KeyKind
 from training.data.dataset import Dataset, DatasetError
+
+
+@dataclass(frozen=True)
+class ContextColumn:
+    """One key of the context, as each event has it."""
+
+    kind: KeyKind
+    values: (
+        NDArray[np.int32] | NDArray[np.float32]
+    )  # [N] codes, 0 for none; of a numeric key numbers, NaN for none
+    names: tuple[str, ...] = ()  # names[code - 1] is what a code stands for
+
+    def take(self, where: NDArray[np.bool_] | NDArray[np.int64]) -> ContextColumn:
+        """Return the column of the events that a mask or positions select."""
+        return ContextColumn(self.kind, self.values[where], self.names)
+
+    def text(self, position: int) -> str | None:
+        """Return what a request would say at the moment of an event; None where nothing is known."""
+        value = self.values[position]
+        if self.kind == "numeric":
+            return None if np.isnan(value) else repr(float(value))
+        return self.names[int(value) - 1] if value else None
 
 
 @dataclass(frozen=True)
@@ -26,6 +50,8 @@ class Interactions:
     timestamps: NDArray[np.int64]  # the data set's clock
     num_users: int  # U
     num_items: int  # I
+    # Of the moment of each event: the declared keys, and hour and weekday where there are unix times.
+    context: Mapping[str, ContextColumn] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.users)
@@ -44,7 +70,21 @@ class Interactions:
             self.timestamps[where],
             self.num_users,
             self.num_items,
+            {name: column.take(where) for name, column in self.context.items()},
         )
+
+    @property
+    def wanted_types(self) -> tuple[str, ...]:
+        """The event types that there are, less the one that says "not this"."""
+        counts = np.bincount(self.event_types, minlength=len(EVENT_TYPES))
+        return tuple(name for code, name in enumerate(EVENT_TYPES) if counts[code] and code != NEGATIVE_EVENT)
+
+    def context_at(self, position: int) -> dict[str, str]:
+        """Return what a request at the moment of an event would say of it, but for what the time says."""
+        told = {
+            name: column.text(position) for name, column in self.context.items() if column.kind != "clock"
+        }
+        return {name: text for name, text in told.items() if text is not None}
 
     def history(self, user: int, end: int | None = None) -> History:
         """Return what `user` did, up to but without the event at position `end`."""
@@ -106,6 +146,7 @@ def load_event_log(dataset: Dataset) -> EventLog:
             pl.col("timestamp"),
             pl.col("event_type").cast(pl.Enum(EVENT_TYPES)).to_physical().cast(pl.UInt8),
             *([(pl.col("split") == "test").alias("is_test")] if has_split else []),
+            *(pl.col(name).alias(f"context {name}") for name in dataset.info.context),
         )
         .join(users.with_row_index("user", offset=1).lazy(), on="user_id", how="left", maintain_order="left")
         .join(items.with_row_index("item", offset=1).lazy(), on="item_id", how="left", maintain_order="left")
@@ -125,8 +166,31 @@ def load_event_log(dataset: Dataset) -> EventLog:
             columns["timestamp"].to_numpy(),
             num_users=len(users),
             num_items=len(items),
+            context=_context(dataset, columns),
         ),
         user_ids=users["user_id"].to_list(),
         item_ids=items["item_id"].to_list(),
         is_test=columns["is_test"].to_numpy() if has_split else None,
     )
+
+
+def _context(dataset: Dataset, columns: pl.DataFrame) -> dict[str, ContextColumn]:
+    """Return the declared keys, and those of the clock that no declared one stands in for."""
+    context = {}
+    for name, kind in dataset.info.context.items():
+        values = columns[f"context {name}"]
+        if kind == "numeric":
+            context[name] = ContextColumn("numeric", values.fill_null(np.nan).cast(pl.Float32).to_numpy())
+        else:
+            names = tuple(values.replace("", None).drop_nulls().unique().sort().to_list())
+            if not names:
+                continue
+            codes = values.cast(pl.Enum(names), strict=False).to_physical().cast(pl.Int32) + 1
+            context[name] = ContextColumn("categorical", codes.fill_null(0).to_numpy(), names)
+    if dataset.info.time == "unix":
+        hours = columns["timestamp"].to_numpy() // HOUR_MS
+        for name, told, size in (("hour", hours % 24, 24), ("weekday", (hours // 24 + 3) % 7, 7)):
+            if name not in context:
+                names = tuple(map(str, range(size)))
+                context[name] = ContextColumn("clock", (told + 1).astype(np.int32), names)
+    return context

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from ranking.context import ContextTable, Encoded
+from training.data.context import context_table, encoded_context
 from training.data.graph import USER_ITEM, build_graph
 from training.data.sequences import SequenceBatch, equal_share, make_sequences, sequence_batches
 from training.data.splits import Holdout, Split, SplitOptions, load_split
@@ -26,6 +28,7 @@ class _StageData(L.LightningDataModule):
     def __init__(self, directory: Path, split: SplitOptions, max_validation_users: int) -> None:
         super().__init__()
         self.directory, self.options, self.max_validation_users = directory, split, max_validation_users
+        self.context = ContextTable()  # of the ranker; stage one asks without
 
     @cached_property
     def split(self) -> Split:
@@ -38,11 +41,11 @@ class _StageData(L.LightningDataModule):
         if len(holdout) > self.max_validation_users:
             draw = np.random.default_rng(0).permutation(len(holdout))[: self.max_validation_users]
             holdout = holdout.take(np.sort(draw))
-        return question_loader(holdout)
+        return question_loader(holdout, self.context)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Yield QuestionBatch of the test targets."""
-        return question_loader(self.split.test)
+        return question_loader(self.split.test, self.context)
 
 
 class RetrievalData(_StageData):
@@ -116,6 +119,8 @@ class RankingData(_StageData):
         max_tokens: most events of a step, padding included; long histories get smaller batches.
         history_length: newest events that the ranker sees. None: as many as 95% of the users have,
             at least 50 and at most 200.
+        context: keys of the context that the ranker takes (DatasetInfo.context, and hour and weekday where
+            the data has unix times). None: all.
         max_validation_users: most users asked at each validation.
     """
 
@@ -126,12 +131,14 @@ class RankingData(_StageData):
         batch_size: int = 128,
         max_tokens: int = 4096,
         history_length: int | None = None,
+        context: list[str] | None = None,
         max_validation_users: int = 10_000,
     ) -> None:
         super().__init__(directory, split, max_validation_users)
         if history_length is not None and history_length < 1:
             raise ValueError(f"history_length is {history_length}; expected 1 or more")
         self.batch_size, self.max_tokens, self._history_length = batch_size, max_tokens, history_length
+        self._context_names = context
 
     @property
     def history_length(self) -> int:
@@ -148,8 +155,16 @@ class RankingData(_StageData):
             raise ValueError(
                 f"split {split.name} leaves the events without an order that a ranker could learn"
             )
-        self.sequences = make_sequences(split.train, self.history_length, repeats=split.repeats)
+        self.context = context_table(split.train, self._context_names)
+        self.sequences = make_sequences(
+            split.train, self.history_length, repeats=split.repeats, context=self.context
+        )
         self.num_items = split.train.num_items
+        self.event_types = split.train.wanted_types
+        # An event that says "not this" is one too: the item was there to be chosen, or not.
+        self.is_trained = torch.from_numpy(
+            np.bincount(split.train.items, minlength=split.train.num_items + 1) > 0
+        )
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Yield SequenceBatch."""
@@ -175,13 +190,15 @@ class QuestionBatch:
     histories: list[NDArray[np.int32]]  # item rows, oldest first, each whole
     wanted: list[NDArray[np.int32]]  # the histories without events that say "not this"
     targets: list[NDArray[np.int32]]
+    context: Encoded  # [B, K]
 
     def __len__(self) -> int:
         return len(self.users)
 
 
-def question_loader(holdout: Holdout, batch_size: int = 256) -> DataLoader[Any]:
+def question_loader(holdout: Holdout, context: ContextTable, batch_size: int = 256) -> DataLoader[Any]:
     """Yield all questions of a holdout, shortest history first, as QuestionBatch."""
+    asked_in = encoded_context(context, holdout.events, holdout.ends)
     length = holdout.ends - holdout.events.offsets[holdout.users]
     order = torch.from_numpy(np.argsort(length, kind="stable"))
 
@@ -192,6 +209,7 @@ def question_loader(holdout: Holdout, batch_size: int = 256) -> DataLoader[Any]:
             [holdout.history(q).items for q in questions],
             [holdout.history(q).wanted for q in questions],
             [holdout.target(q) for q in questions],
+            Encoded(asked_in.rows[questions], asked_in.weights[questions]),
         )
 
     return DataLoader(TensorDataset(order), batch_size=batch_size, collate_fn=collate)

@@ -1,6 +1,6 @@
 """Training sequences for a ranker: histories in batches of like length, with the items to predict.
 
-Shapes: B batch, T the longest history of the batch.
+Shapes: B batch, T the longest history of the batch, K keys of the context.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.history import NEGATIVE_EVENT
+from ranking.context import ContextTable, Encoded
+from training.data.context import encoded_context
 from training.data.interactions import Interactions
 
+NO_CONTEXT = ContextTable()
 T = TypeVar("T")
 
 
@@ -33,18 +36,28 @@ class Sequences:
     starts: NDArray[np.int64]  # [W] a window's places are starts[w] to ends[w]
     ends: NDArray[np.int64]  # [W]
     has_start: NDArray[np.bool_]  # [W] whether the window begins where the user's history begins
+    context: Encoded  # [N, K] of the moment of each event
+    # [N] which kinds of events the user has with the item, here or later: 1 << code, added up
+    kinds: NDArray[np.uint8]
 
     def __len__(self) -> int:
         return len(self.starts)
 
 
-def make_sequences(events: Interactions, history_length: int, *, repeats: bool = False) -> Sequences:
+def make_sequences(
+    events: Interactions,
+    history_length: int,
+    *,
+    repeats: bool = False,
+    context: ContextTable = NO_CONTEXT,
+) -> Sequences:
     """Cut every user's events into windows.
 
     An event that repeats the item just before it is dropped; an item that the user knows already stays in
-    the history and is not predicted, unless `repeats`.
+    the history and is not predicted, unless `repeats`. `context` says which keys of the context to keep.
     """
     kept = events.is_next_item
+    kinds = _kinds(events, repeats)[kept]
     target = (np.ones(len(events), bool) if repeats else events.is_first_touch) & (
         events.event_types != NEGATIVE_EVENT
     )
@@ -67,7 +80,26 @@ def make_sequences(events: Interactions, history_length: int, *, repeats: bool =
         np.asarray(starts, np.int64),
         np.asarray(ends, np.int64),
         np.asarray(has_start, bool),
+        encoded_context(context, events),
+        kinds,
     )
+
+
+def _kinds(events: Interactions, repeats: bool) -> NDArray[np.uint8]:
+    """Return the kinds of events that a user has with an item, [N] for each event of theirs.
+
+    Where repeats are normal, each run of events with one item stands alone: what was bought once is not
+    bought at every visit.
+    """
+    if repeats:
+        group = np.cumsum(events.is_next_item) - 1
+    else:
+        pair = events.users.astype(np.int64) * (events.num_items + 1) + events.items
+        group = np.unique(pair, return_inverse=True)[1]
+    kinds = np.zeros(int(group.max(initial=-1)) + 1, np.uint8)
+    np.bitwise_or.at(kinds, group, np.left_shift(np.uint8(1), events.event_types))
+    of_event: NDArray[np.uint8] = kinds[group]
+    return of_event
 
 
 @dataclass  # not frozen: Lightning moves a batch's tensors in place
@@ -76,6 +108,9 @@ class SequenceBatch:
 
     history: Tensor  # [B, T] int64, padded on the left with 0
     targets: Tensor  # [B, T+1] int64, 0 where nothing is to be predicted
+    context_rows: Tensor  # [B, T+1, K] int64, of the moment at which each target is asked for
+    context_weights: Tensor  # [B, T+1, K] float32
+    target_kinds: Tensor  # [B, T+1] uint8, Sequences.kinds of each target
 
 
 def sequence_batches(
@@ -129,7 +164,11 @@ def _collate(sequences: Sequences, batch: NDArray[np.int64]) -> SequenceBatch:
     # The state at column t follows the history up to column t-1. Behind padding alone that is the state of
     # the start token (HybridRanker.states), from which a window's first item is predicted.
     return SequenceBatch(
-        torch.from_numpy(items[:, :-1].astype(np.int64)), torch.from_numpy(targets.astype(np.int64))
+        torch.from_numpy(items[:, :-1].astype(np.int64)),
+        torch.from_numpy(targets.astype(np.int64)),
+        torch.from_numpy(sequences.context.rows[place]),
+        torch.from_numpy(sequences.context.weights[place]),
+        torch.from_numpy(sequences.kinds[place]),
     )
 
 

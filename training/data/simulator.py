@@ -5,7 +5,8 @@ Two things decide what a shopper looks at next, and neither is enough alone:
     order   leaves of the category tree follow one another in one direction: grinder, then beans, then filters
     taste   which item of the leaf: shoppers, brands and items have taste vectors, and few interests each
 
-On top lie Zipf popularity, seasons, a daily rhythm, sales, and items that join the catalog along the way.
+On top lie Zipf popularity, seasons, a daily rhythm, sales, items that join the catalog along the way, and the
+place where the shopper meets an item (`placement`), which may favour items of its own.
 Nothing here was measured on a real shop; dataset.json says `simulated: true`.
 """
 
@@ -27,7 +28,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from engine.arguments import ArgumentParser
-from training.data.dataset import EVENT_SCHEMA, ITEM_SCHEMA, DatasetInfo, write_info
+from training.data.dataset import (
+    CONTEXT_TYPES,
+    EVENT_SCHEMA,
+    ITEM_SCHEMA,
+    ColumnKind,
+    DatasetInfo,
+    write_info,
+)
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -79,6 +87,9 @@ TASTE = 0.8  # how much taste decides between the items of a leaf
 POPULARITY = 0.6  # Zipf exponent of the items of a leaf
 FUNNEL = np.array(["view", "click", "cart", "purchase"])
 FUNNEL_MS = np.array([0, 3_000, 9_000, 15_000])  # after the view; shorter than the shortest visit
+PLACEMENTS = np.array(["home", "search", "mail"])
+PLACEMENT_SHARES = np.array([0.5, 0.35, 0.15])
+CONTEXT: dict[str, ColumnKind] = {"placement": "categorical"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +105,8 @@ class ShopConfig:
         num_sellers: Sellers, at least 1.
         days: Length of the log in days, at least 1; it starts on 2025-09-01.
         new_items: Share of the items that join the catalog while the log runs, 0 to 0.9.
+        placement_effect: How much the placement decides between the items of a leaf, 0 to 3: 0 not at
+            all, 0.8 as much as taste.
         seed: Seed of all random choices, at least 0.
     """
 
@@ -105,6 +118,7 @@ class ShopConfig:
     num_sellers: int = 25
     days: int = 120
     new_items: float = 0.2
+    placement_effect: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -119,6 +133,7 @@ class ShopConfig:
             ("days", 1, None),
             ("num_events", 10 * self.num_users, most),
             ("new_items", 0, 0.9),
+            ("placement_effect", 0, 3),
             ("seed", 0, None),
         ):
             value = getattr(self, name)
@@ -137,6 +152,7 @@ class Shop:
     brand: Ints  # [I]
     seller: Ints  # [I]
     taste: Floats  # [I, K]
+    placement_taste: Floats  # [P, I] how much more an item is wanted at each of PLACEMENTS, a logarithm
     appeal: Floats  # [I] Zipf weight inside its leaf
     price: Floats  # [I]
     margin: Floats  # [I]
@@ -212,6 +228,7 @@ def build_shop(config: ShopConfig, rng: np.random.Generator) -> Shop:
         brand=brand,
         seller=rng.choice(config.num_sellers, num_items, p=seller_share / seller_share.sum()),
         taste=taste,
+        placement_taste=config.placement_effect * _apart(config).normal(size=(len(PLACEMENTS), num_items)),
         appeal=(rank + 1.0) ** -POPULARITY,
         price=np.maximum(price.round(2), 0.5),
         margin=rng.beta(4, 8, num_items).round(3),
@@ -230,6 +247,11 @@ class Shoppers:
     taste: Floats  # [U, K]
 
 
+def _apart(config: ShopConfig) -> np.random.Generator:
+    """Return random numbers for the placements alone: they move nothing else of a shop."""
+    return np.random.default_rng([config.seed, 1])
+
+
 def draw_shoppers(shop: Shop, num_users: int, rng: np.random.Generator) -> Shoppers:
     """Give every shopper three favourite categories and a taste."""
     category = np.unique([path[:2] for path in shop.paths], axis=0, return_inverse=True)[1]
@@ -244,7 +266,7 @@ def draw_shoppers(shop: Shop, num_users: int, rng: np.random.Generator) -> Shopp
 
 
 def simulate(config: ShopConfig) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Return the events, oldest first (EVENT_SCHEMA), and the items in row order (ITEM_SCHEMA)."""
+    """Return the events, oldest first (EVENT_SCHEMA and CONTEXT), and the items by row (ITEM_SCHEMA)."""
     rng = np.random.default_rng(config.seed)
     shop = build_shop(config, rng)
     shoppers = draw_shoppers(shop, config.num_users, rng)
@@ -262,14 +284,17 @@ def simulate(config: ShopConfig) -> tuple[pl.DataFrame, pl.DataFrame]:
     order = start.argsort(kind="stable")
     user, day, start = user[order], day[order], start[order]
 
-    item = walk(shop, shoppers, user, day, start, rng)
+    shares = np.tile(PLACEMENT_SHARES, (len(user) * MAX_VISITS, 1))
+    placement = draw(shares, _apart(config).spawn(1)[0]).reshape(len(user), MAX_VISITS)
+    item = walk(shop, shoppers, user, day, start, placement, rng)
     clock = start[:, None] + rng.integers(20_000, 180_000, size=item.shape).cumsum(axis=1)
 
     # A visit is one item in one session. Who knows an item does not come back to it.
     visited = np.flatnonzero(item.ravel() >= 0)
     session, item, clock = visited // MAX_VISITS, item.ravel()[visited], clock.ravel()[visited]
+    placement = placement.ravel()[visited]
     first = np.sort(np.unique(user[session] * config.num_items + item, return_index=True)[1])
-    session, item, clock = session[first], item[first], clock[first]
+    session, item, clock, placement = session[first], item[first], clock[first], placement[first]
 
     # The funnel: who likes the item goes further. Each stage is one more event on the same item.
     fit = (shoppers.taste[user[session]] * shop.taste[item]).sum(axis=1)
@@ -292,18 +317,27 @@ def simulate(config: ShopConfig) -> tuple[pl.DataFrame, pl.DataFrame]:
             "event_type": pl.Series(FUNNEL).gather(stage),
             "session_id": ("s" + (pl.Series(session) + 1).cast(pl.String)).gather(visit),
             "price": price.round(2)[visit],
+            "placement": pl.Series(PLACEMENTS[placement]).gather(visit),
         },
-        schema={name: EVENT_SCHEMA[name] for name in EVENT_SCHEMA if name not in ("rating", "split")},
+        schema={name: EVENT_SCHEMA[name] for name in EVENT_SCHEMA if name not in ("rating", "split")}
+        | {name: CONTEXT_TYPES[kind] for name, kind in CONTEXT.items()},
     )
     return events.sort("timestamp", maintain_order=True), items
 
 
 def walk(
-    shop: Shop, shoppers: Shoppers, user: Ints, day: Ints, start: Ints, rng: np.random.Generator
+    shop: Shop,
+    shoppers: Shoppers,
+    user: Ints,
+    day: Ints,
+    start: Ints,
+    placement: Ints,
+    rng: np.random.Generator,
 ) -> Ints:
     """Return the items (0-based) that S sessions look at, [S, MAX_VISITS], -1 after a session's end.
 
-    All sessions take their n-th step together; `user`, `day` and `start` (ms) are [S].
+    All sessions take their n-th step together; `user`, `day` and `start` (ms) are [S], `placement` is
+    [S, MAX_VISITS].
     """
     length = 1 + np.minimum(rng.poisson(5, len(user)), MAX_VISITS - 1)
     items = np.full((len(user), MAX_VISITS), -1)
@@ -318,6 +352,7 @@ def walk(
         for code, shelf in enumerate(shelves):
             here = active[leaf[active] == code]
             liking = shop.appeal[shelf] * np.exp(TASTE * shoppers.taste[user[here]] @ shop.taste[shelf].T)
+            liking *= np.exp(shop.placement_taste[np.ix_(placement[here, step], shelf)])
             liking[start[here, None] < shop.available_from[shelf]] = 0
             items[here, step] = shelf[draw(liking, rng)]
     return items
@@ -372,6 +407,7 @@ def write_dataset(config: ShopConfig, out: Path, *, overwrite: bool = False) -> 
                 source={"format": "simulated", "config": dataclasses.asdict(config)},
                 time="unix",
                 simulated=True,
+                context=CONTEXT,
                 num_users=events["user_id"].n_unique(),
                 num_items=len(items),
                 num_events=len(events),

@@ -209,6 +209,26 @@ class RecommendRequest(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class HeadWeightsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     VISITOR_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
     EXCLUDE_ITEM_IDS_FIELD_NUMBER: _builtins.int
@@ -218,6 +238,7 @@ class RecommendRequest(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     NOW_MS_FIELD_NUMBER: _builtins.int
     EXPLAIN_FIELD_NUMBER: _builtins.int
+    HEAD_WEIGHTS_FIELD_NUMBER: _builtins.int
     limit: _builtins.int
     """1 to 500; 10 where absent."""
     policy: _builtins.str
@@ -243,6 +264,12 @@ class RecommendRequest(_message.Message):
     def overrides(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Numbers of the policy's rules to change, as far as its bounds allow: {"mmr.relevance_weight": 0.9}."""
 
+    @_builtins.property
+    def head_weights(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """What counts how much, where the ranker scores for several kinds of events: {"next": 1, "purchase": 3}. 0 to
+        100 each and not all 0; names that are left out count 0. Empty means the bundle's own weights.
+        """
+
     def __init__(
         self,
         *,
@@ -255,10 +282,11 @@ class RecommendRequest(_message.Message):
         seed: _builtins.int | None = ...,
         now_ms: _builtins.int | None = ...,
         explain: _builtins.bool = ...,
+        head_weights: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "_now_ms", b"_now_ms", "_seed", b"_seed", "filters", b"filters", "limit", b"limit", "now_ms", b"now_ms", "seed", b"seed", "visitor", b"visitor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "_now_ms", b"_now_ms", "_seed", b"_seed", "exclude_item_ids", b"exclude_item_ids", "explain", b"explain", "filters", b"filters", "limit", b"limit", "now_ms", b"now_ms", "overrides", b"overrides", "policy", b"policy", "seed", b"seed", "visitor", b"visitor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "_now_ms", b"_now_ms", "_seed", b"_seed", "exclude_item_ids", b"exclude_item_ids", "explain", b"explain", "filters", b"filters", "head_weights", b"head_weights", "limit", b"limit", "now_ms", b"now_ms", "overrides", b"overrides", "policy", b"policy", "seed", b"seed", "visitor", b"visitor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__limit: _TypeAlias = _typing.Literal["limit"]  # noqa: Y015
     _WhichOneofArgType__limit: _TypeAlias = _typing.Literal["_limit", b"_limit"]  # noqa: Y015
@@ -807,25 +835,57 @@ Global___SimilarItemsResponse: _TypeAlias = SimilarItemsResponse  # noqa: Y015
 class RankRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class HeadWeightsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     VISITOR_FIELD_NUMBER: _builtins.int
     CANDIDATE_ITEM_IDS_FIELD_NUMBER: _builtins.int
+    NOW_MS_FIELD_NUMBER: _builtins.int
+    HEAD_WEIGHTS_FIELD_NUMBER: _builtins.int
+    now_ms: _builtins.int
+    """As in RecommendRequest: the ranker may know the hour and the weekday."""
     @_builtins.property
     def visitor(self) -> Global___Visitor: ...
     @_builtins.property
     def candidate_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """1 to 10,000, each once."""
 
+    @_builtins.property
+    def head_weights(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """As in RecommendRequest."""
+
     def __init__(
         self,
         *,
         visitor: Global___Visitor | None = ...,
         candidate_item_ids: _abc.Iterable[_builtins.str] | None = ...,
+        now_ms: _builtins.int | None = ...,
+        head_weights: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["visitor", b"visitor"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_now_ms", b"_now_ms", "now_ms", b"now_ms", "visitor", b"visitor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate_item_ids", b"candidate_item_ids", "visitor", b"visitor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_now_ms", b"_now_ms", "candidate_item_ids", b"candidate_item_ids", "head_weights", b"head_weights", "now_ms", b"now_ms", "visitor", b"visitor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__now_ms: _TypeAlias = _typing.Literal["now_ms"]  # noqa: Y015
+    _WhichOneofArgType__now_ms: _TypeAlias = _typing.Literal["_now_ms", b"_now_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__now_ms) -> _WhichOneofReturnType__now_ms | None: ...
 
 Global___RankRequest: _TypeAlias = RankRequest  # noqa: Y015
 

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import subprocess
 import sys
 from datetime import datetime
@@ -244,6 +245,28 @@ def test_what_the_item_table_says_of_sales_and_stock(tmp_path, capsys):
         (None, None, None),
     ]
     assert "1 values of stock in the item table cannot be used" in capsys.readouterr().err
+
+
+def test_what_is_said_of_the_moment(tmp_path, capsys):
+    log = "user_id,item_id,device,basket\n1,a,phone,3.5\n1,b,,-2\n2,a,desktop,many\n"
+    path = write(tmp_path / "log.csv", log)
+    context = ["--context", '{"device": "categorical", "basket": "numeric"}']
+    items = write(tmp_path / "items.csv", "item_id,title,description\na,Shoe,Runs fast\n")
+    out = tmp_path / "out"
+    assert main(["table", str(path), "--out", str(out), "--items", str(items), *context]) == 0
+    dataset, events, rows = load(out)
+    assert dataset.info.context == {"device": "categorical", "basket": "numeric"}
+    assert [(e["device"], e["basket"]) for e in events] == [("phone", 3.5), (None, -2.0), ("desktop", None)]
+    assert rows[0]["description"] == "Runs fast"
+    for wrong, message in (
+        ('{"devise": "categorical"}', "no column 'devise' for --context.devise \\(did you mean 'device'"),
+        (
+            '{"price": "numeric"}',
+            "context names 'price'; expected a column that is no other part of an event",
+        ),
+    ):
+        assert main(["table", str(path), "--out", str(tmp_path / "no"), "--context", wrong]) == 2
+        assert re.search(message, capsys.readouterr().err)
 
 
 def test_what_is_dropped_from_the_item_table_is_counted(tmp_path, capsys):

@@ -220,3 +220,25 @@ def test_processes_share_batches_equally_and_none_twice(num_batches: int, world_
 
 def test_fewer_batches_than_processes_go_to_all() -> None:
     assert [list(equal_share([0, 1], rank, 3)) for rank in range(3)] == [[0, 1]] * 3
+
+
+def test_the_kinds_of_an_item_are_all_that_the_user_did_with_it():
+    view, click, cart, purchase = (EVENT_CODE[name] for name in ("view", "click", "cart", "purchase"))
+    done = [(1, view), (1, click), (2, view), (1, purchase), (3, cart), (2, view)]
+    events = interactions([[item for item, _ in done]], [kind for _, kind in done])
+
+    def kinds(repeats):
+        (batch,) = batches(make_sequences(events, 10, repeats=repeats))
+        pairs = zip(batch.targets[0].tolist(), batch.target_kinds[0].tolist(), strict=True)
+        return [(target, {code for code in range(8) if kind >> code & 1}) for target, kind in pairs if target]
+
+    once = [(1, {view, click, purchase}), (2, {view}), (3, {cart})]
+    assert kinds(repeats=False) == once
+    # Where people come back to items, each visit stands alone.
+    assert kinds(repeats=True) == [
+        (1, {view, click}),
+        (2, {view}),
+        (1, {purchase}),
+        (3, {cart}),
+        (2, {view}),
+    ]

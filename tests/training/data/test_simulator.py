@@ -108,6 +108,26 @@ def test_seasons_and_evenings_are_visible(tables: Tables) -> None:
     assert ((hour >= 18) & (hour < 22)).sum() > 5 * ((hour >= 1) & (hour < 5)).sum()
 
 
+def test_the_placement_decides_only_as_far_as_it_is_told_to(tables: Tables) -> None:
+    events, _ = tables
+    share = {name: (events["placement"] == name).mean() for name in ("home", "search", "mail")}
+    assert share == pytest.approx({"home": 0.5, "search": 0.35, "mail": 0.15}, abs=0.02)
+    visits = events.group_by("user_id", "item_id").agg(pl.col("placement").n_unique())
+    assert (visits["placement"] == 1).all()  # a visit has one
+
+    def spread(events: pl.DataFrame) -> float:
+        """How far an item's share of mail lies from the mean, less what chance makes of it."""
+        views = events.filter(event_type="view").group_by("item_id").agg(
+            n=pl.len(), mail=(pl.col("placement") == "mail").mean()
+        ).filter(pl.col("n") >= 20)  # fmt: skip
+        chance = 0.15 * 0.85 / views["n"]
+        return float(((views["mail"] - 0.15) ** 2 - chance).mean())
+
+    assert abs(spread(events)) < 0.001
+    with_effect, _ = simulate(ShopConfig(placement_effect=1.5))
+    assert spread(with_effect) > 0.02
+
+
 # -- what it takes to predict them -----------------------------------------------------------------------
 
 Hits = NDArray[np.float64]

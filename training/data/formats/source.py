@@ -9,7 +9,7 @@ from typing import Literal
 
 import polars as pl
 
-from training.data.dataset import TimeKind
+from training.data.dataset import ColumnKind, TimeKind
 
 TimeUnit = Literal["s", "ms", "us", "iso", "auto"]
 
@@ -18,10 +18,10 @@ TimeUnit = Literal["s", "ms", "us", "iso", "auto"]
 class Source:
     """A source, opened but not read: raw text columns that the importer checks, converts and counts.
 
-    `events` has the names of EVENT_SCHEMA, all String; only `user_id` and `item_id` must be there. It may
-    also have item facts (`title`, `category`, `brand`, `seller_id`), of which the last non-blank one of an
-    item wins, `line` (the row as it stands in the source) and `malformed` (Boolean: the row could not be
-    taken apart).
+    `events` has the names of EVENT_SCHEMA and of `context`, all String; only `user_id` and `item_id` must be
+    there. It may also have item facts (`title`, `category`, `brand`, `seller_id`), of which the last
+    non-blank one of an item wins, `line` (the row as it stands in the source) and `malformed` (Boolean: the
+    row could not be taken apart).
 
     `items` has the names of ITEM_SCHEMA, String or, for `category` and `attributes`, List(String), and
     `malformed` as above. A `category` that is text is split at `category_separator`.
@@ -36,6 +36,7 @@ class Source:
     split: Literal["given"] | None = None  # "given": events have the column `split`
     event_types: Mapping[str, str] = field(default_factory=dict)  # the source's name -> ours
     default_event_type: str = "interaction"  # where events have no column `event_type`
+    context: Mapping[str, ColumnKind] = field(default_factory=dict)  # DatasetInfo.context
     category_separator: str = "."
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import polars as pl
 
+from training.data.dataset import EVENT_SCHEMA, ITEM_SCHEMA, ColumnKind
 from training.data.formats.source import Source, TimeUnit, stem
 
 EXAMPLES = """
@@ -65,6 +66,7 @@ class ItemColumns:
     Args:
         item_id: Which item; required.
         title: Its name.
+        description: What is said of it.
         category: Its category path; see --category_separator.
         brand: Its brand.
         seller_id: Who sells it.
@@ -77,6 +79,7 @@ class ItemColumns:
 
     item_id: str | None = None
     title: str | None = None
+    description: str | None = None
     category: str | None = None
     brand: str | None = None
     seller_id: str | None = None
@@ -87,6 +90,7 @@ class ItemColumns:
     stock: str | None = None
 
 
+RESERVED = ("line", "malformed", "row", "reason", "raw", "event")  # what the importer calls its own columns
 ALL_DEFAULT_EVENTS = EventColumns()
 ALL_DEFAULT_ITEMS = ItemColumns()
 
@@ -102,6 +106,7 @@ def read(
     category_separator: str = ".",
     items: Path | None = None,
     item_columns: ItemColumns = ALL_DEFAULT_ITEMS,
+    context: dict[str, ColumnKind] | None = None,
 ) -> Source:
     """Import a CSV, TSV or Parquet event log with a header, plain or gzipped, one file or several.
 
@@ -118,10 +123,17 @@ def read(
         category_separator: What stands between the levels of a category path.
         items: Item table (CSV, TSV or Parquet); its facts go before those in the event log.
         item_columns: Which column of the item table is what.
+        context: Columns that say something of the moment, which the ranker is to know, e.g.
+            '{"device": "categorical", "basket": "numeric"}'.
     """
+    context = context or {}
+    for name in context:
+        if name in EVENT_SCHEMA or name in ITEM_SCHEMA or name in RESERVED:
+            raise ValueError(f"context names {name!r}; expected a column that is no other part of an event")
     files = matching_files(src)
     parts = [OpenTable.open(file, separator) for file in files]
     chosen = parts[0].choose(dataclasses.asdict(columns), required=("user_id", "item_id"), option="columns")
+    chosen |= parts[0].choose(dict.fromkeys(context), required=tuple(context), option="context")
     for part in parts[1:]:
         if missing := sorted(set(chosen.values()) - set(part.columns)):
             raise ValueError(f"{part.path} has no column {missing[0]!r}, which {parts[0].path} has")
@@ -134,6 +146,7 @@ def read(
         time_unit=time_unit,
         event_types=event_types or {},
         default_event_type=default_event_type,
+        context=context,
         category_separator=category_separator,
     )
 

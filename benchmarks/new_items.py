@@ -1,0 +1,219 @@
+"""Items that nobody has touched yet: `python -m benchmarks.new_items --data data/beauty --out runs/new`.
+
+A share of the items is withheld from training entirely: both stages learn from the training events of all
+other items, and validation, which chooses the epochs, asks for other items alone. Then the questions of a
+part whose target is withheld are asked, and only the withheld items are ranked: recall@10 is the share of
+questions whose target is among the first ten of them, the items of the history left out unless repeats are
+normal. Histories are whole: who has touched a withheld item before has it in the history.
+
+    chance            ten drawn at random
+    text similarity   cosine of an item's text vector with the mean of those of the history
+    ranker            the ranker with content
+    no content        the ranker without: nothing tells withheld items apart, so this is chance
+
+Beside them stands NDCG@10 of the questions for other items, all items ranked: what the ranker without content
+finds there, and the one with content.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.full_ranking import Scores, question_metrics
+from benchmarks.quality_fusion import ranker_answers
+from engine.arguments import ArgumentParser
+from training.content import encoder_name, text_vectors
+from training.data.dataset import Dataset
+from training.data.splits import Holdout, Split, load_split
+from training.stages import keep_freed_memory, quiet_lightning
+from training.train import EMBEDDINGS, build_parser, content_of, fit_ranking, fit_retrieval
+
+CUTOFF = 10
+
+
+def withhold(split: Split, share: float, seed: int) -> tuple[Split, NDArray[np.bool_]]:
+    """Return the split without a share of the items in training and validation, and which: [I+1] bool.
+
+    Raises:
+        ValueError: the share is not between 0 and 1, or leaves no item to withhold or to learn from.
+    """
+    num_items = split.train.num_items
+    chosen = np.random.default_rng(seed).permutation(num_items)[: round(share * num_items)] + 1
+    if not 0 < len(chosen) < num_items:
+        raise ValueError(f"share is {share}, of {num_items} items; expected some, and not all")
+    withheld = np.zeros(num_items + 1, np.bool_)
+    withheld[chosen] = True
+    train = split.train.take(~withheld[split.train.items])
+    validation = asking_for(split.validation, ~withheld)
+    return dataclasses.replace(split, train=train, validation=validation), withheld
+
+
+def asking_for(holdout: Holdout, wanted: NDArray[np.bool_]) -> Holdout:
+    """Return the questions all of whose targets are wanted.
+
+    Args:
+        holdout: the questions.
+        wanted: [I+1] bool.
+    """
+    if not len(holdout):
+        return holdout
+    fits = np.logical_and.reduceat(wanted[holdout.targets], holdout.target_offsets[:-1])
+    return holdout.take(np.flatnonzero(fits))
+
+
+def among(scores: Scores, candidates: NDArray[np.bool_]) -> Scores:
+    """Return scores that leave out all items but the candidates [I+1]."""
+
+    def only(questions: Holdout) -> NDArray[np.float32]:
+        table = scores(questions).astype(np.float32)
+        table[:, ~candidates] = -np.inf
+        return table
+
+    return only
+
+
+def text_similarity(vectors: NDArray[np.float32]) -> Scores:
+    """Return the products of each item's vector with the mean of those of the history.
+
+    Args:
+        vectors: [I+1, C] float32, of length 1 or zero.
+    """
+
+    def scores(questions: Holdout) -> NDArray[np.float32]:
+        histories = [questions.history(q).wanted for q in range(len(questions))]
+        means = [vectors[items].mean(axis=0) if len(items) else 0 * vectors[0] for items in histories]
+        found: NDArray[np.float32] = np.stack(means) @ vectors.T
+        return found
+
+    return scores
+
+
+def compare(
+    directory: Path,
+    out: Path,
+    options: list[str],
+    *,
+    share: float,
+    seed: int,
+    part: Literal["test", "validation"],
+) -> dict[str, Any]:
+    """Return the figures of the module's docstring; see main's options."""
+    parser = build_parser()
+    config = parser.parse_args([str(directory), *(f"--{option}" for option in options)])
+
+    def settings() -> Any:
+        return parser.instantiate(config)
+
+    content_options = settings().content
+    data = load_split(directory, settings().split)
+    split, withheld = withhold(data.split, share, seed)
+    holdout = data.split.test if part == "test" else data.split.validation
+    asked, others = asking_for(holdout, withheld), asking_for(holdout, ~withheld)
+    out = out / f"share{share:g}-seed{seed}"
+    out.mkdir(parents=True, exist_ok=True)
+    content = content_of(directory, content_options, out)
+    if content is None:
+        raise ValueError("the catalog says nothing of its items, or content.encoder is none")
+    fit_retrieval(directory, split, out, settings, seed, resume=True)
+
+    def recall(scores: Scores) -> float:
+        found = question_metrics(among(scores, withheld), asked, [f"recall@{CUTOFF}"], repeats=split.repeats)
+        return float(found[f"recall@{CUTOFF}"].mean())
+
+    items = Dataset.open(directory).items.collect()
+    texts = text_vectors(items, content_options, directory.resolve().parent / "text-vectors")
+    rows: dict[str, dict[str, float]] = {
+        "chance": {"recall": min(1.0, CUTOFF / int(withheld.sum()))},
+        "text similarity": {"recall": recall(text_similarity(texts))},
+    }
+    for name, file in (("ranker", content), ("no content", None)):
+        folder = out / name.replace(" ", "-")
+        done = folder / f"{part}.json"
+        if not done.is_file():
+            ranker, _ = fit_ranking(
+                directory, split, out / EMBEDDINGS, folder, settings, seed, resume=True, content=file
+            )
+            found = question_metrics(
+                ranker_answers(ranker, others).scores, others, [f"ndcg@{CUTOFF}"], repeats=split.repeats
+            )
+            row = {
+                "recall": recall(ranker_answers(ranker, asked).scores),
+                "others_ndcg": float(found[f"ndcg@{CUTOFF}"].mean()),
+            }
+            done.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        rows[name] = json.loads(done.read_text(encoding="utf-8"))
+    return {
+        "data": data.info.name,
+        "simulated": data.info.simulated,
+        "split": split.name,
+        "part": part,
+        "seed": seed,
+        "encoder": encoder_name(content_options),
+        "num_withheld": int(withheld.sum()),
+        "num_questions": len(asked),
+        "num_others": len(others),
+        "rows": rows,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train what is missing, print the table on stdout, and write everything to a file with --json."""
+    parser = ArgumentParser(prog="python -m benchmarks.new_items", description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="A data set directory.")
+    parser.add_argument("--out", type=Path, required=True, help="Directory of the trainings; goes on there.")
+    parser.add_argument("--share", type=float, default=0.05, help="Of the items, to withhold.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the draw and of the trainings.")
+    parser.add_argument(
+        "--part", type=Literal["test", "validation"], default="test", help="Tune on validation, report test."
+    )
+    parser.add_argument(
+        "--options",
+        type=str,
+        nargs="+",
+        default=[],
+        help="Of `trirank train`: --options ranking.trainer.max_epochs=12 content.encoder=lsa",
+    )
+    parser.add_argument("--json", type=Path | None, default=None, help="File for all figures.")
+    options = parser.parse_args(argv)
+    quiet_lightning()
+    keep_freed_memory()
+    try:
+        results = compare(
+            options.data,
+            options.out,
+            options.options,
+            share=options.share,
+            seed=options.seed,
+            part=options.part,
+        )
+    except (ValueError, OSError) as error:
+        print(f"benchmarks.new_items: {error}", file=sys.stderr)
+        return 2
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    simulated = ", SIMULATED data" if results["simulated"] else ""
+    table = Table(
+        title=f"{results['data']}{simulated}: {results['num_withheld']:,} items withheld, "
+        f"{results['num_questions']:,} questions of {results['part']} for them, texts by {results['encoder']}"
+    )
+    table.add_column("")
+    for heading in (f"recall@{CUTOFF} among withheld", f"other questions, ndcg@{CUTOFF}"):
+        table.add_column(heading, justify="right")
+    for name, row in results["rows"].items():
+        others = f"{row['others_ndcg']:.4f}" if "others_ndcg" in row else "-"
+        table.add_row(name, f"{row['recall']:.4f}", others)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
