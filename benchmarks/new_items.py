@@ -108,7 +108,8 @@ def compare(
 ) -> dict[str, Any]:
     """Return the figures of the module's docstring; see main's options."""
     parser = build_parser()
-    config = parser.parse_args([str(directory), *(f"--{option}" for option in options)])
+    arguments = ["--content.encoder=auto", *(f"--{option}" for option in options)]
+    config = parser.parse_args([str(directory), *arguments])
 
     def settings() -> Any:
         return parser.instantiate(config)

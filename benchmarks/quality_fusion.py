@@ -131,7 +131,7 @@ class Experiment:
 
     def _recipe(self) -> tuple[dict[str, Any], Settings]:
         parser = build_parser()
-        arguments = [f"--{option}" for option in self.options]
+        arguments = ["--content.encoder=auto", *(f"--{option}" for option in self.options)]
         config = parser.parse_args([str(self.directory), *arguments])
         return recipe_of(parser, config), lambda: parser.instantiate(config)
 

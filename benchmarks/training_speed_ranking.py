@@ -113,7 +113,6 @@ def _trirank(fusion: bool, directory: Path, split: Split, work: Work) -> list[fl
             dim=work.dim,
             num_blocks=work.num_blocks,
             num_heads=work.num_heads,
-            dropout=work.dropout,
         )
         module = RankingModule(
             encoder, embeddings, loss="sampled", num_negatives=work.num_negatives, dropout=work.dropout

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -25,6 +26,15 @@ FULL_SOFTMAX_ITEMS = 50_000
 RANKING_EPOCHS = 24  # by default: how long the learning rate takes to fall to zero
 
 
+def dropout_for(events_per_item: float) -> float:
+    """Return how much dropout suits data of a density: min(0.5, 1.2 / cube root of the events an item has).
+
+    0.5 up to 14 events an item, 0.3 at 64, 0.18 at 290. Amazon Beauty (13) does well with 0.5, MovieLens-1M
+    (289) on validation far better with 0.2 (benchmarks/results/README.md); what lies between is a guess.
+    """
+    return round(min(0.5, 1.2 / float(np.cbrt(max(events_per_item, 1.0)))), 2)
+
+
 def check_heads(heads: Sequence[str], event_types: Sequence[str]) -> None:
     """Raise ValueError unless each head is an event type that training has, and is there once."""
     for name in heads:
@@ -40,8 +50,8 @@ class RankingModule(L.LightningModule):
     """Fits a HybridRanker to predict every next item of every history, over the whole catalog.
 
     Args:
-        encoder: makes the SequenceEncoder from the longest history, the start token included; in YAML a class
-            path and its keywords.
+        encoder: makes the SequenceEncoder from the longest history, the start token included, and the
+            dropout; in YAML a class path and its keywords.
         embeddings: safetensors file with item_vectors [I+1, G] and item_degrees [I+1] (stage one writes it).
             None trains the sequence model alone.
         content: safetensors file with content_vectors [I+1, F] (`python -m training.content`). None leaves
@@ -54,7 +64,8 @@ class RankingModule(L.LightningModule):
             pipeline.head_weights and for each request to say.
         learning_rate: of Adam.
         schedule: "linear" lets the learning rate fall to zero over the epochs; "constant" does not.
-        dropout: on graph vectors and on the fusion's output.
+        dropout: in the encoder, on graph vectors and on the fusion's output. None: by the density of the
+            data, see dropout_for.
         content_dropout: on content vectors.
         id_dropout: share of the items that are treated as new in a step, so that new ones are scored well;
             with content alone.
@@ -65,7 +76,7 @@ class RankingModule(L.LightningModule):
 
     def __init__(
         self,
-        encoder: Callable[[int], nn.Module] = SASRec,
+        encoder: Callable[[int, float], nn.Module] = SASRec,
         embeddings: Path | None = None,
         content: Path | None = None,
         loss: Literal["auto", "full", "sampled"] = "auto",
@@ -73,15 +84,15 @@ class RankingModule(L.LightningModule):
         heads: list[str] | None = None,
         learning_rate: float = 2e-3,
         schedule: Literal["constant", "linear"] = "linear",
-        dropout: float = 0.5,
+        dropout: float | None = None,
         content_dropout: float = 0.5,
         id_dropout: float = 0.05,
         context_dropout: float = 0.1,
     ) -> None:
         super().__init__()
         self.make_encoder, self.embeddings, self.content = encoder, embeddings, content
+        self.dropout = dropout
         self.dropouts = {
-            "dropout": dropout,
             "content_dropout": content_dropout,
             "id_dropout": id_dropout,
             "context_dropout": context_dropout,
@@ -112,8 +123,9 @@ class RankingModule(L.LightningModule):
                     f"{file} has {len(rows) - 1} items; the data set has {self.data.num_items}: {how}"
                 )
         check_heads(self.heads, self.data.event_types)
+        dropout = dropout_for(self.data.events_per_item) if self.dropout is None else self.dropout
         self.ranker = HybridRanker(
-            self.make_encoder(self.data.history_length + 1),
+            self.make_encoder(self.data.history_length + 1, dropout),
             graph_vectors=graph.get("item_vectors"),
             item_degrees=graph.get("item_degrees"),
             content_vectors=content.get("content_vectors"),
@@ -121,6 +133,7 @@ class RankingModule(L.LightningModule):
             num_items=self.data.num_items,
             context=self.data.context,
             heads=self.heads,
+            dropout=dropout,
             **self.dropouts,
         )
 

@@ -126,6 +126,8 @@ def build_parser() -> LightningArgumentParser:
     )
     parser.add_class_arguments(SplitOptions, "split")
     parser.add_class_arguments(ContentOptions, "content")
+    # Not shown yet to help on real data (benchmarks/results/README.md), so a recipe has to ask for it.
+    parser.set_defaults({"content.encoder": "none"})
     for stage, module, data, epochs in (
         ("retrieval", RetrievalModule, RetrievalData, RETRIEVAL_EPOCHS),
         ("ranking", RankingModule, RankingData, RANKING_EPOCHS),

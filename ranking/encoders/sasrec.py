@@ -21,20 +21,20 @@ class SASRec(nn.Module):
 
     Args:
         max_length: longest T; also the size of the table of positions.
+        dropout: on inputs, attention weights and block outputs.
         dim: D.
         num_blocks: attention + feed-forward blocks.
         num_heads: H; must divide D.
-        dropout: on inputs, attention weights and block outputs.
     """
 
     def __init__(
         self,
         max_length: int,
+        dropout: float = 0.5,
         *,
         dim: int = 128,
         num_blocks: int = 1,
         num_heads: int = 1,
-        dropout: float = 0.5,
     ) -> None:
         super().__init__()
         self.dim = dim

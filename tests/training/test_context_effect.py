@@ -1,5 +1,7 @@
 """A ranker with context on simulated shops: better where the moment decides, no worse where it does not."""
 
+from functools import partial
+
 import lightning as L
 import pytest
 from lightning.pytorch import Trainer
@@ -18,7 +20,7 @@ def ndcg(directory, context):
     quiet_lightning()
     L.seed_everything(0, verbose=False)
     data = RankingData(directory, context=context)
-    module = RankingModule(lambda length: SASRec(length, dim=32, dropout=0.2), learning_rate=5e-3)
+    module = RankingModule(partial(SASRec, dim=32), dropout=0.2, learning_rate=5e-3)
     trainer = Trainer(
         max_epochs=6, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, limit_val_batches=0,

@@ -165,6 +165,7 @@ class RankingData(_StageData):
         self.is_trained = torch.from_numpy(
             np.bincount(split.train.items, minlength=split.train.num_items + 1) > 0
         )
+        self.events_per_item = len(split.train) / max(1, int(self.is_trained.sum()))
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Yield SequenceBatch."""
