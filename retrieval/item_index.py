@@ -29,6 +29,7 @@ EXACT_KINDS: tuple[Kind, ...] = ("exact", "flat")  # that find all
 
 SCORES_BLOCK = 65_536  # vectors scores() copies out of the index at a time: 16 MiB at D = 64
 FEW_ALLOWED = 32  # up to I / 32 allowed items, their products one by one are faster than any index
+FEW_ITEMS = 256  # of so few all are searched: that takes microseconds, and an approximate index could miss
 SHARE_SEARCHED = 4  # an approximate index is asked for at most a quarter of the allowed items
 MORE_CANDIDATES = 50  # scored again on top of k * k_factor, for the small k
 GPU_LARGEST_K = 2048  # of FAISS on a GPU, without cuVS
@@ -285,7 +286,11 @@ class ItemIndex:
             ids, scores = self._score_all(queries, np.flatnonzero(may_come), k)
         elif self._exact is not None:
             ids, scores = self._exact.search(queries, k, may_come)
-        elif self._base is None or k * self._index.k_factor * SHARE_SEARCHED > num_allowed:
+        elif (
+            self._base is None
+            or num_allowed <= FEW_ITEMS
+            or k * self._index.k_factor * SHARE_SEARCHED > num_allowed
+        ):
             ids, scores = self._search_flat(queries, k, may_come)
         else:
             ids, scores = self._search_base(queries, k, may_come, num_allowed / self.num_items)

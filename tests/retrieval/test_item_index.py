@@ -64,6 +64,13 @@ def test_worked_out_answer(kind):
     assert (index.num_items, index.dim) == (4, 2)
 
 
+def test_a_small_catalog_is_searched_whole():
+    """Tuned on its own items, ivf would look into the wrong half for a query that is like none of them."""
+    vectors = np.array([[0, 0], [0, 0], [0, 1], [1, 0], [1, 1], [1, 1], [1, 1]], np.float32)
+    rows, scores = build(vectors, "ivf").search(np.array([[-1, -1]], np.float32), 1)
+    assert (rows.tolist(), scores.tolist()) == ([[1]], [[0]])
+
+
 def test_row_0_is_never_found(index):
     rows, _ = index.search(np.ones((1, 2), np.float32), k=100)
     assert sorted(rows[0].tolist()) == [1, 2, 3, 4]
