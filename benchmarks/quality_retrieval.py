@@ -34,6 +34,7 @@ from scipy.sparse import csr_array
 from torch import nn
 from torch_geometric.data import HeteroData
 
+from benchmarks.bare_trainer import bare_trainer
 from benchmarks.baselines.ease import EASE
 from benchmarks.baselines.gf_cf import GFCF
 from benchmarks.baselines.item_knn import ItemKNN
@@ -149,15 +150,7 @@ def train_vectors(
     data = RetrievalData(directory, batch_size=recipe.batch_size)
     data.split = split
     module = RetrievalModule(recipe.encoder, **recipe.module)
-    trainer = L.Trainer(
-        max_epochs=recipe.epochs,
-        precision=precision,  # type: ignore[arg-type]
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = bare_trainer(max_epochs=recipe.epochs, precision=precision)
     trainer.fit(module, datamodule=data)
     return module.cpu().eval().vectors()
 

@@ -49,6 +49,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from benchmarks.bare_trainer import bare_trainer
 from engine.arguments import ArgumentParser
 from retrieval.encoders.lightgcn import LightGCN
 from retrieval.graph_matrix import normalized_adjacency
@@ -135,17 +136,12 @@ def _trirank(kind: type[RetrievalModule], data: RetrievalData, work: Work) -> li
         partial(LightGCN, dim=work.dim, num_layers=work.num_layers), SampledSoftmax(work.num_negatives)
     )
     clock = _StepClock()
-    trainer = L.Trainer(
+    trainer = bare_trainer(
         max_steps=WARM_UP + work.steps,
         max_epochs=-1,
         accelerator="cpu",
-        precision=work.precision,  # type: ignore[arg-type]
+        precision=work.precision,
         callbacks=[clock],
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     trainer.fit(module, datamodule=data)
     return _step_times(clock.ends)
@@ -255,6 +251,31 @@ def measure(name: str, directory: Path, work: Work, profile: bool = False) -> di
     }
 
 
+def measured_apart(name: str, arguments: list[str], work: dict[str, Any]) -> dict[str, Any]:
+    """Return what `python -m benchmarks.training_speed` measures of one contender in a process of its own.
+
+    Args:
+        name: of the contender.
+        arguments: of the command, before --contender and the work.
+        work: Work of the benchmark, as its options.
+
+    Raises:
+        ValueError: the process failed; it has said why.
+    """
+    options = [f"--{key}={value}" for key, value in work.items()]
+    child = subprocess.run(
+        [sys.executable, "-m", "benchmarks.training_speed", *arguments, "--contender", name, *options],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": str(work["threads"])},
+    )
+    if child.returncode:
+        raise ValueError(f"{name} ended with exit status {child.returncode}")
+    measured: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+    return measured
+
+
 def peak_memory() -> int:
     """Return the most memory that this process ever held, in bytes."""
     status = Path("/proc/self/status")
@@ -278,18 +299,8 @@ def compare(names: list[str], directory: Path, work: Work, rounds: int, profile:
                     console.print("implicit-bpr: left out, implicit is not installed")
                 continue
             console.print(f"{name}: round {number + 1} of {rounds}, {work.steps} steps")
-            options = [f"--{key}={value}" for key, value in asdict(work).items()]
-            command = ["--data", str(directory), "--contender", name, *options]
-            child = subprocess.run(
-                [sys.executable, "-m", "benchmarks.training_speed", *command, f"--profile={profile}"],
-                stdout=subprocess.PIPE,
-                text=True,
-                check=False,
-                env=os.environ | {"OMP_NUM_THREADS": str(work.threads)},
-            )
-            if child.returncode:
-                raise ValueError(f"{name} ended with exit status {child.returncode}")
-            runs.setdefault(name, []).append(json.loads(child.stdout.splitlines()[-1]))
+            arguments = ["--data", str(directory), f"--profile={profile}"]
+            runs.setdefault(name, []).append(measured_apart(name, arguments, asdict(work)))
     results = {name: _summary(found) for name, found in runs.items()}
     if REFERENCE in results:
         for result in results.values():

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,8 +32,9 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
+from benchmarks.bare_trainer import bare_trainer
 from benchmarks.peers import rectools_sasrec
-from benchmarks.training_speed import peak_memory
+from benchmarks.training_speed import measured_apart, peak_memory
 from engine.arguments import ArgumentParser
 from ranking.encoders.sasrec import SASRec
 from training.data.modules import RankingData
@@ -118,16 +118,8 @@ def _trirank(fusion: bool, directory: Path, split: Split, work: Work) -> list[fl
             encoder, embeddings, loss="sampled", num_negatives=work.num_negatives, dropout=work.dropout
         )
         clock = _EpochClock()
-        trainer = L.Trainer(
-            max_epochs=work.epochs,
-            accelerator="cpu",
-            precision=work.precision,
-            callbacks=[clock],
-            limit_val_batches=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+        trainer = bare_trainer(
+            max_epochs=work.epochs, accelerator="cpu", precision=work.precision, callbacks=[clock]
         )
         trainer.fit(module, datamodule=data)
     return clock.epoch_s
@@ -193,18 +185,7 @@ def compare(names: list[str], directory: Path, work: Work, python: Path) -> dict
                 continue
             found[name] = measure_rectools(python, split, work)
             continue
-        options = [f"--{key}={value}" for key, value in asdict(work).items()]
-        command = ["ranking", "--data", str(directory), "--contender", name, *options]
-        child = subprocess.run(
-            [sys.executable, "-m", "benchmarks.training_speed", *command],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=False,
-            env=os.environ | {"OMP_NUM_THREADS": str(work.threads)},
-        )
-        if child.returncode:
-            raise ValueError(f"{name} ended with exit status {child.returncode}")
-        found[name] = json.loads(child.stdout.splitlines()[-1])
+        found[name] = measured_apart(name, ["ranking", "--data", str(directory)], asdict(work))
     for result in found.values():
         result["fastest_epoch_s"] = min(result["epoch_s"])
     if REFERENCE in found:

@@ -40,6 +40,8 @@ class RetrievalModule(L.LightningModule):
     """
 
     encoder: nn.Module
+    user_degrees: Tensor
+    item_degrees: Tensor
 
     def __init__(
         self,
@@ -63,6 +65,9 @@ class RetrievalModule(L.LightningModule):
         """Make the encoder, now that the graph is known."""
         if not hasattr(self, "encoder"):
             self.encoder = self.make_encoder(self.data.graph)
+            # On the device from the start; not part of the weights.
+            self.register_buffer("user_degrees", self.data.user_degrees, persistent=False)
+            self.register_buffer("item_degrees", self.data.item_degrees, persistent=False)
 
     def configure_optimizers(self) -> Any:
         """Return Adam and its schedule; None for an encoder without parameters."""
@@ -88,8 +93,8 @@ class RetrievalModule(L.LightningModule):
             items=items,
             user_vectors=vectors["user"],
             item_vectors=vectors["item"],
-            user_degrees=self.data.user_degrees.to(edges.device),
-            item_degrees=self.data.item_degrees.to(edges.device),
+            user_degrees=self.user_degrees,
+            item_degrees=self.item_degrees,
         )
         initial = self.encoder.initial_vectors()  # type: ignore[operator]
         loss = self.loss(batch) + self.l2 * embedding_l2(

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import training_speed, training_speed_ranking
+from benchmarks import training_speed
 from benchmarks.peers import rectools_sasrec
 from benchmarks.training_speed_ranking import CONTENDERS, Work, measure_rectools, training_split
 from engine.cli import main as trirank
@@ -60,7 +60,7 @@ def test_the_table_leaves_out_what_is_missing_and_says_so(directory, monkeypatch
         text = "noise\n" + json.dumps({"epoch_s": times, "peak_memory_bytes": 5_000_000})
         return type("Done", (), {"returncode": 0, "stdout": text})
 
-    monkeypatch.setattr(training_speed_ranking.subprocess, "run", run)
+    monkeypatch.setattr(training_speed.subprocess, "run", run)
     command = ["ranking", "--data", str(directory), "--rectools_python", str(tmp_path / "none")]
     monkeypatch.setattr(rectools_sasrec, "check_python", _missing)
     assert training_speed.main(command) == 0
