@@ -296,10 +296,11 @@ class LocalEventStore:
             return
         number = self._log.rotate()
         users = list(self._recent)  # the tuples never change, so that this is a copy of the moment
-        self._compaction = threading.Thread(
+        compaction = threading.Thread(
             target=self._compact, args=(number, users), name="event-log-compaction", daemon=True
         )
-        self._compaction.start()
+        compaction.start()
+        self._compaction = compaction  # started: close() and others may join it at any time
 
     def _compact(self, number: int, users: Sequence[Sequence[UserEvent]]) -> None:
         try:
