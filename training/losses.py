@@ -81,13 +81,17 @@ class _SharedNegatives(torch.autograd.Function):
             pull = torch.empty_like(positive)  # the gradient's weight on the target: p(target) - 1
             grad_states = torch.empty_like(states, dtype=wide)
             grad_table = torch.zeros_like(negatives, dtype=wide)
+            examples, columns = _equal_pairs(targets, negative_rows)
             size = max(1, _SharedNegatives.CHUNK_LOGITS // max(1, len(table)))
-            for start in range(0, len(x), size):
+            starts = torch.arange(0, len(x) + size, size, device=states.device)
+            bounds = torch.searchsorted(examples, starts).tolist()
+            for number, start in enumerate(range(0, len(x), size)):
                 part = slice(start, start + size)
                 logits = (x[part] @ table.T).to(wide)
                 if correction is not None:
                     logits -= correction
-                logits.masked_fill_(targets[part, None] == negative_rows, -torch.inf)
+                pairs = slice(bounds[number], bounds[number + 1])
+                logits[examples[pairs] - start, columns[pairs]] = -torch.inf
                 peak = torch.maximum(logits.amax(1, keepdim=True), positive[part])
                 weights = logits.sub_(peak).exp_()
                 wanted = (positive[part] - peak).exp_()
@@ -115,6 +119,20 @@ class _SharedNegatives(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _equal_pairs(targets: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (example, column) of every negative that equals an example's target, by example; int64.
+
+    As sorted lists find each other: a comparison of all with all costs as much as the exponentials.
+    """
+    ordered, columns = negatives.sort()
+    first = torch.searchsorted(ordered, targets)
+    count = torch.searchsorted(ordered, targets, right=True) - first
+    examples = torch.repeat_interleave(count)
+    # The n-th of an example's pairs stands n places behind its first.
+    nth = torch.arange(len(examples), device=targets.device) - (count.cumsum(0) - count)[examples]
+    return examples, columns[first[examples] + nth]
 
 
 def bpr_loss(positive: Tensor, negative: Tensor) -> Tensor:
