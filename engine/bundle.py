@@ -41,7 +41,7 @@ from safetensors.numpy import load_file
 
 from engine.catalog import Catalog
 from engine.history import BundleHistoryStore, HistoryStore
-from ranking.onnx_scorer import OnnxScorer
+from ranking.onnx_scorer import OnnxScorer, Provider
 from retrieval.item_index import EXACT_KINDS, ItemIndex
 from retrieval.sparse import SparseRows
 
@@ -94,12 +94,13 @@ class Bundle:
         return str(self.manifest["version"])
 
     @classmethod
-    def load(cls, path: str | Path, *, num_threads: int = 1) -> Bundle:
+    def load(cls, path: str | Path, *, num_threads: int = 1, provider: Provider = "auto") -> Bundle:
         """Open a bundle directory, after the checksum of every file has been found right.
 
         Args:
             path: the bundle's own directory; see resolve_bundle for a directory of bundles.
             num_threads: threads that the ranker, and each index, uses for one call.
+            provider: what runs the ranker; see OnnxScorer.
 
         Raises:
             BundleError: the directory is no bundle, is newer than this program, is damaged, holds files that
@@ -121,7 +122,8 @@ class Bundle:
         scorer = ranker_index = None
         if has_ranker:
             scorer = _open(
-                path / RANKER_SCORES, lambda file: OnnxScorer(path / RANKER_STATE, file, num_threads)
+                path / RANKER_SCORES,
+                lambda file: OnnxScorer(path / RANKER_STATE, file, num_threads, provider),
             )
             ranker_index = _open(path / RANKER_INDEX, open_index)
 

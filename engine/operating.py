@@ -34,6 +34,7 @@ from engine.telemetry import Metrics, log_as_json
 from engine.tls import server_tls
 from engine.variants import OTHER, SHADOW, Split
 from engine.workers import supervise, told
+from ranking.onnx_scorer import Provider
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,12 @@ def _serve_parser() -> ArgumentParser:
         help="requests that are worked on at once (default: the number of cores)",
     )
     add("--num_threads", type=int, default=1, help="threads of the ranker, and of an index, for one request")
+    add(
+        "--provider",
+        type=Provider,
+        default="auto",
+        help="what runs the ranker: cpu, cuda or tensorrt; auto takes cuda where onnxruntime has it",
+    )
     add(
         "--num_processes",
         type=int,
@@ -182,8 +189,10 @@ def _serve(args: Any, argv: list[str], closing: contextlib.ExitStack) -> None:
         _serve_from_many(args, argv, closing)
         return
     address, metrics_address = (worker.address, worker.metrics) if worker else (args.address, args.metrics)
-    open_bundle = functools.partial(Bundle.load, num_threads=args.num_threads)
+    open_bundle = functools.partial(Bundle.load, num_threads=args.num_threads, provider=args.provider)
     bundle = open_bundle(bundle_to_serve(args.bundle))
+    if bundle.scorer is not None:
+        logger.info("the ranker runs on %s", ", then ".join(bundle.scorer.providers))
     other_bundles = {
         name: open_bundle(resolve_bundle(path))
         for name, path in ((OTHER, args.other), (SHADOW, args.shadow))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -25,6 +26,13 @@ STATE_OUTPUTS = ["state"]  # float32 [B, D]
 SCORES_INPUTS = ["state", "candidates"]  # float32 [B, D]; int64 [B or 1, C]
 SCORES_OUTPUTS = ["scores"]  # float32 [B, C]
 
+Provider = Literal["auto", "tensorrt", "cuda", "cpu"]
+PROVIDERS = {
+    "tensorrt": "TensorrtExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "cpu": "CPUExecutionProvider",
+}
+
 
 class OnnxScorer:
     """One score per candidate, in order; several threads may share a scorer.
@@ -32,7 +40,13 @@ class OnnxScorer:
     onnxruntime itself refuses a model whose weights lie outside the folder of its file.
     """
 
-    def __init__(self, state_path: str | Path, scores_path: str | Path, num_threads: int = 1) -> None:
+    def __init__(
+        self,
+        state_path: str | Path,
+        scores_path: str | Path,
+        num_threads: int = 1,
+        provider: Provider = "auto",
+    ) -> None:
         """Open a ranker.
 
         Args:
@@ -41,14 +55,17 @@ class OnnxScorer:
                 are inputs too, and where it has "heads" (a JSON list of names), HEAD_INPUTS.
             scores_path: an ONNX file from SCORES_INPUTS to SCORES_OUTPUTS, with the metadata "num_items".
             num_threads: CPU threads of one call. Calls that run at once fight for them: under load 1 is best.
+            provider: what runs the graphs; what it cannot run falls to the next of tensorrt, cuda, cpu.
+                "auto" takes cuda where onnxruntime has it. tensorrt builds an engine for each range of shapes
+                that it meets, which takes seconds, so it has to be asked for.
 
         Raises:
-            ValueError: on models with other inputs, outputs or metadata, or that do not belong together, and
-                on num_threads below 1.
+            ValueError: on models with other inputs, outputs or metadata, or that do not belong together, on
+                num_threads below 1, and on a provider that is not there.
         """
         if num_threads < 1:
             raise ValueError(f"num_threads is {num_threads}; expected at least 1")
-        self._state = _open(state_path, num_threads)
+        self._state = _open(state_path, num_threads, provider)
         told = self._state.get_modelmeta().custom_metadata_map.get("context", "[]")
         self.context = ContextTable.from_json(told)  # what the ranker knows of the moment
         # What a score is the weighted sum of; the first alone where nobody says. Empty: there is one score.
@@ -62,7 +79,7 @@ class OnnxScorer:
                 raise ValueError(
                     f"{state_path}: {node.name} has {node.shape[1]} columns; expected {expected}"
                 )
-        self._scores = _open(scores_path, num_threads)
+        self._scores = _open(scores_path, num_threads, provider)
         _check_nodes(self._scores, scores_path, SCORES_INPUTS, SCORES_OUTPUTS)
         self.history_length = _number(self._state, state_path, "history_length")  # events it looks at
         self.num_items = _number(self._scores, scores_path, "num_items")  # I: rows 1..I have scores
@@ -75,8 +92,9 @@ class OnnxScorer:
 
     @property
     def providers(self) -> tuple[str, ...]:
-        """The onnxruntime execution providers in use, the preferred one first."""
-        return tuple(self._state.get_providers())
+        """What runs the graphs, of PROVIDERS, the preferred one first."""
+        used = self._state.get_providers()
+        return tuple(name for name, full in PROVIDERS.items() if full in used)
 
     def score(
         self,
@@ -181,13 +199,29 @@ class OnnxScorer:
         return np.ascontiguousarray(rows, np.int64)
 
 
-def _open(path: str | Path, num_threads: int) -> ort.InferenceSession:
+def available_providers() -> tuple[str, ...]:
+    """Return which of PROVIDERS this onnxruntime has, by their short names."""
+    has = ort.get_available_providers()
+    return tuple(name for name, full in PROVIDERS.items() if full in has)
+
+
+def _open(path: str | Path, num_threads: int, provider: Provider) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
-    available = ort.get_available_providers()
-    providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
-    return ort.InferenceSession(str(path), options, providers=providers)
+    available = available_providers()
+    wanted = ("cuda" if "cuda" in available else "cpu") if provider == "auto" else provider
+    if wanted not in available:
+        raise ValueError(f"provider is {provider!r}; this onnxruntime has {', '.join(available)}")
+    names = list(PROVIDERS)
+    fallbacks = [name for name in names[names.index(wanted) :] if name in available]
+    session = ort.InferenceSession(str(path), options, providers=[PROVIDERS[name] for name in fallbacks])
+    # Where its libraries are missing, onnxruntime goes on without a provider.
+    if provider != "auto" and PROVIDERS[wanted] not in session.get_providers():
+        raise ValueError(
+            f"provider is {provider!r}; onnxruntime could not start it and has {session.get_providers()}"
+        )
+    return session
 
 
 def _check_nodes(

@@ -31,11 +31,12 @@ from training.content import content_embedding, content_features
 from training.data.dataset import Dataset
 from training.data.interactions import Interactions
 from training.data.splits import SplitData
+from training.quantization import MAX_SCORE_DIFFERENCE, Precision, quantize
 
 OPSET = 20
 NUM_CHECKED = 64  # histories that the published index is checked with
 NUM_EXAMPLES = 3 * TUNING_QUERIES  # histories that an index is tuned on, and a third that tells its recall
-MAX_SCORE_DIFFERENCE = 1e-4  # torch against ONNX, float32, relative to the largest score where that is over 1
+MAX_PRODUCT_DIFFERENCE = 1e-4  # FAISS against NumPy, relative to the largest product where that is over 1
 
 # What a bundle serves with unless the recipe says otherwise, in the form of a policies file. On validation it
 # costs no NDCG@10 on Amazon Beauty and 1.8% on MovieLens-1M, which has 18 categories, and gives 7% and 58%
@@ -111,6 +112,7 @@ def export_ranker(
     directory: Path,
     options: IndexOptions | None = None,
     histories: Sequence[NDArray[np.int32]] = (),
+    precision: Precision = "float32",
 ) -> dict[str, Any]:
     """Write a ranker into a directory: two ONNX graphs and an index over the vectors that it scores with.
 
@@ -124,6 +126,7 @@ def export_ranker(
         directory: gets the three files.
         options: of the index.
         histories: examples, item rows oldest first, to tune the index on.
+        precision: of the two graphs (training/quantization.py).
 
     Returns:
         What the index is (see write_index).
@@ -161,6 +164,8 @@ def export_ranker(
             directory / RANKER_SCORES,
             {"num_items": ranker.num_items},
         )
+        for name in (RANKER_STATE, RANKER_SCORES):
+            quantize(directory / name, precision)
         padded = torch.from_numpy(left_padded(histories, ranker.history_length))
         states = ranker.in_context(ranker.states(padded)[:, -1]).numpy()
     return write_index(directory / RANKER_INDEX, vectors.numpy(), options or IndexOptions(), states)
@@ -316,7 +321,8 @@ def export_bundle(
         )
         if ranker is not None:
             items_of = [history.items for history in histories]
-            indexes[RANKER_INDEX] = export_ranker(ranker, directory, options, items_of)
+            precision = pipeline.get("ranker_precision", "float32")
+            indexes[RANKER_INDEX] = export_ranker(ranker, directory, options, items_of, precision)
         info = asdict(data.info)
         kept = ("name", "fingerprint", "simulated", "time", "repeats", "num_users", "num_items", "num_events")
         return {
@@ -423,11 +429,11 @@ def verify_bundle(bundle: Bundle, ranker: HybridRanker | None, data: SplitData) 
     with torch.no_grad():
         scores, states = ranker(*tensors)
         fused = ranker.item_vectors().detach().numpy()
-    _check_close(
-        "ONNX states differ from torch", bundle.scorer.user_states(history, context, weights), states.numpy()
-    )
+    slack = MAX_SCORE_DIFFERENCE[settings.get("ranker_precision", "float32")]
+    found_states = bundle.scorer.user_states(history, context, weights)
+    _check_close("ONNX states differ from torch", found_states, states.numpy(), slack)
     found = bundle.scorer.score(history, candidates, context, weights)
-    _check_close("ONNX scores differ from torch", found, scores.numpy())
+    _check_close("ONNX scores differ from torch", found, scores.numpy(), slack)
     asked = bundle.scorer.user_states(left_padded([history.items for history in histories], longest))
     _check_index(RANKER_INDEX, bundle.ranker_index, asked, fused, options)
 
@@ -448,7 +454,7 @@ def _check_index(
     recalls = []
     for query in queries:
         products = vectors[1:] @ query
-        slack = MAX_SCORE_DIFFERENCE * max(1.0, float(np.abs(products).max()))
+        slack = MAX_PRODUCT_DIFFERENCE * max(1.0, float(np.abs(products).max()))
         rows, scores = (found[0] for found in index.search(query[np.newaxis], k))
         difference = np.abs(scores - products[rows - 1]).max()
         if not difference <= slack:
@@ -464,10 +470,10 @@ def _check_index(
         )
 
 
-def _check_close(what: str, found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
+def _check_close(what: str, found: NDArray[np.float32], expected: NDArray[np.float32], slack: float) -> None:
     difference = np.abs(found - expected).max()
-    if not difference <= MAX_SCORE_DIFFERENCE * max(1.0, np.abs(expected).max()):
-        raise ValueError(f"{what} by {difference:.2e}")
+    if not difference <= (allowed := slack * max(1.0, float(np.abs(expected).max()))):
+        raise ValueError(f"{what} by {difference:.2e}; expected at most {allowed:.2e}")
 
 
 def _users_table(data: SplitData) -> pl.DataFrame:

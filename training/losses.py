@@ -127,6 +127,7 @@ def _equal_pairs(targets: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
     As sorted lists find each other: a comparison of all with all costs as much as the exponentials.
     """
     ordered, columns = negatives.sort()
+    targets = targets.contiguous()
     first = torch.searchsorted(ordered, targets)
     count = torch.searchsorted(ordered, targets, right=True) - first
     examples = torch.repeat_interleave(count)

@@ -29,6 +29,7 @@ from training.data.dataset import Dataset
 from training.data.modules import RankingData, RetrievalData
 from training.data.splits import Split, SplitOptions, final_split, load_split
 from training.export import DEFAULT_POLICIES, DEFAULT_SOURCES, export_bundle
+from training.quantization import Precision
 from training.ranking_module import RANKING_EPOCHS, RankingModule, check_heads
 from training.retrieval_module import RETRIEVAL_EPOCHS, RetrievalModule
 from training.stages import (
@@ -79,6 +80,8 @@ class PipelineOptions:
             graph vectors and one over the ranker's. A k of null is num_candidates.
         head_weights: how much each head of the ranker counts where a request does not say, such as {next: 1,
             purchase: 3}; of ranking.model.heads and "next". Empty: the next item alone.
+        ranker_precision: float32; float16, whose tables of item vectors take half the memory; or int8, with
+            a quarter of it (python -m benchmarks.scoring says what each costs in time and quality).
         num_neighbours: how many neighbours the bundle holds of each item.
         popular_window_days: popular is what is popular in the last days of the training data; null, and data
             without times, count all of it.
@@ -94,6 +97,7 @@ class PipelineOptions:
     half_life_days: float | None = None
     index: IndexOptions = field(default_factory=IndexOptions)
     head_weights: dict[str, float] = field(default_factory=dict)
+    ranker_precision: Precision = "float32"
     num_neighbours: int = 200
     popular_window_days: float | None = 30.0
     policies: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(DEFAULT_POLICIES))

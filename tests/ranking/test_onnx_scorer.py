@@ -83,7 +83,7 @@ def test_worked_out_answer(scorer):
 
 def test_what_the_model_says_of_itself(scorer):
     assert (scorer.history_length, scorer.num_items) == (3, 4)
-    assert "CPUExecutionProvider" in scorer.providers
+    assert scorer.providers[-1] == "cpu"
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3])
@@ -240,3 +240,23 @@ def test_weights_outside_the_folder_are_not_read(tmp_path, kind):
         (bundle / name).write_bytes(model.SerializeToString())
     with pytest.raises(Exception, match="External data path validation failed"):
         OnnxScorer(bundle / "state.onnx", bundle / "scores.onnx")
+
+
+def test_a_provider_that_is_there_is_taken(tmp_path):
+    assert opened(tmp_path, provider="cpu").providers == ("cpu",)
+
+
+def test_a_provider_that_is_not_there_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("ranking.onnx_scorer.available_providers", lambda: ("cpu",))
+    with pytest.raises(ValueError, match="provider is 'tensorrt'; this onnxruntime has cpu"):
+        opened(tmp_path, provider="tensorrt")
+
+
+def test_a_provider_that_cannot_start_is_told(tmp_path, monkeypatch):
+    # onnxruntime itself goes on with the next one, and says so in a warning.
+    monkeypatch.setattr("ranking.onnx_scorer.available_providers", lambda: ("cuda", "cpu"))
+    with (
+        pytest.warns(UserWarning, match="CUDAExecutionProvider"),
+        pytest.raises(ValueError, match="could not start it"),
+    ):
+        opened(tmp_path, provider="cuda")

@@ -79,7 +79,7 @@ def by_torch(model, history, candidates):
     return scores.numpy(), state.numpy()
 
 
-@pytest.mark.parametrize("num_candidates", [1, 7, 1000])
+@pytest.mark.parametrize("num_candidates", [1, 7, 10_000])
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("length", [0, 1, LENGTH - 1, LENGTH])
 def test_the_same_scores_as_torch(exported, length, batch_size, num_candidates):

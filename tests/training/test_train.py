@@ -442,6 +442,7 @@ def test_the_moment_counts_and_unknown_values_do_not(shop: Path) -> None:
 
 def test_heads_are_weighed_by_the_recipe_and_by_each_request(shop: Path, tmp_path: Path) -> None:
     heads = ["--ranking.model.heads=[click, purchase]", "--pipeline.head_weights={next: 1, purchase: 2}"]
+    heads.append("--pipeline.ranker_precision=int8")
     assert _train(shop, *heads, "--no-refit", "--out", str(tmp_path)) == 0
     bundle = Bundle.load(resolve_bundle(tmp_path))
     assert bundle.manifest["ranker"]["heads"] == ["next", "click", "purchase"]
