@@ -161,7 +161,11 @@ def rank(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     return ask(
         args,
-        lambda client: client.rank(visitor(args.user, args.history, _context(args.context)), args.candidates),
+        lambda client: client.rank(
+            visitor(args.user, args.history, _context(args.context)),
+            args.candidates,
+            head_weights=_numbers("head_weight", "head", args.head_weights),
+        ),
     )
 
 
@@ -197,6 +201,13 @@ def _add_visitor_arguments(parser: ArgumentParser) -> None:
         help="ids of items that the visitor just touched, oldest first: --history B01 B02",
     )
     _add_context_argument(parser)
+    parser.add_argument(
+        "--head_weights",
+        type=str,
+        nargs="+",
+        default=[],
+        help="what the score is the sum of, where the ranker has heads: --head_weights next=1 purchase=3",
+    )
 
 
 def _add_context_argument(parser: ArgumentParser) -> None:
@@ -229,7 +240,8 @@ def recommend_arguments(args: Any) -> dict[str, Any]:
         "exclude_item_ids": args.exclude,
         "filters": _filters(args),
         "policy": args.policy,
-        "overrides": _overrides(args.override),
+        "overrides": _numbers("override", "rule.setting", args.override),
+        "head_weights": _numbers("head_weight", "head", args.head_weights),
         "seed": args.seed,
         "now_ms": args.now_ms,
     }
@@ -298,17 +310,17 @@ def _context(pairs: list[str]) -> dict[str, str]:
     return context
 
 
-def _overrides(pairs: list[str]) -> dict[str, float]:
-    overrides = {}
+def _numbers(what: str, form: str, pairs: list[str]) -> dict[str, float]:
+    numbers = {}
     for pair in pairs:
         key, equals, value = pair.rpartition("=")
         try:
-            overrides[key] = float(value)
+            numbers[key] = float(value)
         except ValueError:
             equals = ""
         if not equals:
-            raise ValueError(f"override is {pair!r}; expected rule.setting=number")
-    return overrides
+            raise ValueError(f"{what} is {pair!r}; expected {form}=number")
+    return numbers
 
 
 def ask(

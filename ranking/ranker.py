@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ranking.context import ContextTable
 from ranking.fusion import ContextFusion, GraphCrossAttention, HeadQueries
@@ -36,8 +37,9 @@ class HybridRanker(nn.Module):
     Args:
         encoder: a SequenceEncoder with attributes `dim` and `max_length`:
             forward(items [B, T], vectors [B, T, D]) -> [B, T, D].
-        graph_vectors: [I+1, G] float32, row 0 zeros; kept frozen. None leaves the graph out.
+        graph_vectors: [I+1, G] float32, row 0 zeros. None leaves the graph out.
         item_degrees: [I+1] training interactions of each item; needed with graph_vectors.
+        fine_tune_graph: whether training may move the graph vectors too; they stay as they are otherwise.
         content_vectors: [I+1, F] float32, row 0 and items of which nothing is known zeros; kept frozen. None
             leaves the content out.
         is_trained: [I+1] bool, the items that training has events of. None: all.
@@ -63,6 +65,7 @@ class HybridRanker(nn.Module):
         *,
         graph_vectors: Tensor | None = None,
         item_degrees: Tensor | None = None,
+        fine_tune_graph: bool = False,
         content_vectors: Tensor | None = None,
         is_trained: Tensor | None = None,
         num_items: int | None = None,
@@ -102,7 +105,11 @@ class HybridRanker(nn.Module):
         self.register_buffer("has_id", has_id)
         self.fusion: GraphCrossAttention | None = None
         if graph_vectors is not None and item_degrees is not None:
-            self.register_buffer("graph_vectors", _unit_scale(graph_vectors))
+            scaled = _unit_scale(graph_vectors)
+            if fine_tune_graph:
+                self.graph_vectors = nn.Parameter(scaled)
+            else:
+                self.register_buffer("graph_vectors", scaled)
             weights = item_degrees.clamp(min=1).rsqrt()
             weights[0] = 0.0
             self.register_buffer("fold_weights", torch.cat([weights, weights.new_zeros(1)]))
@@ -138,7 +145,7 @@ class HybridRanker(nn.Module):
             has_id = has_id & ~as_new
         vectors: Tensor = torch.where(has_id.unsqueeze(-1), self.embedding(rows), self.unknown_id)
         if self.fusion is not None:
-            graph = self.graph_vectors[rows]
+            graph = functional.embedding(rows, self.graph_vectors)
             if as_new is not None:
                 graph = graph * ~as_new.unsqueeze(-1)
             vectors = vectors + self.item_projection(self.graph_dropout(graph))
@@ -168,7 +175,8 @@ class HybridRanker(nn.Module):
         tokens = torch.where(items > 0, items, start)
         states: Tensor = self.encoder(items, self.vectors(tokens) if table is None else table[tokens])
         if self.fusion is not None:
-            states = self.fusion(states, items, self.graph_vectors[tokens], self.fold_weights[tokens])
+            graph = functional.embedding(tokens, self.graph_vectors)
+            states = self.fusion(states, items, graph, self.fold_weights[tokens])
         return states
 
     def in_context(self, states: Tensor, rows: Tensor | None = None, weights: Tensor | None = None) -> Tensor:

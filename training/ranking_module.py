@@ -54,6 +54,7 @@ class RankingModule(L.LightningModule):
             dropout; in YAML a class path and its keywords.
         embeddings: safetensors file with item_vectors [I+1, G] and item_degrees [I+1] (stage one writes it).
             None trains the sequence model alone.
+        fine_tune_graph: whether stage two trains on the vectors of stage one too, or leaves them as they are.
         content: safetensors file with content_vectors [I+1, F] (`python -m training.content`). None leaves
             out what items are.
         loss: "full": softmax over the catalog; "sampled": over shared uniform negatives; "auto": full up to
@@ -78,6 +79,7 @@ class RankingModule(L.LightningModule):
         self,
         encoder: Callable[[int, float], nn.Module] = SASRec,
         embeddings: Path | None = None,
+        fine_tune_graph: bool = False,
         content: Path | None = None,
         loss: Literal["auto", "full", "sampled"] = "auto",
         num_negatives: int = 4096,
@@ -91,7 +93,7 @@ class RankingModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.make_encoder, self.embeddings, self.content = encoder, embeddings, content
-        self.dropout = dropout
+        self.dropout, self.fine_tune_graph = dropout, fine_tune_graph
         self.dropouts = {
             "content_dropout": content_dropout,
             "id_dropout": id_dropout,
@@ -128,6 +130,7 @@ class RankingModule(L.LightningModule):
             self.make_encoder(self.data.history_length + 1, dropout),
             graph_vectors=graph.get("item_vectors"),
             item_degrees=graph.get("item_degrees"),
+            fine_tune_graph=self.fine_tune_graph,
             content_vectors=content.get("content_vectors"),
             is_trained=self.data.is_trained,
             num_items=self.data.num_items,

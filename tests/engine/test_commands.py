@@ -235,3 +235,14 @@ def test_recommend_with_a_policy(server_address: str, capsys: pytest.CaptureFixt
 def test_serve_numbers(bundle_path: Path, option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert operating.serve([str(bundle_path), f"--{option}", "0"]) == 2
     assert capsys.readouterr().err == f"error: {option} is 0; expected at least 1\n"
+
+
+def test_head_weights_of_a_ranker_without_heads(
+    server_address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = ["--address", server_address, "--user", "loyal", "--head_weights"]
+    for command, candidates in ((commands.recommend, []), (commands.rank, ["0042", "null"])):
+        assert command([*candidates, *ask, "next=1", "purchase=2"]) == 2
+        assert "head_weights" in capsys.readouterr().err
+        assert command([*candidates, *ask, "purchase"]) == 2
+        assert "head_weight is 'purchase'; expected head=number" in capsys.readouterr().err

@@ -195,6 +195,18 @@ def test_graph_vectors_are_frozen_and_padding_is_not_learned():
     assert (model.embedding.weight.grad[-1] != 0).any()  # the start token is
 
 
+def test_graph_vectors_move_where_they_may():
+    vectors, degrees = graph()
+    model = HybridRanker(
+        SASRec(LENGTH + 1, dim=DIM), graph_vectors=vectors, item_degrees=degrees, fine_tune_graph=True
+    ).eval()  # without dropout
+    assert "graph_vectors" in dict(model.named_parameters())
+    states = model.states(histories(LENGTH))
+    full_softmax_loss(states[0], model.item_vectors(), torch.ones(LENGTH + 1).long()).backward()
+    assert (model.graph_vectors.grad[1:-1] != 0).any(dim=1).all()
+    assert (model.graph_vectors.grad[0] == 0).all()  # padding stands for nothing
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mixed_precision_is_close_and_trains(dtype):
     model, history = ranker(), histories(0, 1, LENGTH)

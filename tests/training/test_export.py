@@ -8,6 +8,7 @@ import torch
 
 from engine.bundle import RANKER_FILES, RANKER_INDEX, RANKER_SCORES, RANKER_STATE
 from ranking.context import ContextKey, ContextTable, Encoded
+from ranking.encoders.hstu import HSTU
 from ranking.encoders.sasrec import SASRec
 from ranking.onnx_scorer import OnnxScorer
 from ranking.ranker import HybridRanker
@@ -93,6 +94,17 @@ def test_the_same_scores_as_torch(exported, length, batch_size, num_candidates):
         assert np.abs(found - scores).max() <= 1e-4
         assert np.abs(scorer.user_states(history) - states).max() <= 1e-4
         assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("length", [0, 1, LENGTH - 1, LENGTH])
+def test_hstu_scores_as_in_torch(tmp_path, length):
+    torch.manual_seed(0)
+    model = HybridRanker(HSTU(LENGTH + 1, dim=DIM, num_heads=2), num_items=NUM_ITEMS)
+    export_ranker(model, tmp_path)
+    candidates = np.random.default_rng(0).integers(1, NUM_ITEMS + 1, (2, 9))
+    history = histories(2, length)
+    scores, _ = by_torch(model, history, candidates)
+    assert np.abs(scorer_of(tmp_path).score(history, candidates) - scores).max() <= 1e-4
 
 
 def test_histories_of_many_lengths_in_one_batch(exported):
