@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ranking.context import ContextTable
-from ranking.encoders.sasrec import causal_mask
+from ranking.encoders.sasrec import DistanceBias, causal_mask
 
 
 class GraphCrossAttention(nn.Module):
@@ -22,13 +22,15 @@ class GraphCrossAttention(nn.Module):
     The output projection starts at zero: training starts from the sequence model alone.
 
     Args:
+        max_length: longest T.
         dim: D.
         graph_dim: G.
         dropout: on the graph vectors and on the output.
     """
 
-    def __init__(self, dim: int, graph_dim: int, dropout: float) -> None:
+    def __init__(self, max_length: int, dim: int, graph_dim: int, dropout: float) -> None:
         super().__init__()
+        self.distance = DistanceBias(max_length, 1)
         self.query = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
         self.key_value = nn.Linear(graph_dim, 2 * dim)
         self.user_key_value = nn.Linear(graph_dim, 2 * dim)
@@ -55,12 +57,12 @@ class GraphCrossAttention(nn.Module):
         query = self.query(states)
         key, value = self.key_value(self.dropout(graph_vectors)).chunk(2, dim=-1)
         user_key, user_value = self.user_key_value(self.dropout(user)).chunk(2, dim=-1)
-        # Padding sees the start token, as that does itself, but not itself too: both have one state. No row
-        # is left with nothing to look at, since the user is always there.
-        visible = causal_mask(items) & (items > 0)[:, None]
-        to_items = (query @ key.transpose(1, 2)).masked_fill(~visible, -torch.inf)
-        to_user = (query * user_key).sum(-1, keepdim=True)
-        weights = torch.softmax(torch.cat([to_items, to_user], dim=-1) * self.scale, dim=-1)
+        visible = causal_mask(items)
+        # An item counts by how long ago it was, too: on graph vectors alone the attention could not tell.
+        bias = self.distance(items.shape[1], items.device)
+        to_items = ((query @ key.transpose(1, 2)) * self.scale + bias).masked_fill(~visible, -torch.inf)
+        to_user = (query * user_key).sum(-1, keepdim=True) * self.scale
+        weights = torch.softmax(torch.cat([to_items, to_user], dim=-1), dim=-1)
         attended = weights[..., :-1] @ value + weights[..., -1:] * user_value
         fused: Tensor = states + self.dropout(self.out(attended))
         return fused

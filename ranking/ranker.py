@@ -113,7 +113,7 @@ class HybridRanker(nn.Module):
             weights = item_degrees.clamp(min=1).rsqrt()
             weights[0] = 0.0
             self.register_buffer("fold_weights", torch.cat([weights, weights.new_zeros(1)]))
-            self.fusion = GraphCrossAttention(dim, graph_vectors.shape[1], dropout)
+            self.fusion = GraphCrossAttention(self.history_length + 1, dim, graph_vectors.shape[1], dropout)
             self.item_projection = _projection(graph_vectors.shape[1], dim)
             self.graph_dropout = nn.Dropout(dropout)
         self.content_projection: nn.Linear | None = None
@@ -164,19 +164,21 @@ class HybridRanker(nn.Module):
     def states(self, history: Tensor, table: Tensor | None = None) -> Tensor:
         """Return the state after the start token and after each event, [B, T+1, D], whatever the context.
 
+        States at padding are finite and mean nothing. The last one is never padding: an empty history has the
+        start token's.
+
         Args:
             history: [B, T] int64 item rows 1..I, oldest first, padded on the left with 0.
             table: all_vectors(), where they are worked out already.
         """
-        start = self.num_items + 1
-        items = torch.cat([torch.full_like(history[:, :1], start), history], dim=1)
-        # Padding looks like the start token and sees nothing else, so its state is the start token's: the
-        # last state of a history of nothing but padding is that of an empty history.
-        tokens = torch.where(items > 0, items, start)
-        states: Tensor = self.encoder(items, self.vectors(tokens) if table is None else table[tokens])
+        # The start token stands right before the first event, so that columns tell distances.
+        items = functional.pad(history, (1, 0))
+        is_start = (items == 0) & (functional.pad(history, (0, 1), value=1) > 0)
+        items = torch.where(is_start, self.num_items + 1, items)
+        states: Tensor = self.encoder(items, self.vectors(items) if table is None else table[items])
         if self.fusion is not None:
-            graph = functional.embedding(tokens, self.graph_vectors)
-            states = self.fusion(states, items, graph, self.fold_weights[tokens])
+            graph = functional.embedding(items, self.graph_vectors)
+            states = self.fusion(states, items, graph, self.fold_weights[items])
         return states
 
     def in_context(self, states: Tensor, rows: Tensor | None = None, weights: Tensor | None = None) -> Tensor:

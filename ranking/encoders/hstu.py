@@ -12,11 +12,10 @@ Shapes: B batch, T history, D dimension, H heads, E = D / H.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ranking.encoders.sasrec import causal_mask
+from ranking.encoders.sasrec import DistanceBias, causal_mask
 
 
 class HSTU(nn.Module):
@@ -59,11 +58,8 @@ class HSTU(nn.Module):
         position = (items > 0).long().cumsum(1).sub(1).clamp(0, self.max_length - 1)
         x = self.dropout(vectors + self.position(position))
         visible = causal_mask(items).unsqueeze(1)
-        place = torch.arange(items.shape[1], device=items.device)
-        # Padding is on the left, so columns tell distances too. Later events are not seen.
-        distance = (place[:, None] - place[None, :]).clamp(0, self.max_length - 1)
         for block in self.blocks:
-            x = block(x, visible, distance)
+            x = block(x, visible)
         states: Tensor = self.norm(x)
         return states
 
@@ -76,21 +72,20 @@ class _Block(nn.Module):
         self.num_heads = num_heads
         self.norm = nn.LayerNorm(dim)
         self.project = nn.Linear(dim, 4 * dim)
-        self.distance_bias = nn.Embedding(max_length, num_heads)
-        nn.init.zeros_(self.distance_bias.weight)
+        self.distance = DistanceBias(max_length, num_heads)
         self.attention_norm = nn.LayerNorm(dim)
         self.out = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
         self.scale = 1.0 / max_length
 
-    def forward(self, x: Tensor, visible: Tensor, distance: Tensor) -> Tensor:
+    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
         gate, value, query, key = functional.silu(self.project(self.norm(x))).chunk(4, dim=-1)
         batch, length, dim = x.shape
         query, key, value = (
             part.view(batch, length, self.num_heads, dim // self.num_heads).transpose(1, 2)  # [B, H, T, E]
             for part in (query, key, value)
         )
-        scores = query @ key.transpose(2, 3) + self.distance_bias(distance).permute(2, 0, 1)
+        scores = query @ key.transpose(2, 3) + self.distance(length, x.device)
         weights = (functional.silu(scores) * visible) * self.scale
         attended = (weights @ value).transpose(1, 2).flatten(2)
         fused: Tensor = x + self.dropout(self.out(self.attention_norm(attended) * gate))

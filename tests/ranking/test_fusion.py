@@ -14,11 +14,11 @@ START = NUM_ITEMS + 1
 
 
 def example(*lengths, width=5):
-    """Return items [B, 1+T] (start token, padding, history), states, graph vectors and fold weights."""
+    """Return items [B, 1+T] (padding, start token, history), states, graph vectors and fold weights."""
     rng = torch.Generator().manual_seed(0)
     items = torch.zeros(len(lengths), width + 1, dtype=torch.int64)
-    items[:, 0] = START
     for row, length in enumerate(lengths):
+        items[row, width - length] = START
         items[row, width + 1 - length :] = torch.randint(1, START, (length,), generator=rng)
     table = torch.randn(START + 1, GRAPH_DIM, generator=rng, dtype=torch.float64)
     degrees = torch.randint(1, 20, (START + 1,), generator=rng).double()
@@ -30,7 +30,7 @@ def example(*lengths, width=5):
 
 def fusion():
     torch.manual_seed(0)
-    model = GraphCrossAttention(DIM, GRAPH_DIM, dropout=0.5).double().eval()
+    model = GraphCrossAttention(6, DIM, GRAPH_DIM, dropout=0.5).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.5 * torch.randn_like(parameter))
@@ -50,10 +50,14 @@ def by_loops(model, states, items, graph, fold_weights):
             query = linear("query.1", norm * weight["query.0.weight"] + weight["query.0.bias"])
             count = sum(0 < item < START for item in history[: t + 1])
             user = sum(graph[b, s].numpy() * fold_weights[b, s].item() for s in range(t + 1))
-            seen = [graph[b, s].numpy() for s in range(t + 1) if history[s] > 0]
-            pairs = [linear("key_value", vector) for vector in seen]
+            seen = [s for s in range(t + 1) if history[s] > 0 or s == t]
+            pairs = [linear("key_value", graph[b, s].numpy()) for s in seen]
             pairs.append(linear("user_key_value", user / math.sqrt(max(count, 1))))
-            shares = [math.exp(query @ pair[:DIM] / math.sqrt(DIM)) for pair in pairs]
+            biases = [weight["distance.bias.weight"][t - s][0] for s in seen] + [0.0]  # the user is no event
+            shares = [
+                math.exp(query @ pair[:DIM] / math.sqrt(DIM) + bias)
+                for pair, bias in zip(pairs, biases, strict=True)
+            ]
             mean = sum(share * pair[DIM:] for share, pair in zip(shares, pairs, strict=True)) / sum(shares)
             result[b, t] = state + linear("out", mean)
     return result
@@ -82,13 +86,13 @@ def test_the_user_is_folded_in_from_the_items_so_far(length):
     states = torch.zeros(1, 6, DIM, dtype=torch.float64)
     users = model(states, items, table[items], weights[items])[0, :, :GRAPH_DIM]
     for place in range(6):
-        so_far = items[0, 1 : place + 1].numpy().astype(np.int32)
-        expected = fold_in(table.numpy(), degrees.numpy(), so_far)
+        so_far = items[0, : place + 1].numpy().astype(np.int32)
+        expected = fold_in(table.numpy(), degrees.numpy(), so_far[(so_far > 0) & (so_far < START)])
         np.testing.assert_allclose(users[place], expected, rtol=1e-5, atol=1e-12)
 
 
 def test_it_starts_without_effect_and_can_learn():
-    model = GraphCrossAttention(DIM, GRAPH_DIM, dropout=0.5).double()
+    model = GraphCrossAttention(6, DIM, GRAPH_DIM, dropout=0.5).double()
     items, states, table, weights, _ = example(0, 3, 5)
     fused = model(states, items, table[items], weights[items])
     assert torch.equal(fused, states)

@@ -161,8 +161,8 @@ def _collate(sequences: Sequences, batch: NDArray[np.int64]) -> SequenceBatch:
     # A window that begins mid-history does not predict its first item, which the start token would have to.
     first = inside & (place == starts[:, None]) & ~sequences.has_start[batch][:, None]
     targets[first] = 0
-    # The state at column t follows the history up to column t-1. Behind padding alone that is the state of
-    # the start token (HybridRanker.states), from which a window's first item is predicted.
+    # The state at column t follows the history up to column t-1. Right before a window's first item that is
+    # the state of the start token (HybridRanker.states), from which it is predicted.
     return SequenceBatch(
         torch.from_numpy(items[:, :-1].astype(np.int64)),
         torch.from_numpy(targets.astype(np.int64)),

@@ -62,7 +62,7 @@ def by_loops(model, items, vectors):
                     total = np.zeros(size)
                     for s in range(t + 1):
                         if history[s] > 0 or s == t:
-                            bias = weight[f"{name}.distance_bias.weight"][t - s][h]
+                            bias = weight[f"{name}.distance.bias.weight"][t - s][h]
                             total += silu(queries[t][part] @ keys[s][part] + bias) * values[s][part]
                     heads.append(total / MAX_LENGTH)
                 attended = norm(f"{name}.attention_norm", np.concatenate(heads))

@@ -64,7 +64,11 @@ def by_loops(model, items, vectors):
                 heads = []
                 for h in range(block.num_heads):
                     part = slice(h * size, (h + 1) * size)
-                    logits = [queries[t][part] @ keys[s][part] / math.sqrt(size) for s in visible]
+                    logits = [
+                        queries[t][part] @ keys[s][part] / math.sqrt(size)
+                        + weight[f"{name}.distance.bias.weight"][t - s][h]
+                        for s in visible
+                    ]
                     shares = [math.exp(logit - max(logits)) for logit in logits]
                     mean = sum(share * values[s][part] for share, s in zip(shares, visible, strict=True))
                     heads.append(mean / sum(shares))
