@@ -119,10 +119,7 @@ def difference(ranker: HybridRanker, scorer: OnnxScorer) -> dict[str, float]:
         table = ranker.item_vectors()
         states = ranker.states(torch.from_numpy(history))[:, -1]
         expected: NDArray[np.float32] = np.take_along_axis((states @ table.T).numpy(), candidates, axis=1)
-    # One history at a time, as a request has it: int8 scales a layer's inputs over the whole batch.
-    found = np.concatenate(
-        [scorer.score(history[n : n + 1], candidates[n : n + 1]) for n in range(NUM_COMPARED)]
-    )
+    found = scorer.score(history, candidates)
     return {
         "max_difference": float(np.abs(found - expected).max()),
         "max_score": float(np.abs(expected).max()),

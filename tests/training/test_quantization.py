@@ -77,9 +77,12 @@ def test_int8_rows_have_scales_of_their_own(exported):
     assert not codes[0].any()
 
 
-def test_layers_are_int8_too(exported):
-    model = onnx.load(exported[0] / "int8" / RANKER_STATE)
-    assert "MatMulInteger" in {node.op_type for node in model.graph.node}
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_nobody_counts_for_the_scores_of_another(exported, precision):
+    scorer = exported[1][precision]
+    batch = np.concatenate([history(length) for length in range(LENGTH + 1)])
+    alone = np.concatenate([scorer.user_states(row[None]) for row in batch])
+    np.testing.assert_allclose(scorer.user_states(batch), alone, atol=1e-5)
 
 
 def test_float32_is_left_as_it_is(exported, tmp_path):
