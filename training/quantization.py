@@ -1,7 +1,7 @@
 """Fewer bits for an exported ranker: for the tables that items are looked up in, which are nearly all of it.
 
-The layers stay in float32: int8 layers scale their inputs over a whole batch, so that a visitor's scores would
-depend on who else was asked for. Inputs, outputs and all sums are float32 too.
+The layers stay in float32: int8 layers scale their inputs over a whole batch, so that an answer would depend
+on who else was asked for. Inputs, outputs and all sums are float32 too.
 """
 
 from __future__ import annotations
