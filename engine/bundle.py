@@ -1,7 +1,7 @@
 """One versioned directory with all that serving needs: written, verified and read in this file.
 
     bundles/20261121-080100-3f2a9c/
-      manifest.json             what it is and where it came from; the sha256 of each other file
+      manifest.json             what it is and where it came from; the sha256 of each other file, and its own
       catalog.parquet           the items, by row (engine/catalog.py)
       users.parquet             the users by row: user_id
       histories.safetensors     what they did, user after user: history_begins [U+1] int64, items [N] int32,
@@ -26,17 +26,21 @@ Writing is atomic: a bundle is a complete, verified directory or it is not there
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +55,8 @@ from engine.mapped_arrays import map_arrays
 from ranking.onnx_scorer import OnnxScorer
 from retrieval.item_index import EXACT_KINDS, ItemIndex
 from retrieval.sparse import SparseRows
+
+logger = logging.getLogger(__name__)
 
 BUNDLE_FORMAT = 5
 OLDEST_FORMAT = 4  # that can be read
@@ -73,6 +79,8 @@ RANKER_KINDS = ("ordered", "none")
 T = TypeVar("T")
 
 BUNDLE_NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
+DRAFT = ".tmp-"  # begins the name of a bundle that is being written
+ABANDONED_S = 60.0  # a draft younger than this may lack its lock
 PIN = "pinned"  # a file beside bundles that names the one to serve
 
 
@@ -229,13 +237,16 @@ def write_bundle(
     """
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".tmp-", dir=root))
+    _remove_abandoned(root)
+    draft = Path(tempfile.mkdtemp(prefix=DRAFT, dir=root))
+    held = os.open(draft, os.O_RDONLY)  # so that nobody takes it for abandoned
     try:
+        fcntl.flock(held, fcntl.LOCK_EX)
         fields = fill(draft)
-        now = datetime.now(UTC)
+        now = _now(root)
         files = {file.name: _describe(file) for file in sorted(draft.iterdir())}
-        # The time, to the microsecond, is part of what is hashed: equal exports get names of their own.
-        digest = hashlib.sha256(json.dumps([now.isoformat(), files]).encode()).hexdigest()
+        # The exact time is part of what is hashed: equal exports get names of their own.
+        digest = hashlib.sha256(json.dumps([time.time_ns(), files]).encode()).hexdigest()
         version = f"{now:%Y%m%d-%H%M%S}-{digest[:6]}"
         manifest = fields | {
             "format_version": BUNDLE_FORMAT,
@@ -244,6 +255,7 @@ def write_bundle(
             "trirank_version": _program_version(),
             "files": files,
         }
+        manifest["checksum"] = manifest_checksum(manifest)
         text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
         (draft / MANIFEST).write_text(text + "\n", encoding="utf-8")
         verify(Bundle.load(draft))
@@ -258,7 +270,49 @@ def write_bundle(
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+    finally:
+        os.close(held)
     return root / version
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Remove what exports have left that were killed: the lock of such a draft is free."""
+    for draft in root.glob(f"{DRAFT}*/"):
+        try:
+            if time.time() - draft.stat().st_mtime < ABANDONED_S:
+                continue  # perhaps just made, and not yet locked
+            descriptor = os.open(draft, os.O_RDONLY)
+        except OSError:
+            continue  # it has been published meanwhile
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue  # somebody writes it
+        else:
+            logger.warning("%s was left by an export that did not end; it is removed", draft)
+            shutil.rmtree(draft, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def _now(root: Path) -> datetime:
+    """Return the time, or where a bundle of `root` is of the future, a second later than the last one.
+
+    Servers take the latest for the newest, and a clock may have been set back.
+    """
+    now = datetime.now(UTC)
+    latest = now
+    for entry in root.iterdir():
+        if BUNDLE_NAME.fullmatch(entry.name):
+            with contextlib.suppress(ValueError):  # 20269999-... is the name of no time
+                latest = max(latest, datetime.strptime(f"{entry.name[:15]}+0000", "%Y%m%d-%H%M%S%z"))
+    return now if latest == now else latest + timedelta(seconds=1)
+
+
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """Return the sha256 of what a manifest says, "checksum" left out, however it is laid out."""
+    told = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def write_users(users: pl.DataFrame, directory: Path) -> None:
@@ -347,6 +401,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8
         raise BundleError(f"{file} cannot be read: {error}") from error
+    if isinstance(manifest, dict) and manifest.get("checksum", manifest_checksum(manifest)) != (
+        manifest_checksum(manifest)
+    ):
+        raise BundleError(f"{file} is damaged, or was edited: it differs from its checksum")
     if not isinstance(manifest, dict) or not isinstance(manifest.get("format_version"), int):
         raise BundleError(f"{file} is not the manifest of a bundle: format_version is missing")
     found = manifest["format_version"]

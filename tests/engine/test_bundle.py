@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import mmap
 import os
 import shutil
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ from engine.bundle import (
     RANKER_WEIGHTS,
     Bundle,
     BundleError,
+    bundles_in,
+    manifest_checksum,
     resolve_bundle,
     write_bundle,
 )
@@ -44,6 +48,8 @@ def copy(bundle_path: Path, tmp_path: Path) -> Path:
 def edit_manifest(bundle: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     manifest = json.loads((bundle / MANIFEST).read_text())
     edit(manifest)
+    if "checksum" in manifest:
+        manifest["checksum"] = manifest_checksum(manifest)
     (bundle / MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -87,6 +93,7 @@ def test_format_4_has_histories_in_the_table_and_weights_in_the_graphs(
         (copy / name).unlink()
     manifest = json.loads((copy / MANIFEST).read_text())
     files = [file for file in copy.iterdir() if file.name != MANIFEST]
+    del manifest["checksum"]
     manifest |= {"format_version": 4, "files": {file.name: described(file) for file in files}}
     (copy / MANIFEST).write_text(json.dumps(manifest))
     old = Bundle.load(copy)
@@ -309,6 +316,40 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, fill: Fill) -> None:
     with pytest.raises(RuntimeError, match="not good enough"):
         write_bundle(tmp_path, fill, failing_verify)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_exports_left_is_removed_once_nobody_can_be_writing_it(
+    tmp_path: Path, fill: Fill
+) -> None:
+    for name, age_s in (("abandoned", 61), ("just-made", 0), ("at-work", 61)):
+        draft = tmp_path / f".tmp-{name}"
+        draft.mkdir()
+        (draft / "catalog.parquet").touch()
+        moment = time.time() - age_s
+        os.utime(draft, (moment, moment))
+    at_work = os.open(tmp_path / ".tmp-at-work", os.O_RDONLY)
+    fcntl.flock(at_work, fcntl.LOCK_EX)
+
+    def slow(directory: Path) -> dict[str, Any]:
+        """Another export begins while this one has been at work for long."""
+        os.utime(directory, (0, 0))
+        write_bundle(tmp_path, fill)
+        return fill(directory)
+
+    write_bundle(tmp_path, slow)
+    os.close(at_work)
+    drafts = {path.name for path in tmp_path.iterdir() if not BUNDLE_NAME.fullmatch(path.name)}
+    assert drafts == {".tmp-just-made", ".tmp-at-work"}
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_clock_that_was_set_back_does_not_make_a_new_bundle_an_old_one(tmp_path: Path, fill: Fill) -> None:
+    first = write_bundle(tmp_path, fill)
+    ahead = first.rename(tmp_path / "29991231-235959-abcdef")
+    (tmp_path / "29999999-999999-abcdef").mkdir()  # the name of no time
+    second, third = write_bundle(tmp_path, fill), write_bundle(tmp_path, fill)
+    assert (second.name[:15], third.name[:15]) == ("30000101-000000", "30000101-000001")
+    assert bundles_in(tmp_path) == [ahead, second, third]
 
 
 def test_equal_exports_do_not_collide(tmp_path: Path, fill: Fill) -> None:
