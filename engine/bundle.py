@@ -401,10 +401,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8
         raise BundleError(f"{file} cannot be read: {error}") from error
-    if isinstance(manifest, dict) and manifest.get("checksum", manifest_checksum(manifest)) != (
-        manifest_checksum(manifest)
-    ):
-        raise BundleError(f"{file} is damaged, or was edited: it differs from its checksum")
     if not isinstance(manifest, dict) or not isinstance(manifest.get("format_version"), int):
         raise BundleError(f"{file} is not the manifest of a bundle: format_version is missing")
     found = manifest["format_version"]
@@ -419,6 +415,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{BUNDLE_FORMAT}, which hold more (a ranker that knows its context): train it again with "
             "`trirank train`"
         )
+    if found > 4 and manifest.get("checksum") != manifest_checksum(manifest):
+        raise BundleError(f"{file} is damaged, or was edited: it differs from its checksum")
     for key, kind in {
         "version": str,
         "data": dict,

@@ -226,6 +226,18 @@ def test_foreign_manifests(copy: Path, edit: Callable[[dict[str, Any]], object],
         Bundle.load(copy)
 
 
+def test_a_manifest_that_was_edited(copy: Path) -> None:
+    """Not even its layout counts, but every word does, and the word checksum."""
+    text = (copy / MANIFEST).read_text()
+    (copy / MANIFEST).write_text(json.dumps(json.loads(text)))
+    Bundle.load(copy)
+    for old, new in (('"num_ranked": 10', '"num_ranked": 11'), ('"checksum"', '"checksun"')):
+        assert old in text
+        (copy / MANIFEST).write_text(text.replace(old, new))
+        with pytest.raises(BundleError, match=r"manifest\.json is damaged, or was edited"):
+            Bundle.load(copy)
+
+
 def test_a_manifest_that_is_no_manifest(copy: Path) -> None:
     for content in (b"{", b"\xff", b"[]"):
         (copy / MANIFEST).write_bytes(content)
