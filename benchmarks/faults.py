@@ -33,7 +33,7 @@ from rich.table import Table
 from benchmarks.load import Load, Outcome, offer_to, percentile, recommend_requests
 from benchmarks.server_process import running_server
 from engine.arguments import ArgumentParser
-from engine.bundle import MANIFEST, resolve_bundle
+from engine.bundle import MANIFEST, manifest_checksum, resolve_bundle
 from engine.client import RecommenderClient
 from protos.trirank.v1 import recommender_pb2 as pb
 
@@ -128,6 +128,7 @@ def copy_of(bundle: Path, root: Path, number: int) -> Path:
         if file.name != MANIFEST:
             os.link(file, draft / file.name)
     manifest = json.loads((bundle / MANIFEST).read_text(encoding="utf-8")) | {"version": name}
+    manifest["checksum"] = manifest_checksum(manifest)
     (draft / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     return draft.rename(root / name)
 

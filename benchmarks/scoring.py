@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
@@ -31,15 +32,15 @@ from rich.table import Table
 
 from benchmarks.load import percentile
 from engine.arguments import ArgumentParser
-from engine.bundle import RANKER_SCORES, RANKER_STATE, Bundle, resolve_bundle
+from engine.bundle import RANKER_SCORES, RANKER_STATE, RANKER_WEIGHTS, Bundle, resolve_bundle
 from ranking.encoders.sasrec import SASRec
-from ranking.onnx_scorer import OnnxScorer, available_providers
+from ranking.onnx_scorer import OnnxScorer, available_providers, write_models
 from ranking.ranker import HybridRanker
 from training.evaluate import evaluate
 from training.export import export_ranker
 from training.quantization import Precision, quantize
 
-GRAPHS = (RANKER_STATE, RANKER_SCORES)
+RANKER_GRAPHS = (RANKER_STATE, RANKER_SCORES, RANKER_WEIGHTS)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 NUM_CANDIDATES = (500, 10_000)
 NUM_COMPARED = 64  # histories whose scores are compared with torch's
@@ -67,10 +68,12 @@ def variants(directory: Path, num_threads: int) -> dict[str, OnnxScorer]:
     for precision in PRECISIONS:
         folder = directory / precision
         folder.mkdir(exist_ok=True)
-        for name in GRAPHS:
-            shutil.copyfile(directory / name, folder / name)
-            quantize(folder / name, precision)
-        found[precision] = OnnxScorer(folder / RANKER_STATE, folder / RANKER_SCORES, num_threads)
+        models = onnx.load(directory / RANKER_STATE), onnx.load(directory / RANKER_SCORES)
+        for model in models:
+            quantize(model, precision)
+        state, scores, weights = (folder / name for name in RANKER_GRAPHS)
+        write_models(state, scores, weights, models)
+        found[precision] = OnnxScorer(state, scores, num_threads)
     return found
 
 
@@ -141,8 +144,9 @@ def quality(
         raise ValueError(f"bundle {bundle.version} has a ranker in {has}; expected one in float32")
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in GRAPHS:
-            shutil.copyfile(path / name, Path(folder) / name)
+        for name in RANKER_GRAPHS:
+            if name in bundle.manifest["files"]:  # an older bundle has its tables in the graphs
+                shutil.copyfile(path / name, Path(folder) / name)
         for precision, scorer in variants(Path(folder), num_threads=os.cpu_count() or 1).items():
             ranked = evaluate(replace(bundle, scorer=scorer), data, part, max_users, ["ranking"])["ranking"]
             found[precision] = {name: ranked[name] for name in ("recall@10", "ndcg@10")}
@@ -162,7 +166,7 @@ def measure(
             for precision, times in timings(scorers, num_calls).items():
                 found[precision]["ms"][str(num_threads)] = times
         for precision, scorer in scorers.items():
-            sizes = [(Path(folder) / precision / name).stat().st_size for name in GRAPHS]
+            sizes = [(Path(folder) / precision / name).stat().st_size for name in RANKER_GRAPHS]
             found[precision] |= {"mb": round(sum(sizes) / 1e6, 2)} | difference(ranker, scorer)
     return found
 

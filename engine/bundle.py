@@ -1,9 +1,11 @@
 """One versioned directory with all that serving needs: written, verified and read in this file.
 
     bundles/20261121-080100-3f2a9c/
-      manifest.json             what it is and where it came from; the sha256 of each other file
+      manifest.json             what it is and where it came from; the sha256 of each other file, and its own
       catalog.parquet           the items, by row (engine/catalog.py)
-      users.parquet             the users and what they did, by row (engine/history.py)
+      users.parquet             the users by row: user_id
+      histories.safetensors     what they did, user after user: history_begins [U+1] int64, items [N] int32,
+                                event_types [N] uint8, timestamps [N] int64 (engine/history.py)
       item_index.faiss          nearest items to a query vector (retrieval/item_index.py)
       embeddings.safetensors    item_vectors [I+1,D], user_vectors [U+1,D], item_degrees [I+1],
                                 content_vectors [I+1,C] of texts and attributes; float32
@@ -13,39 +15,51 @@
     and, unless ranker.kind is "none",
       ranker_state.onnx         a history and a context -> the ranker's state (ranking/onnx_scorer.py)
       ranker_scores.onnx        a state and candidates -> scores
+      ranker.weights            the large tables of both (ONNX external data)
       ranker_index.faiss        nearest items to the ranker's state
+
+What is large is opened as a memory map, which all processes that serve the bundle share: nobody may write
+into its files. In format 4, users.parquet holds the histories as lists, and the ONNX files their tables.
 
 Writing is atomic: a bundle is a complete, verified directory or it is not there.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
+from safetensors.numpy import save_file
 
 from engine.catalog import Catalog
-from engine.history import BundleHistoryStore, HistoryStore
+from engine.history import BundleHistoryStore, History, HistoryStore, flat_histories
+from engine.mapped_arrays import map_arrays
 from ranking.onnx_scorer import OnnxScorer, Provider
 from retrieval.item_index import EXACT_KINDS, ItemIndex
 from retrieval.sparse import SparseRows
 
-BUNDLE_FORMAT = 4
+logger = logging.getLogger(__name__)
+
+BUNDLE_FORMAT = 5
+OLDEST_FORMAT = 4  # that can be read
 
 MANIFEST = "manifest.json"
 ITEM_INDEX = "item_index.faiss"
@@ -56,13 +70,17 @@ FILES = (
     "embeddings.safetensors",
     "sources.safetensors",
 )
+HISTORIES = "histories.safetensors"
 RANKER_STATE, RANKER_SCORES, RANKER_INDEX = "ranker_state.onnx", "ranker_scores.onnx", "ranker_index.faiss"
 RANKER_FILES = (RANKER_STATE, RANKER_SCORES, RANKER_INDEX)
+RANKER_WEIGHTS = "ranker.weights"
 RANKER_KINDS = ("ordered", "none")
 
 T = TypeVar("T")
 
 BUNDLE_NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
+DRAFT = ".tmp-"  # begins the name of a bundle that is being written
+ABANDONED_S = 60.0  # a draft younger than this may lack its lock
 PIN = "pinned"  # a file beside bundles that names the one to serve
 
 
@@ -109,9 +127,7 @@ class Bundle:
         path = Path(path)
         manifest = verify_files(path)
         catalog = _open(path / "catalog.parquet", Catalog.from_parquet)
-        users = _open(
-            path / "users.parquet", lambda file: BundleHistoryStore(pl.read_parquet(file), catalog.num_items)
-        )
+        users = _users(path, catalog.num_items, has_histories=HISTORIES in manifest["files"])
         # A file of plain vectors serves two kinds; any other holds its own.
         wanted = manifest["pipeline"].get("index", {}).get("kind")
         open_index = functools.partial(
@@ -187,8 +203,10 @@ def verify_files(path: Path) -> dict[str, Any]:
     """
     manifest = _read_manifest(path)
     # Only known names pass, so that no name in a manifest can lead out of the directory.
-    expected = {*FILES, *RANKER_FILES} if manifest["ranker"]["kind"] != "none" else {*FILES}
+    has_ranker = manifest["ranker"]["kind"] != "none"
+    expected = {*FILES, *RANKER_FILES} if has_ranker else {*FILES}
     named = set(manifest["files"])
+    expected |= named & ({HISTORIES, RANKER_WEIGHTS} if has_ranker else {HISTORIES})
     if named != expected:
         raise BundleError(f"{path / MANIFEST}: files names {sorted(named)}; expected {sorted(expected)}")
     present = {entry.name for entry in path.iterdir()}
@@ -214,19 +232,23 @@ def write_bundle(
 
     Args:
         root: where the bundles stand; made where it is missing.
-        fill: writes the files of FILES (and RANKER_FILES) into the directory it is given, and returns the
-            manifest's fields: data, ranker, pipeline, policies, and whatever else should be recorded.
+        fill: writes the files of FILES (and RANKER_FILES) into the directory it is given (write_users and
+            ranking.onnx_scorer.write_models write some of them), and returns the manifest's fields: data,
+            ranker, pipeline, policies, and whatever else should be recorded.
         verify: raises where the opened bundle is not fit to be published.
     """
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".tmp-", dir=root))
+    _remove_abandoned(root)
+    draft = Path(tempfile.mkdtemp(prefix=DRAFT, dir=root))
+    held = os.open(draft, os.O_RDONLY)  # so that nobody takes it for abandoned
     try:
+        fcntl.flock(held, fcntl.LOCK_EX)
         fields = fill(draft)
-        now = datetime.now(UTC)
+        now = _now(root)
         files = {file.name: _describe(file) for file in sorted(draft.iterdir())}
-        # The time, to the microsecond, is part of what is hashed: equal exports get names of their own.
-        digest = hashlib.sha256(json.dumps([now.isoformat(), files]).encode()).hexdigest()
+        # The exact time is part of what is hashed: equal exports get names of their own.
+        digest = hashlib.sha256(json.dumps([time.time_ns(), files]).encode()).hexdigest()
         version = f"{now:%Y%m%d-%H%M%S}-{digest[:6]}"
         manifest = fields | {
             "format_version": BUNDLE_FORMAT,
@@ -235,18 +257,82 @@ def write_bundle(
             "trirank_version": _program_version(),
             "files": files,
         }
+        manifest["checksum"] = manifest_checksum(manifest)
         text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
         (draft / MANIFEST).write_text(text + "\n", encoding="utf-8")
         verify(Bundle.load(draft))
-        draft.chmod(0o755)  # mkdtemp's directories are for their owner alone
-        for entry in (*draft.iterdir(), draft):
+        # Who serves may be another user than who trains; mkdtemp and safetensors write for their owner alone.
+        for entry in draft.iterdir():
+            entry.chmod(0o644)
             _sync(entry)
+        draft.chmod(0o755)
+        _sync(draft)
         draft.rename(root / version)  # refused by the system where that name is taken
         _sync(root)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+    finally:
+        os.close(held)
     return root / version
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Remove what exports have left that were killed: the lock of such a draft is free."""
+    for draft in root.glob(f"{DRAFT}*/"):
+        try:
+            if time.time() - draft.stat().st_mtime < ABANDONED_S:
+                continue  # perhaps just made, and not yet locked
+            descriptor = os.open(draft, os.O_RDONLY)
+        except OSError:
+            continue  # it has been published meanwhile
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue  # somebody writes it
+        else:
+            logger.warning("%s was left by an export that did not end; it is removed", draft)
+            shutil.rmtree(draft, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def _now(root: Path) -> datetime:
+    """Return the time, or where a bundle of `root` is of the future, a second later than the last one.
+
+    Servers take the latest for the newest, and a clock may have been set back.
+    """
+    now = datetime.now(UTC)
+    latest = now
+    for entry in root.iterdir():
+        if BUNDLE_NAME.fullmatch(entry.name):
+            with contextlib.suppress(ValueError):  # 20269999-... is the name of no time
+                latest = max(latest, datetime.strptime(f"{entry.name[:15]}+0000", "%Y%m%d-%H%M%S%z"))
+    return now if latest == now else latest + timedelta(seconds=1)
+
+
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """Return the sha256 of what a manifest says, "checksum" left out, however it is laid out."""
+    told = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def write_users(users: pl.DataFrame, directory: Path) -> None:
+    """Write the files of a bundle that hold its users.
+
+    Args:
+        users: the columns of USERS_SCHEMA, a line for each user row from 1 on.
+        directory: gets the files.
+    """
+    begins, events = flat_histories(users)
+    users.select("user_id").write_parquet(directory / "users.parquet")
+    arrays = {
+        "history_begins": begins,
+        "items": events.items,
+        "event_types": events.event_types,
+        "timestamps": events.timestamps,
+    }
+    save_file(arrays, directory / HISTORIES)
 
 
 def resolve_bundle(path: str | Path) -> Path:
@@ -325,11 +411,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{file}: the bundle has format {found}, newer than {BUNDLE_FORMAT}, which this trirank reads; "
             "serve it with a newer trirank"
         )
-    if found != BUNDLE_FORMAT:
+    if found < OLDEST_FORMAT:
         raise BundleError(
-            f"{file}: the bundle has format {found}; this trirank reads format {BUNDLE_FORMAT}, which holds "
-            "more (a ranker that knows its context): train it again with `trirank train`"
+            f"{file}: the bundle has format {found}; this trirank reads formats {OLDEST_FORMAT} to "
+            f"{BUNDLE_FORMAT}, which hold more (a ranker that knows its context): train it again with "
+            "`trirank train`"
         )
+    if found > 4 and manifest.get("checksum") != manifest_checksum(manifest):
+        raise BundleError(f"{file} is damaged, or was edited: it differs from its checksum")
     for key, kind in {
         "version": str,
         "data": dict,
@@ -376,9 +465,34 @@ def _open(file: Path, opener: Callable[[Path], T]) -> T:
         raise BundleError(f"{file} cannot be opened: {error}") from error
 
 
+def _users(path: Path, num_items: int, *, has_histories: bool) -> BundleHistoryStore:
+    table = _open(path / "users.parquet", pl.read_parquet)
+    if not has_histories:
+        return _open(path / "users.parquet", lambda file: BundleHistoryStore.from_table(table, num_items))
+    if table.columns != ["user_id"] or table.schema["user_id"] != pl.String():
+        raise BundleError(
+            f"{path / 'users.parquet'}: columns are {dict(table.schema)}; expected user_id alone"
+        )
+    arrays = _arrays(
+        path / HISTORIES,
+        {
+            "history_begins": ((table.height + 1,), "int64"),
+            "items": ((None,), "int32"),
+            "event_types": ((None,), "uint8"),
+            "timestamps": ((None,), "int64"),
+        },
+    )
+    events = History(arrays["items"], arrays["event_types"], arrays["timestamps"])
+    ids = table["user_id"].to_list()
+    return _open(
+        path / HISTORIES,
+        lambda file: BundleHistoryStore(ids, arrays["history_begins"], events, num_items),
+    )
+
+
 def _arrays(file: Path, expected: dict[str, tuple[tuple[int | None, ...], str]]) -> dict[str, NDArray[Any]]:
     """Return the arrays of a safetensors file, each of its shape (None: any length), type, and finite."""
-    arrays: dict[str, NDArray[Any]] = _open(file, load_file)
+    arrays: dict[str, NDArray[Any]] = _open(file, map_arrays)
     for name, (shape, dtype) in expected.items():
         found = arrays.get(name, np.zeros(()))
         lengths = tuple(
@@ -387,7 +501,7 @@ def _arrays(file: Path, expected: dict[str, tuple[tuple[int | None, ...], str]])
         if len(found.shape) != len(shape) or found.shape != lengths:
             raise BundleError(f"{file}: shape of {name} is {found.shape}; expected {shape}")
         _expect(file, f"type of {name}", str(found.dtype), dtype)
-        if not np.isfinite(found).all():
+        if found.dtype.kind == "f" and not np.isfinite(found).all():
             raise BundleError(f"{file}: {name} holds NaN or infinite values")
     return arrays
 

@@ -1,11 +1,14 @@
-"""The calls for a Python program that has item ids and wants items: a thin, synchronous client."""
+"""The calls for a Python program that has item ids and wants items: thin clients, one synchronous, one for
+asyncio.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 
@@ -18,7 +21,7 @@ SERVICE_CONFIG = Path(pb.__file__).parent / "service_config.json"
 
 
 class RecommenderClient:
-    """A connection to `trirank serve`; close it, or use it in a `with` block.
+    """Connections to `trirank serve`; close it, or use it in a `with` block. Any thread may call it.
 
     Every call raises grpc.RpcError, whose code() and details() say what went wrong.
     Calls go in turn to all addresses that a name has; one that is UNAVAILABLE is made up to three times.
@@ -31,28 +34,27 @@ class RecommenderClient:
         timeout_s: float = 5.0,
         api_key: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        num_channels: int = 1,
     ) -> None:
-        """Make ready to connect, which the first call does.
+        """Make ready to connect, which the first calls do.
 
         Args:
             address: host:port.
             timeout_s: of each call.
             api_key: sent with each call, for a server that wants one.
             credentials: for TLS (see engine.tls.client_credentials); None for a connection in the clear.
+            num_channels: connections, which calls take in turn: a server of several processes is dealt them.
         """
-        options = [
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.service_config", SERVICE_CONFIG.read_text(encoding="utf-8")),
-        ]
-        self._channel = (
+        self._timeout_s = timeout_s
+        self._metadata = _metadata(api_key)
+        options = _options(num_channels)
+        self._channels = [
             grpc.secure_channel(address, credentials, options=options)
             if credentials
             else grpc.insecure_channel(address, options=options)
-        )
-        self._stub = pb_grpc.RecommenderServiceStub(self._channel)
-        self._timeout_s = timeout_s
-        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+            for _ in range(num_channels)
+        ]
+        self._stubs = itertools.cycle([pb_grpc.RecommenderServiceStub(one) for one in self._channels])
 
     def recommend(
         self,
@@ -81,7 +83,7 @@ class RecommenderClient:
             explain=explain,
             head_weights=head_weights,
         )
-        return self._stub.Recommend(request, timeout=self._timeout_s, metadata=self._metadata)
+        return next(self._stubs).Recommend(request, timeout=self._timeout_s, metadata=self._metadata)
 
     def similar_items(
         self,
@@ -104,7 +106,7 @@ class RecommenderClient:
             now_ms=now_ms,
             context=context,
         )
-        return self._stub.SimilarItems(request, timeout=self._timeout_s, metadata=self._metadata)
+        return next(self._stubs).SimilarItems(request, timeout=self._timeout_s, metadata=self._metadata)
 
     def rank(
         self,
@@ -121,16 +123,17 @@ class RecommenderClient:
             now_ms=now_ms,
             head_weights=head_weights,
         )
-        return self._stub.Rank(request, timeout=self._timeout_s, metadata=self._metadata)
+        return next(self._stubs).Rank(request, timeout=self._timeout_s, metadata=self._metadata)
 
     def record_events(self, events: Sequence[pb.RecordedEvent]) -> pb.RecordEventsResponse:
         """Have the server remember what users did; after an error the same events may be sent again."""
         request = pb.RecordEventsRequest(events=events)
-        return self._stub.RecordEvents(request, timeout=self._timeout_s, metadata=self._metadata)
+        return next(self._stubs).RecordEvents(request, timeout=self._timeout_s, metadata=self._metadata)
 
     def close(self) -> None:
-        """Close the connection."""
-        self._channel.close()
+        """Close the connections."""
+        for channel in self._channels:
+            channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -142,6 +145,141 @@ class RecommenderClient:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class AsyncRecommenderClient:
+    """RecommenderClient for asyncio: the same calls, to be awaited, in an `async with` block.
+
+    It belongs to the event loop in which it is made. Any number of calls may be under way; a task that is
+    cancelled cancels its call, on the server too.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = 5.0,
+        api_key: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        num_channels: int = 1,
+    ) -> None:
+        """Make ready to connect, which the first calls do; the arguments are those of RecommenderClient."""
+        self._timeout_s = timeout_s
+        self._metadata = _metadata(api_key)
+        options = _options(num_channels)
+        self._channels = [
+            grpc.aio.secure_channel(address, credentials, options=options)
+            if credentials
+            else grpc.aio.insecure_channel(address, options=options)
+            for _ in range(num_channels)
+        ]
+        self._stubs = itertools.cycle([pb_grpc.RecommenderServiceStub(one) for one in self._channels])
+
+    async def recommend(
+        self,
+        visitor: pb.Visitor,
+        *,
+        limit: int | None = None,
+        exclude_item_ids: Sequence[str] = (),
+        filters: pb.Filters | None = None,
+        policy: str = "",
+        overrides: Mapping[str, float] | None = None,
+        seed: int | None = None,
+        now_ms: int | None = None,
+        explain: bool = False,
+        head_weights: Mapping[str, float] | None = None,
+    ) -> pb.RecommendResponse:
+        """Return the best items for a visitor."""
+        request = pb.RecommendRequest(
+            visitor=visitor,
+            limit=limit,
+            exclude_item_ids=exclude_item_ids,
+            filters=filters,
+            policy=policy,
+            overrides=overrides,
+            seed=seed,
+            now_ms=now_ms,
+            explain=explain,
+            head_weights=head_weights,
+        )
+        return await next(self._stubs).Recommend(request, timeout=self._timeout_s, metadata=self._metadata)
+
+    async def similar_items(
+        self,
+        item_id: str,
+        *,
+        limit: int | None = None,
+        exclude_item_ids: Sequence[str] = (),
+        filters: pb.Filters | None = None,
+        policy: str = "",
+        now_ms: int | None = None,
+        context: Mapping[str, str] | None = None,
+    ) -> pb.SimilarItemsResponse:
+        """Return the items nearest to an item."""
+        request = pb.SimilarItemsRequest(
+            item_id=item_id,
+            limit=limit,
+            exclude_item_ids=exclude_item_ids,
+            filters=filters,
+            policy=policy,
+            now_ms=now_ms,
+            context=context,
+        )
+        return await next(self._stubs).SimilarItems(request, timeout=self._timeout_s, metadata=self._metadata)
+
+    async def rank(
+        self,
+        visitor: pb.Visitor,
+        candidate_item_ids: Sequence[str],
+        *,
+        now_ms: int | None = None,
+        head_weights: Mapping[str, float] | None = None,
+    ) -> pb.RankResponse:
+        """Return the candidates, best first."""
+        request = pb.RankRequest(
+            visitor=visitor,
+            candidate_item_ids=candidate_item_ids,
+            now_ms=now_ms,
+            head_weights=head_weights,
+        )
+        return await next(self._stubs).Rank(request, timeout=self._timeout_s, metadata=self._metadata)
+
+    async def record_events(self, events: Sequence[pb.RecordedEvent]) -> pb.RecordEventsResponse:
+        """Have the server remember what users did; after an error the same events may be sent again."""
+        request = pb.RecordEventsRequest(events=events)
+        return await next(self._stubs).RecordEvents(request, timeout=self._timeout_s, metadata=self._metadata)
+
+    async def close(self) -> None:
+        """Close the connections; calls under way are cancelled."""
+        for channel in self._channels:
+            await channel.close(None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {api_key}"),) if api_key else ()
+
+
+def _options(num_channels: int) -> list[tuple[str, Any]]:
+    if num_channels < 1:
+        raise ValueError(f"num_channels is {num_channels}; expected at least 1")
+    return [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.service_config", SERVICE_CONFIG.read_text(encoding="utf-8")),
+        # Channels of equal options to one address would share one connection.
+        ("grpc.use_local_subchannel_pool", int(num_channels > 1)),
+    ]
 
 
 def visitor(

@@ -119,12 +119,16 @@ class EventLog:
         """
         path = self._path(number, "snapshot")
         draft = path.with_suffix(".tmp")
-        with draft.open("wb") as stream:
-            for payload in payloads:
-                stream.write(_frames([payload], stream.tell()))
-            stream.flush()
-            os.fsync(stream.fileno())
-        draft.rename(path)
+        try:
+            with draft.open("wb") as stream:
+                for payload in payloads:
+                    stream.write(_frames([payload], stream.tell()))
+                stream.flush()
+                os.fsync(stream.fileno())
+            draft.rename(path)
+        except OSError:
+            draft.unlink(missing_ok=True)  # a full disk needs its space back
+            raise
         self._sync_directory()
         self._remove_leftovers()
 

@@ -7,6 +7,7 @@ Events carry the shop's ids, not rows: the next bundle gives its items other row
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
@@ -15,7 +16,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -30,6 +31,9 @@ from engine.history import EVENT_CODE, History
 logger = logging.getLogger(__name__)
 
 JUST_NOW = np.iinfo(np.int64).max  # where an event without a time stands: after all others
+USERS_MARK = b"{"  # a record of users begins with it; one of events does not
+USERS_RECORD_BYTES = 1 << 16
+COMPACT_AGAIN_S = 60.0  # after a compaction that failed
 
 
 class UserEvent(NamedTuple):
@@ -72,10 +76,13 @@ class EventStore(Protocol):
 
 
 class RecentEvents:
-    """The newest events of each user, in memory. One thread may add while others read.
+    """The newest events of each user, in memory. One thread may add while others read and pack.
 
     A user has at most `max_per_user` events, all users have at most `max_events`: past that the oldest of the
     user go, and the users who have done nothing for longest. An event id is known as long as its event stays.
+
+    The events of a user who does nothing for a while are packed: one line of JSON takes a quarter of the
+    memory, nothing that the garbage collector has to look at, and no time to be read back after a restart.
     """
 
     def __init__(self, max_per_user: int, max_events: int) -> None:
@@ -84,15 +91,22 @@ class RecentEvents:
         self.num_events = 0
         self._max_per_user = max_per_user
         self._max_events = max_events
-        self._of_user: OrderedDict[str, tuple[UserEvent, ...]] = OrderedDict()  # longest idle first
+        # Longest idle first. bytes: packed.
+        self._of_user: OrderedDict[str, tuple[UserEvent, ...] | bytes] = OrderedDict()
+        self._changing = threading.Lock()
 
-    def __iter__(self) -> Iterator[tuple[UserEvent, ...]]:
-        """Return the events of each user; adding them in this order makes an equal object."""
-        return iter(list(self._of_user.values()))
+    def users(self) -> list[tuple[str, tuple[UserEvent, ...] | bytes]]:
+        """Return each user with the events as they are kept, which never change: a copy of this moment.
+
+        Loading them in this order makes an equal object.
+        """
+        with self._changing:
+            return list(self._of_user.items())
 
     def get(self, user_id: str) -> tuple[UserEvent, ...]:
         """Return the user's events by time; those of one time as they were added."""
-        return self._of_user.get(user_id, ())
+        events = self._of_user.get(user_id, ())
+        return unpacked(user_id, events) if isinstance(events, bytes) else events
 
     def knows(self, event: UserEvent) -> bool:
         """Return whether the user has an event of this id."""
@@ -108,16 +122,42 @@ class RecentEvents:
     def add(self, event: UserEvent) -> bool:
         """Add an event that has a time; return False where its id is known."""
         events = self.get(event.user_id)
-        if self.knows(event):
+        if event.event_id in [other.event_id for other in events]:
             return False
-        place = bisect_right(events, event.timestamp, key=lambda other: other.timestamp)
-        kept = (*events[:place], event, *events[place:])[-self._max_per_user :]
-        self._of_user[event.user_id] = kept
-        self._of_user.move_to_end(event.user_id)
-        self.num_events += len(kept) - len(events)
-        while self.num_events > self._max_events:
-            self.num_events -= len(self._of_user.popitem(last=False)[1])
+        if events and event.timestamp < events[-1].timestamp:
+            place = bisect_right(events, event.timestamp, key=lambda other: other.timestamp)
+            kept = (*events[:place], event, *events[place:])[-self._max_per_user :]
+        else:
+            kept = (*events, event)[-self._max_per_user :]
+        with self._changing:
+            self._of_user[event.user_id] = kept
+            self._of_user.move_to_end(event.user_id)
+            self.num_events += len(kept) - len(events)
+            self._forget_the_idle()
         return True
+
+    def pack(self, user_id: str, events: tuple[UserEvent, ...], line: bytes) -> None:
+        """Keep `line`, which is packed(events), instead of `events`, unless there are others by now."""
+        with self._changing:
+            if self._of_user.get(user_id) is events:
+                self._of_user[user_id] = line
+
+    def load(self, user_id: str, line: bytes) -> None:
+        """Add what was packed, as the newest user."""
+        num_events = num_packed(line)
+        if num_events > self._max_per_user or user_id in self._of_user:
+            for event in unpacked(user_id, line):
+                self.add(event)
+            return
+        with self._changing:
+            self._of_user[user_id] = line
+            self.num_events += num_events
+            self._forget_the_idle()
+
+    def _forget_the_idle(self) -> None:
+        while self.num_events > self._max_events:
+            _, events = self._of_user.popitem(last=False)
+            self.num_events -= num_packed(events) if isinstance(events, bytes) else len(events)
 
 
 class MemoryEventStore:
@@ -166,8 +206,9 @@ class LocalEventStore:
         max_per_user: int = 200,
         max_events: int = 1_000_000,
         max_waiting: int = 10_000,
-        compact_bytes: int = 64 << 20,
+        compact_bytes: int = 16 << 20,
         clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """Open the store and read back what it had acknowledged.
 
@@ -176,8 +217,10 @@ class LocalEventStore:
             max_per_user: events of one user that are kept.
             max_events: events of all users that are kept.
             max_waiting: batches that may wait for the disk; more are refused at once.
-            compact_bytes: the log is written anew, without what is not kept, when it has grown by this much.
+            compact_bytes: the log is written anew, without what is not kept, when it has grown by this much:
+                what a restart has to read event by event.
             clock: seconds since 1970.
+            monotonic: seconds, for how long to wait after a failure.
 
         Raises:
             LogInUseError: another process has it open.
@@ -186,10 +229,16 @@ class LocalEventStore:
         self._recent = RecentEvents(max_per_user, max_events)
         self._log = EventLog(directory)
         self._clock = clock
+        self._monotonic = monotonic
         self._compact_bytes = compact_bytes
+        self._compacts_again_at = float("-inf")
         for payload in self._log.replay():
-            for event in decode(payload):
-                self._recent.add(event)
+            if payload.startswith(USERS_MARK):
+                for user_id, line in decode_users(payload):
+                    self._recent.load(user_id, line)
+            else:
+                for event in decode(payload):
+                    self._recent.add(event)
         self._waiting: queue.Queue[tuple[Sequence[UserEvent], Future[Recorded]] | None] = queue.Queue(
             max_waiting
         )
@@ -292,20 +341,32 @@ class LocalEventStore:
     def _compact_where_due(self) -> None:
         if self._compaction and self._compaction.is_alive():
             return
-        if self._log.num_bytes < self._compact_bytes:
+        if self._log.num_bytes < self._compact_bytes or self._monotonic() < self._compacts_again_at:
             return
-        number = self._log.rotate()
-        users = list(self._recent)  # the tuples never change, so that this is a copy of the moment
         compaction = threading.Thread(
-            target=self._compact, args=(number, users), name="event-log-compaction", daemon=True
+            target=self._compact,
+            args=(self._log.rotate(), self._recent.users()),
+            name="event-log-compaction",
+            daemon=True,
         )
         compaction.start()
         self._compaction = compaction  # started: close() and others may join it at any time
 
-    def _compact(self, number: int, users: Sequence[Sequence[UserEvent]]) -> None:
+    def _compact(self, number: int, users: Sequence[tuple[str, tuple[UserEvent, ...] | bytes]]) -> None:
+        def lines() -> Iterator[tuple[str, bytes]]:
+            for user_id, events in users:
+                if isinstance(events, bytes):
+                    yield user_id, events
+                else:
+                    line = packed(events)
+                    self._recent.pack(user_id, events, line)
+                    yield user_id, line
+
         try:
-            self._log.replace_before(number, map(encode, users))
+            self._log.replace_before(number, encode_users(lines()))
         except OSError:
+            # Not again at the next event: on a full disk that would be all that is done.
+            self._compacts_again_at = self._monotonic() + COMPACT_AGAIN_S
             logger.exception("the event log could not be compacted; it goes on growing")
 
 
@@ -317,6 +378,56 @@ def encode(events: Sequence[UserEvent]) -> bytes:
 def decode(payload: bytes) -> list[UserEvent]:
     """Return the events of a record."""
     return [UserEvent(*fields) for fields in json.loads(payload)]
+
+
+def packed(events: Sequence[UserEvent]) -> bytes:
+    """Return the events of one user as a line of text: how many they are, and JSON."""
+    fields = [(event.event_id, event.item_id, event.event_type, event.timestamp) for event in events]
+    return f"{len(events)} {json.dumps(fields, ensure_ascii=False, separators=(',', ':'))}".encode()
+
+
+@functools.lru_cache(maxsize=1024)  # one who has come back asks more than once
+def unpacked(user_id: str, line: bytes) -> tuple[UserEvent, ...]:
+    """Return the events of a line of `packed`."""
+    return tuple(
+        UserEvent(event_id, user_id, *others) for event_id, *others in json.loads(line[line.index(b" ") :])
+    )
+
+
+def num_packed(line: bytes) -> int:
+    """Return how many events a line of `packed` holds."""
+    return int(line[: line.index(b" ")])
+
+
+def encode_users(users: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
+    """Yield users and their lines as records: a line that names the users, then theirs.
+
+    Many users share a record, or reading a million of them would take seconds; not too many, because a
+    damaged record is lost as a whole.
+    """
+    ids: list[str] = []
+    lines: list[bytes] = []
+    num_bytes = 0
+    for user_id, line in users:
+        ids.append(user_id)
+        lines.append(line)
+        num_bytes += len(line)
+        if num_bytes >= USERS_RECORD_BYTES:
+            yield _users_record(ids, lines)
+            ids, lines, num_bytes = [], [], 0
+    if ids:
+        yield _users_record(ids, lines)
+
+
+def _users_record(ids: list[str], lines: list[bytes]) -> bytes:
+    names = json.dumps({"users": ids}, ensure_ascii=False, separators=(",", ":")).encode()
+    return b"\n".join([names, *lines])
+
+
+def decode_users(payload: bytes) -> Iterator[tuple[str, bytes]]:
+    """Return the users of a record of `encode_users`, and their lines."""
+    names, *lines = payload.split(b"\n")
+    return zip(json.loads(names)["users"], lines, strict=True)
 
 
 class _Event(Protocol):

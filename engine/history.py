@@ -60,7 +60,7 @@ def left_padded(histories: Sequence[NDArray[np.int32]], length: int) -> NDArray[
     return padded
 
 
-# The columns of users.parquet: one line a user, the events oldest first.
+# Users and what they did as a table: one line a user, the events oldest first.
 USERS_SCHEMA: dict[str, pl.DataType] = {
     "user_id": pl.String(),
     "items": pl.List(pl.Int32()),
@@ -82,31 +82,36 @@ class HistoryStore(Protocol):
 class BundleHistoryStore:
     """The histories that a bundle carries, as three flat arrays and where each user's part begins."""
 
-    def __init__(self, users: pl.DataFrame, num_items: int) -> None:
-        """Take the lines of users.parquet; raise ValueError where the table breaks a rule."""
-        if dict(users.schema) != USERS_SCHEMA:
-            raise ValueError(f"columns are {dict(users.schema)}; expected {USERS_SCHEMA}")
-        lengths = users.select(
-            pl.col("items", "event_types", "timestamps").list.len().fill_null(0)
-        ).to_numpy()
-        if (lengths != lengths[:, :1]).any():
-            raise ValueError(
-                "a user's items, event_types and timestamps differ in length; expected one length"
-            )
-        self._row_of = {user_id: row for row, user_id in enumerate(users["user_id"].to_list(), start=1)}
-        if len(self._row_of) != users.height or None in self._row_of or "" in self._row_of:
+    def __init__(
+        self, user_ids: Sequence[str], begins: NDArray[np.int64], events: History, num_items: int
+    ) -> None:
+        """Take histories; raise ValueError where they break a rule.
+
+        Args:
+            user_ids: U ids.
+            begins: [U+1]: the events of user n stand at begins[n] to begins[n + 1].
+            events: all events, user after user.
+            num_items: I.
+        """
+        self._row_of = {user_id: row for row, user_id in enumerate(user_ids, start=1)}
+        if len(self._row_of) != len(user_ids) or None in self._row_of or "" in self._row_of:
             raise ValueError("user_id is repeated or missing; expected every user once, with an id")
-        self._begins = np.concatenate([[0], np.cumsum(lengths[:, 0], dtype=np.int64)])
-        self._events = History(
-            items=_flat(users["items"], np.int32),
-            event_types=_flat(users["event_types"], np.uint8),
-            timestamps=_flat(users["timestamps"], np.int64),
-        )
-        items = self._events.items
-        if len(items) != self._begins[-1]:
-            raise ValueError("a history has an empty cell; expected a value for every event")
+        items = events.items
+        lengths = {len(items), len(events.event_types), len(events.timestamps)}
+        if len(begins) != len(user_ids) + 1 or {int(begins[-1])} != lengths:
+            raise ValueError("the histories do not end where their events end")
+        if begins[0] != 0 or (begins[1:] < begins[:-1]).any():
+            raise ValueError("the histories do not begin at 0, or one ends before it begins")
         if len(items) and not 1 <= items.min() <= items.max() <= num_items:
             raise ValueError(f"item rows run from {items.min()} to {items.max()}; expected 1 to {num_items}")
+        self._begins = begins
+        self._events = events
+
+    @classmethod
+    def from_table(cls, users: pl.DataFrame, num_items: int) -> BundleHistoryStore:
+        """Take a table with the columns of USERS_SCHEMA."""
+        begins, events = flat_histories(users)
+        return cls(users["user_id"].to_list(), begins, events, num_items)
 
     def __len__(self) -> int:
         return len(self._row_of)
@@ -123,6 +128,27 @@ class BundleHistoryStore:
         part = slice(self._begins[row - 1], self._begins[row])
         events = self._events
         return History(events.items[part], events.event_types[part], events.timestamps[part])
+
+
+def flat_histories(users: pl.DataFrame) -> tuple[NDArray[np.int64], History]:
+    """Return the histories of a table one behind the other, and where each begins: [U+1].
+
+    Raises ValueError where the table has other columns than USERS_SCHEMA, or its lists do not fit together.
+    """
+    if dict(users.schema) != USERS_SCHEMA:
+        raise ValueError(f"columns are {dict(users.schema)}; expected {USERS_SCHEMA}")
+    lengths = users.select(pl.col("items", "event_types", "timestamps").list.len().fill_null(0)).to_numpy()
+    if (lengths != lengths[:, :1]).any():
+        raise ValueError("a user's items, event_types and timestamps differ in length; expected one length")
+    begins = np.concatenate([[0], np.cumsum(lengths[:, 0], dtype=np.int64)])
+    events = History(
+        items=_flat(users["items"], np.int32),
+        event_types=_flat(users["event_types"], np.uint8),
+        timestamps=_flat(users["timestamps"], np.int64),
+    )
+    if len(events.items) != begins[-1]:
+        raise ValueError("a history has an empty cell; expected a value for every event")
+    return begins, events
 
 
 def _flat(lists: pl.Series, dtype: type[np.generic]) -> NDArray[Any]:

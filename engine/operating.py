@@ -53,9 +53,13 @@ def serve(argv: list[str]) -> int:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         with contextlib.ExitStack() as closing:
-            _serve(args, argv, closing)
+            have_ended = _serve(args, argv, closing)
     except (ValueError, OSError) as error:  # such as a BundleError, a PolicyError, an AddressError
         return fail(str(error), 2)
+    if not have_ended:
+        logger.error("a worker has not come back from its request; the process ends without it")
+        logging.shutdown()
+        os._exit(1)  # the interpreter would wait for it, for ever
     return 0
 
 
@@ -164,7 +168,8 @@ def _serve_parser() -> ArgumentParser:
     return parser
 
 
-def _serve(args: Any, argv: list[str], closing: contextlib.ExitStack) -> None:
+def _serve(args: Any, argv: list[str], closing: contextlib.ExitStack) -> bool:
+    """Return whether nothing is left that would keep the process from ending."""
     for name in ("num_workers", "num_threads", "num_processes"):
         if args[name] < 1:
             raise ValueError(f"{name} is {args[name]}; expected at least 1")
@@ -187,7 +192,7 @@ def _serve(args: Any, argv: list[str], closing: contextlib.ExitStack) -> None:
     worker = told()
     if args.num_processes > 1 and worker is None and not args.check:
         _serve_from_many(args, argv, closing)
-        return
+        return True
     address, metrics_address = (worker.address, worker.metrics) if worker else (args.address, args.metrics)
     open_bundle = functools.partial(Bundle.load, num_threads=args.num_threads, provider=args.provider)
     bundle = open_bundle(bundle_to_serve(args.bundle))
@@ -207,7 +212,7 @@ def _serve(args: Any, argv: list[str], closing: contextlib.ExitStack) -> None:
         log_policies(pipeline, str(args.policies or bundle.path))
         stderr.print(f"events: {_check_events(args.events, args.redis_url)}", markup=False)
         stderr.print(f"bundle {bundle.version} could be served", markup=False)
-        return
+        return True
 
     events = SharedEventStore(worker.events) if worker else _event_store(args.events, args.redis_url)
     closing.callback(events.close)
@@ -251,7 +256,7 @@ def _serve(args: Any, argv: list[str], closing: contextlib.ExitStack) -> None:
     )
     del pipeline
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    asyncio.run(serving)
+    return asyncio.run(serving)
 
 
 def _serve_from_many(args: Any, argv: list[str], closing: contextlib.ExitStack) -> None:

@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 KEY = "trirank:events:{user_id}"
 DAY_MS = 86_400_000
+NEVER = float("-inf")
 NO_PACKAGE = "Redis needs a package more: pip install 'trirank[redis]'"
 
 # KEYS: the user's hash. ARGV: events to keep, ms to keep them, now in ms, then id, type, item and time of
@@ -127,7 +128,7 @@ class RedisEventStore:
         self._max_buffer_bytes = max_buffer_bytes
         self._clock = clock
         self._monotonic = monotonic
-        self._asked_again_at = float("-inf")
+        self._asked_again_at = NEVER  # as long as it has not failed
 
         self._buffer = EventLog(buffer)
         self._buffering = threading.Lock()
@@ -226,15 +227,23 @@ class RedisEventStore:
                     logger.exception("delayed events could not be delivered; they stay on disk")
 
     def _ask(self, call: Callable[[], T]) -> T:
-        """Return what Redis says. Raises StoreUnavailableError, at once where it has failed a moment ago."""
-        if self._monotonic() < self._asked_again_at:
+        """Return what Redis says. Raises StoreUnavailableError, at once where it has failed a moment ago.
+
+        After a failure one caller at a time finds out whether it is back: the others need not wait for that.
+        """
+        now = self._monotonic()
+        if now < self._asked_again_at:
             raise StoreUnavailableError("Redis did not answer a moment ago")
+        if self._asked_again_at > NEVER:
+            self._asked_again_at = now + self._retry_s
         try:
-            return call()
+            answer = call()
         except self._errors as error:
             self._asked_again_at = self._monotonic() + self._retry_s
             logger.warning("Redis does not answer: %s", error)
             raise StoreUnavailableError(f"Redis does not answer: {error}") from error
+        self._asked_again_at = NEVER
+        return answer
 
 
 def check_url(url: str) -> None:

@@ -8,6 +8,7 @@ no place: grpc.health.v1 and server reflection.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import functools
 import logging
@@ -39,6 +40,7 @@ from engine.telemetry import LimitedLog, Metrics, StageTime, Tracing, read_reque
 from engine.tls import ServerTls
 from engine.trace import Trace
 from engine.variants import OTHER, SHADOW, Shadow, Split
+from engine.watchdog import STUCK_S, watch_workers
 from protos.trirank.v1 import recommender_pb2 as pb
 from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
 from reranking.policy import Policies, PolicyError
@@ -54,6 +56,7 @@ SERVICE = pb.DESCRIPTOR.services_by_name["RecommenderService"].full_name
 STATUSES = health_pb2.HealthCheckResponse
 # Requests for each worker that may be under way before the limit has measured anything: room for a burst.
 INITIAL_LIMIT = 8
+END_S = 5.0  # after draining, for a worker to come back from the stage that it is in
 NO_OTHERS: Mapping[str, RecommendationPipeline] = MappingProxyType({})
 ROLE_OF = {"RecordEvents": "client"}  # of an API key; all other calls are for readers
 
@@ -138,7 +141,9 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         self._cache = cache
         self._rates = RateLimiter(rate_limit)
         self._tracing = Tracing()
+        self._jobs: dict[Future[Any], float] = {}  # in the pool, and since when
         self.metrics.in_flight.set_function(lambda: self.limit.in_flight)
+        self.metrics.stuck_workers.set_function(lambda: self.num_stuck(STUCK_S))
         self.metrics.concurrency_limit.set_function(lambda: self.limit.limit)
         for name, one in self.pipelines.items():
             one.variant = name
@@ -159,6 +164,16 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         """Give back what the service has begun."""
         if self._shadow:
             self._shadow.close()
+
+    @property
+    def num_in_pool(self) -> int:
+        """Requests that a worker has, or that wait for one."""
+        return len(self._jobs)
+
+    def num_stuck(self, stuck_s: float) -> int:
+        """Return how many workers have been at one request for that long. Any thread may ask."""
+        before = time.monotonic() - stuck_s
+        return sum(began <= before and job.running() for job, began in self._jobs.copy().items())
 
     def use(self, pipeline: RecommendationPipeline) -> None:
         """Answer from another bundle from now on."""
@@ -279,12 +294,18 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         loop = asyncio.get_running_loop()
         scope = contextvars.copy_context()
         job = self._pool.submit(scope.run, _begin, call, pipeline, request, budget)
-        job.add_done_callback(lambda done: loop.call_soon_threadsafe(_give_back, permit, done))
+        self._jobs[job] = time.monotonic()
+        job.add_done_callback(lambda done: loop.call_soon_threadsafe(self._give_back, permit, done))
         try:
             return await asyncio.wrap_future(job)  # cancelled with it while it waits for a thread
         except asyncio.CancelledError:
             budget.cancel()
             raise
+
+    def _give_back(self, permit: Permit, job: Future[Any]) -> None:
+        """Only answers say what a request takes: what failed, or was cut off, would mislead the limit."""
+        del self._jobs[job]
+        permit.release(counts=not job.cancelled() and job.exception() is None)
 
     async def _record(
         self, request: pb.RecordEventsRequest, context: pb_grpc._ServicerContext
@@ -365,11 +386,6 @@ def _begin(
     if budget.expired():
         raise TooLateError("the deadline passed before a worker was free")
     return call(pipeline, request, budget)
-
-
-def _give_back(permit: Permit, job: Future[Any]) -> None:
-    """Only answers say what a request takes: what failed, or was cut off, would mislead the limit."""
-    permit.release(counts=not job.cancelled() and job.exception() is None)
 
 
 def _refusal(error: Exception) -> Refusal:
@@ -540,8 +556,11 @@ async def serve(
     share: float = 0.0,
     cache: ResponseCache | None = None,
     reuse_port: bool = False,
-) -> None:
-    """Answer requests until SIGTERM or SIGINT, then finish what is under way and return.
+) -> bool:
+    """Answer requests until SIGTERM or SIGINT, then finish what is under way.
+
+    Returns whether all workers have come back. One that has not (see engine/watchdog.py) would keep the
+    interpreter from ending.
 
     What can change while it is served is looked at every second, and at once on SIGHUP.
 
@@ -568,7 +587,9 @@ async def serve(
         AddressError: the address is taken, or is none.
         ValueError: the files of `keys` or `tls` are wrong.
     """
-    with ThreadPoolExecutor(num_workers, thread_name_prefix="pipeline") as pool:
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="pipeline")
+    with contextlib.ExitStack() as ending:
+        ending.callback(pool.shutdown, wait=False, cancel_futures=True)
         server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", messages.MAX_MESSAGE_BYTES),
@@ -621,14 +642,19 @@ async def serve(
         if bundles is not None:
             follow(lambda hangup: follow_bundles(service, bundles, open_bundle, hangup))
 
+        async def say(is_serving: bool) -> None:
+            for name in (health.OVERALL_HEALTH, SERVICE):
+                await servicer.set(name, STATUSES.SERVING if is_serving else STATUSES.NOT_SERVING)
+
+        followers.append(asyncio.create_task(watch_workers(service, num_workers, say)))
+
         def hang_up() -> None:
             for hangup in hangups:
                 hangup.set()
 
         loop.add_signal_handler(signal.SIGHUP, hang_up)
         await server.start()
-        for name in (health.OVERALL_HEALTH, SERVICE):
-            await servicer.set(name, STATUSES.SERVING)
+        await say(True)
         on_ready(f"{address.rpartition(':')[0]}:{port}")
 
         await stop.wait()
@@ -638,3 +664,8 @@ async def serve(
         service.close()
         for follower in followers:
             follower.cancel()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(END_S):
+                while service.num_in_pool:
+                    await asyncio.sleep(0.01)
+        return service.num_in_pool == 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+
+logger = logging.getLogger(__name__)
 
 
 class TlsError(ValueError):
@@ -22,12 +25,48 @@ class ServerTls:
     client_ca: Path | None = None  # whose certificates clients must have (mTLS); None: clients need none
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Read the files. Raises TlsError."""
+        """Read the files, now and at a connection after they have changed: a certificate is renewed in place.
+
+        What cannot be used (a certificate whose key has not been written yet) is left until it can, and the
+        log says so. Raises TlsError where that is so from the beginning.
+        """
+        used = self._state()
+        complained: object = None
+
+        def renewed() -> grpc.ServerCertificateConfiguration | None:
+            nonlocal used, complained
+            found: object = None
+            try:
+                if (found := self._state()) == used:
+                    return None
+                configuration = self._configuration()
+            except (TlsError, OSError) as error:
+                if found != complained:
+                    logger.error("the certificate in use stays: %s", error)
+                complained = found
+                return None
+            logger.info("%s has changed; new connections get it", self.cert)
+            used = found
+            return configuration
+
+        return grpc.dynamic_ssl_server_credentials(
+            self._configuration(),
+            renewed,  # type: ignore[arg-type]  # None says that nothing has changed; the stubs lack that
+            require_client_authentication=self.client_ca is not None,
+        )
+
+    def _configuration(self) -> grpc.ServerCertificateConfiguration:
         _check(self.cert, self.key, self.client_ca)
         root = self.client_ca.read_bytes() if self.client_ca else None
-        return grpc.ssl_server_credentials(
-            [(self.key.read_bytes(), self.cert.read_bytes())], root, require_client_auth=root is not None
+        return grpc.ssl_server_certificate_configuration(
+            [(self.key.read_bytes(), self.cert.read_bytes())], root
         )
+
+    def _state(self) -> tuple[tuple[int, int, int], ...]:
+        """Return what changes with the files."""
+        files = [file for file in (self.cert, self.key, self.client_ca) if file is not None]
+        stats = [file.stat() for file in files if file.exists()]
+        return tuple((stat.st_mtime_ns, stat.st_ino, stat.st_size) for stat in stats)
 
 
 def server_tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> ServerTls | None:

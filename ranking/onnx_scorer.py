@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ranking.context import ContextTable, Encoded
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 # The two graphs' inputs and outputs.
 STATE_INPUTS = ["history"]  # int64 [B, T], left-padded with 0
@@ -25,6 +28,8 @@ HEAD_INPUTS = ["head_weights"]  # float32 [B, heads], where there are several
 STATE_OUTPUTS = ["state"]  # float32 [B, D]
 SCORES_INPUTS = ["state", "candidates"]  # float32 [B, D]; int64 [B or 1, C]
 SCORES_OUTPUTS = ["scores"]  # float32 [B, C]
+LARGE_BYTES = 1 << 10  # of a table that stands outside its graph
+PAGE_BYTES = 1 << 12  # that memory is mapped by
 
 Provider = Literal["auto", "tensorrt", "cuda", "cpu"]
 PROVIDERS = {
@@ -197,6 +202,42 @@ class OnnxScorer:
                 row = lowest if lowest < 0 else highest
                 raise ValueError(f"{name} holds row {row}; expected 0 to {self.num_items}")
         return np.ascontiguousarray(rows, np.int64)
+
+
+def write_models(state: Path, scores: Path, weights: Path, models: tuple[ModelProto, ModelProto]) -> None:
+    """Write the two graphs, and what is large in them to a third file.
+
+    onnxruntime opens such a file ("external data") as a memory map, so that processes share its pages and do
+    not copy them; what stands inside a graph each session copies. The table of items, which both graphs have,
+    stands there once.
+
+    Args:
+        state: gets the first model,
+        scores: the second,
+        weights: their tables; in the same folder.
+        models: changed: they lose what is in `weights`.
+    """
+    import onnx
+
+    written: list[tuple[bytes, int]] = []  # and where it begins
+    tables = [table for model in models for table in model.graph.initializer]
+    with weights.open("wb") as stream:
+        for table in sorted(tables, key=lambda table: -len(table.raw_data)):
+            data = table.raw_data
+            if len(data) < LARGE_BYTES:
+                continue
+            offset = next((offset for other, offset in written if other.startswith(data)), -1)
+            if offset < 0:
+                stream.write(bytes(-stream.tell() % PAGE_BYTES))
+                offset = stream.tell()
+                stream.write(data)
+                written.append((data, offset))
+            table.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in (("location", weights.name), ("offset", offset), ("length", len(data))):
+                table.external_data.add(key=key, value=str(value))
+            table.ClearField("raw_data")
+    for path, model in zip((state, scores), models, strict=True):
+        path.write_bytes(model.SerializeToString())
 
 
 def available_providers() -> tuple[str, ...]:

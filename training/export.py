@@ -19,9 +19,19 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from engine.bundle import ITEM_INDEX, RANKER_INDEX, RANKER_SCORES, RANKER_STATE, Bundle, write_bundle
+from engine.bundle import (
+    ITEM_INDEX,
+    RANKER_INDEX,
+    RANKER_SCORES,
+    RANKER_STATE,
+    RANKER_WEIGHTS,
+    Bundle,
+    write_bundle,
+    write_users,
+)
 from engine.history import EMPTY_HISTORY, USERS_SCHEMA, History, left_padded
 from engine.pipeline import DAY_MS, RecommendationPipeline, Visitor, weights_by_settings
+from ranking.onnx_scorer import write_models
 from ranking.ranker import HybridRanker
 from retrieval.fold_in import fold_in
 from retrieval.item_index import DEFAULT_K, EXACT_KINDS, TUNING_QUERIES, IndexOptions, ItemIndex
@@ -114,7 +124,8 @@ def export_ranker(
     histories: Sequence[NDArray[np.int32]] = (),
     precision: Precision = "float32",
 ) -> dict[str, Any]:
-    """Write a ranker into a directory: two ONNX graphs and an index over the vectors that it scores with.
+    """Write a ranker into a directory: two ONNX graphs, their tables, and an index over the vectors
+    that it scores with.
 
     ranker_state.onnx takes history [B, T], and where the ranker has them context_rows and context_weights
     [B, K] and head_weights [B, heads], to state [B, D]; ranker_scores.onnx takes state [B, D] and candidates
@@ -123,7 +134,7 @@ def export_ranker(
 
     Args:
         ranker: on any device; it is left on the CPU, in float32 and in evaluation mode.
-        directory: gets the three files.
+        directory: gets the four files.
         options: of the index.
         histories: examples, item rows oldest first, to tune the index on.
         precision: of the two graphs (training/quantization.py).
@@ -148,24 +159,22 @@ def export_ranker(
             metadata["heads"] = json.dumps(ranker.heads)
         if len(inputs) > 1:
             shapes["more"] = tuple({0: batch} for _ in range(len(inputs) - 1))
-        _export_onnx(
-            _State(ranker),
-            inputs,
-            "state",
-            shapes,
-            directory / RANKER_STATE,
-            metadata,
-        )
-        _export_onnx(
+        state = _onnx(_State(ranker), inputs, "state", shapes, metadata)
+        scores = _onnx(
             _Scores(ranker),
             {"state": torch.zeros(2, vectors.shape[1]), "candidates": torch.ones(2, 4, dtype=torch.int64)},
             "scores",
             {"state": {0: batch}, "candidates": {0: batch, 1: torch.export.Dim("num_candidates")}},
-            directory / RANKER_SCORES,
             {"num_items": ranker.num_items},
         )
-        for name in (RANKER_STATE, RANKER_SCORES):
-            quantize(directory / name, precision)
+        for model in (state, scores):
+            quantize(model, precision)
+        write_models(
+            directory / RANKER_STATE,
+            directory / RANKER_SCORES,
+            directory / RANKER_WEIGHTS,
+            (state, scores),
+        )
         padded = torch.from_numpy(left_padded(histories, ranker.history_length))
         states = ranker.in_context(ranker.states(padded)[:, -1]).numpy()
     return write_index(directory / RANKER_INDEX, vectors.numpy(), options or IndexOptions(), states)
@@ -221,14 +230,13 @@ def folded_in(
     return found[found.any(axis=1)]  # the pipeline does not search with nothing
 
 
-def _export_onnx(
+def _onnx(
     module: nn.Module,
     inputs: dict[str, Tensor],
     output: str,
     dynamic_shapes: dict[str, Any],
-    path: Path,
     metadata: dict[str, Any],
-) -> None:
+) -> onnx.ModelProto:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of every operator torchvision lacks
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # raised by the exporter about itself
@@ -244,7 +252,7 @@ def _export_onnx(
             verbose=False,
         )
     assert program is not None
-    model = program.model_proto
+    model: onnx.ModelProto = program.model_proto
     for node in model.graph.input:
         if node.name == "candidates":
             # The product broadcasts, so one row serves a whole batch; say so in the signature.
@@ -252,7 +260,7 @@ def _export_onnx(
     for key, value in metadata.items():
         entry = model.metadata_props.add()
         entry.key, entry.value = key, str(value)
-    onnx.save(model, str(path))
+    return model
 
 
 def export_bundle(
@@ -301,7 +309,7 @@ def export_bundle(
             "description", strict=False
         )  # what the content vectors were made from, and no more
         known.with_columns(popularity).write_parquet(directory / "catalog.parquet")
-        _users_table(data).write_parquet(directory / "users.parquet")
+        write_users(_users_table(data), directory)
         queries = folded_in(vectors, histories, pipeline, data.info.time)
         indexes = {ITEM_INDEX: write_index(directory / ITEM_INDEX, vectors["item_vectors"], options, queries)}
         save_file(vectors, directory / "embeddings.safetensors")

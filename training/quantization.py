@@ -6,7 +6,6 @@ on who else was asked for. Inputs, outputs and all sums are float32 too.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -19,14 +18,13 @@ Precision = Literal["float32", "float16", "int8"]
 MAX_SCORE_DIFFERENCE: dict[Precision, float] = {"float32": 1e-4, "float16": 5e-3, "int8": 3e-2}
 
 
-def quantize(path: Path, precision: Precision) -> None:
+def quantize(model: onnx.ModelProto, precision: Precision) -> None:
     """Rewrite an exported graph in a precision, in place.
 
     In int8 each row has a scale of its own.
 
     Args:
-        path: an ONNX file with the metadata "num_items" (I); a table is what has more than I rows and is
-            gathered from.
+        model: with the metadata "num_items" (I); a table is what has more than I rows and is gathered from.
         precision: "float32" changes nothing.
 
     Raises:
@@ -36,13 +34,7 @@ def quantize(path: Path, precision: Precision) -> None:
         raise ValueError(f"precision is {precision!r}; expected one of {', '.join(get_args(Precision))}")
     if precision == "float32":
         return
-    model = onnx.load(str(path))
-    _store_tables(model, precision)
-    onnx.save(model, str(path))
-
-
-def _store_tables(model: onnx.ModelProto, precision: Precision) -> None:
-    """Store what items are looked up in with fewer bits; what was looked up becomes float32 again."""
+    # What items are looked up in is stored with fewer bits; what was looked up becomes float32 again.
     num_items = int(next(entry.value for entry in model.metadata_props if entry.key == "num_items"))
     tables = {
         tensor.name: tensor

@@ -22,7 +22,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
-from engine.bundle import RANKER_INDEX, RANKER_SCORES, RANKER_STATE, write_bundle
+from engine.bundle import (
+    RANKER_INDEX,
+    RANKER_SCORES,
+    RANKER_STATE,
+    RANKER_WEIGHTS,
+    write_bundle,
+    write_users,
+)
 from engine.catalog import CATALOG_SCHEMA
 from engine.client import visitor
 from engine.history import USERS_SCHEMA
@@ -30,6 +37,7 @@ from engine.pipeline import RecommendationPipeline
 from engine.server import RecommenderService, add_to_server
 from protos.trirank.v1 import recommender_pb2 as pb
 from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
+from ranking.onnx_scorer import write_models
 from retrieval.item_index import ItemIndex
 from retrieval.sparse import SparseRows
 
@@ -173,7 +181,7 @@ def fill_bundle(
     user_vectors = rng.normal(size=(users.height + 1, DIM)).astype(np.float32)
     user_vectors[[0, 2]] = 0  # the unknown user, and "new"
     items.write_parquet(directory / "catalog.parquet")
-    users.write_parquet(directory / "users.parquet")
+    write_users(users, directory)
     ItemIndex.build(vectors).save(directory / "item_index.faiss")
     save_file(
         {
@@ -195,8 +203,8 @@ def fill_bundle(
         directory / "sources.safetensors",
     )
     if ranker != "none":
-        for name, model in zip((RANKER_STATE, RANKER_SCORES), scorer_models(vectors), strict=True):
-            onnx.save(model, directory / name)
+        files = (directory / name for name in (RANKER_STATE, RANKER_SCORES, RANKER_WEIGHTS))
+        write_models(*files, scorer_models(vectors))
         ItemIndex.build(vectors).save(directory / RANKER_INDEX)
     return {
         "commit": None,

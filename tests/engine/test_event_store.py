@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +29,13 @@ from engine.event_store import (
     StoreUnavailableError,
     UserEvent,
     decode,
+    decode_users,
     encode,
+    encode_users,
     merge,
+    num_packed,
+    packed,
+    unpacked,
 )
 from engine.history import EMPTY_HISTORY, History
 
@@ -110,6 +118,63 @@ def test_records_round_trip() -> None:
     assert decode(encode(events)) == events
 
 
+AWKWARD_EVENTS = (
+    UserEvent("1", "ü\n{", '[]"\n', "cart", 2**53 + 1),
+    UserEvent("2 \u2028", "ü\n{", "i", "view", 7),
+)
+
+
+def test_packed_events_round_trip() -> None:
+    line = packed(AWKWARD_EVENTS)
+    assert b"\n" not in line
+    assert (num_packed(line), unpacked("ü\n{", line)) == (2, AWKWARD_EVENTS)
+    users = [("ü\n{", line), *((f"u{number}", packed(())) for number in range(3))]
+    (record,) = encode_users(users)
+    assert list(decode_users(record)) == users
+    assert list(encode_users([])) == []
+
+
+def test_a_record_holds_many_users_but_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.event_store.USERS_RECORD_BYTES", 100)
+    users = [(f"u{number}", packed([UserEvent("e", f"u{number}", "x" * 40)])) for number in range(9)]
+    records = list(encode_users(users))
+    assert [len(list(decode_users(record))) for record in records] == [2, 2, 2, 2, 1]
+    assert [user for record in records for user in decode_users(record)] == users
+
+
+def test_what_was_packed_is_loaded_as_it_was_and_cut_to_new_limits() -> None:
+    recent = RecentEvents(max_per_user=5, max_events=100)
+    for number in range(20):
+        recent.add(UserEvent(f"e{number}", f"u{number % 4}", "x", timestamp=number + 1))
+    before = {user: recent.get(user) for user in ("u0", "u1", "u2", "u3")}
+    for user, events in recent.users():
+        assert isinstance(events, tuple)
+        recent.pack(user, events, packed(events))
+    assert {user: recent.get(user) for user in before} == before
+    again, smaller = RecentEvents(5, 100), RecentEvents(2, 5)
+    for user, line in recent.users():
+        assert isinstance(line, bytes)
+        again.load(user, line)
+        again.load(user, line)  # what is known already changes nothing
+        smaller.load(user, line)
+    assert again.users() == recent.users()
+    assert again.num_events == 20
+    assert {user: ids(smaller.get(user)) for user in before} == {
+        "u0": [],
+        "u1": [],
+        "u2": ["e14", "e18"],
+        "u3": ["e15", "e19"],
+    }
+    assert smaller.num_events == 4
+    # Whoever does something is unpacked; what was packed meanwhile is of the past.
+    stale = recent.get("u0")
+    new = UserEvent("new", "u0", "x", timestamp=99)
+    recent.add(new)
+    recent.pack("u0", stale, packed(stale))
+    assert recent.get("u0") == (*stale[1:], new)
+    assert recent.users()[-1][0] == "u0"
+
+
 def test_many_threads_share_flushes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While one flush is under way all that arrives waits for the next one, which serves it all."""
     target = store(tmp_path)
@@ -190,6 +255,61 @@ def test_compaction_keeps_what_is_kept_and_forgets_the_rest(tmp_path: Path) -> N
     assert ids(again.recent("u3")) == ["e111", "e115", "e119"]
     assert ids(again.recent("u2")) == ["e110", "e114", "e118"]
     assert again.num_events == 12
+    again.close()
+
+
+def test_a_damaged_snapshot_costs_the_users_of_a_record_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.event_store.USERS_RECORD_BYTES", 100)
+    target = store(tmp_path, compact_bytes=1)
+    record(target, *(UserEvent(f"e{number}", f"u{number}", "x" * 40) for number in range(9)))
+    target.close()
+    (snapshot,) = tmp_path.glob("*.snapshot")
+    content = bytearray(snapshot.read_bytes())
+    content[content.index(b'"u4"') + 1] ^= 1
+    snapshot.write_bytes(content)
+    again = store(tmp_path)
+    assert [number for number in range(9) if not again.recent(f"u{number}")] == [4, 5]
+    assert again.num_lost_bytes > 0
+    again.close()
+
+
+def test_a_snapshot_that_does_not_fit_is_left_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its draft gives the space back, events are recorded meanwhile, and later it is tried again."""
+    now, num_tried = [0.0], [0]
+    target = store(tmp_path, compact_bytes=1, monotonic=lambda: now[0])
+    real_fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):  # segments get fdatasync
+            num_tried[0] += 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real_fsync(descriptor)
+
+    def compacted() -> None:
+        while not target._compaction:
+            time.sleep(0.001)
+        target._compaction.join(WAIT_S)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        record(target, UserEvent("e0", "u", "x"))
+        compacted()
+        for number in range(1, 5):
+            record(target, UserEvent(f"e{number}", "u", "x"))
+            now[0] += 14
+        assert num_tried[0] == 1
+        assert not list(tmp_path.glob("*.tmp"))
+        assert not list(tmp_path.glob("*.snapshot"))
+    now[0] = 61
+    record(target, UserEvent("e5", "u", "x"))
+    target.close()
+    assert list(tmp_path.glob("*.snapshot"))
+    again = store(tmp_path)
+    assert ids(again.recent("u")) == [f"e{number}" for number in range(6)]
     again.close()
 
 

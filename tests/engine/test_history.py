@@ -17,7 +17,7 @@ def users(**columns: list[object]) -> pl.DataFrame:
 
 
 def test_rows_and_histories() -> None:
-    store = BundleHistoryStore(users(), num_items=3)
+    store = BundleHistoryStore.from_table(users(), num_items=3)
     assert len(store) == 3
     assert [store.row(user) for user in ("a", "b c", "🎉", "nobody", "")] == [1, 2, 3, 0, 0]
     history = store.get("a")
@@ -30,21 +30,21 @@ def test_rows_and_histories() -> None:
 
 
 def test_no_users() -> None:
-    store = BundleHistoryStore(pl.DataFrame(schema=USERS_SCHEMA), num_items=0)
+    store = BundleHistoryStore.from_table(pl.DataFrame(schema=USERS_SCHEMA), num_items=0)
     assert (len(store), store.row("a"), len(store.get("a"))) == (0, 0, 0)
 
 
 def test_bad_tables() -> None:
     with pytest.raises(ValueError, match="item rows run from 1 to 3; expected 1 to 2"):
-        BundleHistoryStore(users(), num_items=2)
+        BundleHistoryStore.from_table(users(), num_items=2)
     with pytest.raises(ValueError, match="differ in length"):
-        BundleHistoryStore(users(timestamps=[[10], [], [0]]), num_items=3)
+        BundleHistoryStore.from_table(users(timestamps=[[10], [], [0]]), num_items=3)
     with pytest.raises(ValueError, match="user_id is repeated"):
-        BundleHistoryStore(users(user_id=["a", "a", "b"]), num_items=3)
+        BundleHistoryStore.from_table(users(user_id=["a", "a", "b"]), num_items=3)
     with pytest.raises(ValueError, match="empty cell"):
-        BundleHistoryStore(users(items=[[3, None], [], [2]]), num_items=3)
+        BundleHistoryStore.from_table(users(items=[[3, None], [], [2]]), num_items=3)
     with pytest.raises(ValueError, match="columns are"):
-        BundleHistoryStore(users().drop("items"), num_items=3)
+        BundleHistoryStore.from_table(users().drop("items"), num_items=3)
 
 
 def test_without_repeats() -> None:

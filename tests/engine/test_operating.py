@@ -321,6 +321,8 @@ class Certificates(NamedTuple):
     client_cert: Path
     client_key: Path
     other_ca: Path
+    renewed_cert: Path  # its own authority
+    renewed_key: Path
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +343,8 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     signed = ["-CA", str(ca), "-CAkey", str(ca_key), "-addext", "basicConstraints=CA:FALSE"]
     cert, key = make("server", *signed, "-addext", "subjectAltName=IP:127.0.0.1")
     client_cert, client_key = make("client", *signed)
-    return Certificates(ca, cert, key, client_cert, client_key, make("other")[0])
+    renewed = make("renewed", "-addext", "subjectAltName=IP:127.0.0.1")
+    return Certificates(ca, cert, key, client_cert, client_key, make("other")[0], *renewed)
 
 
 def test_mtls(
@@ -378,6 +381,48 @@ def test_tls(bundle_path: Path, certificates: Certificates, served: Any) -> None
                 assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
 
     asyncio.run(scene())
+
+
+def test_a_certificate_is_renewed_without_a_restart(
+    bundle_path: Path,
+    certificates: Certificates,
+    served: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    files = certificates
+    cert, key = tmp_path / "server.pem", tmp_path / "server.key"
+    shutil.copy(files.cert, cert)
+    shutil.copy(files.key, key)
+    tls = server_tls(cert, key, None)
+    assert tls
+
+    def is_trusted(address: str, ca: Path) -> bool:
+        trusting = client_credentials(ca, None, None)
+        with RecommenderClient(address, timeout_s=WAIT_S, credentials=trusting, num_channels=2) as asking:
+            try:
+                return len(asking.recommend(visitor("loyal")).items) == 10
+            except grpc.RpcError:
+                return False
+
+    async def scene() -> None:
+        pipeline = RecommendationPipeline(Bundle.load(bundle_path))
+        async with served(pipeline, credentials=tls.credentials()) as shop:
+
+            async def trusted() -> tuple[bool, bool]:
+                old = await asyncio.to_thread(is_trusted, shop.address, files.ca)
+                return old, await asyncio.to_thread(is_trusted, shop.address, files.renewed_cert)
+
+            assert await trusted() == (True, False)
+            shutil.copy(files.renewed_cert, cert)  # the key is to follow
+            assert await trusted() == (True, False)
+            shutil.copy(files.renewed_key, key)
+            assert await trusted() == (False, True)
+            cert.unlink()
+            assert await trusted() == (False, True)
+
+    asyncio.run(scene())
+    assert caplog.text.count("the certificate in use stays") == 2
 
 
 def test_wrong_certificates(certificates: Certificates, tmp_path: Path) -> None:

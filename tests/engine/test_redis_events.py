@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,14 @@ def test_redis_goes_away_and_comes_back(tmp_path: Path) -> None:
     server.stop()
 
 
+def failure(store: RedisEventStore) -> str:
+    try:
+        store.recent("ann")
+    except StoreUnavailableError as error:
+        return str(error)
+    return ""
+
+
 def test_a_redis_that_hangs_is_asked_once_and_then_left_alone(tmp_path: Path) -> None:
     server = Server(tmp_path)
     server.start()
@@ -175,10 +184,18 @@ def test_a_redis_that_hangs_is_asked_once_and_then_left_alone(tmp_path: Path) ->
         store.recent("ann")
     with pytest.raises(StoreUnavailableError, match="did not answer a moment ago"):
         store.recent("ann")
+    # When it is time to try again, one caller waits for the answer and the others do not.
+    now[0] = 1000.5
+    with ThreadPoolExecutor(8) as callers:
+        failures = list(callers.map(lambda _: failure(store), range(8)))
+    assert sorted(text.split(":")[0] for text in failures) == [
+        *["Redis did not answer a moment ago"] * 7,
+        "Redis does not answer",
+    ]
     assert record(store, UserEvent("e", "ann", "x")).is_delayed
     server.process.send_signal(signal.SIGCONT)
     store._redis.connection_pool.disconnect()
-    now[0] = 1001.0
+    now[0] = 2001.0
     store._redis.connection_pool.connection_kwargs["socket_timeout"] = WAIT_S
     store._redis.connection_pool.reset()
     assert store.recent("ann") == []

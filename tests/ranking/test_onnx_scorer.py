@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ranking.context import ContextKey, ContextTable, Encoded
-from ranking.onnx_scorer import OnnxScorer
+from ranking.onnx_scorer import OnnxScorer, write_models
 
 TABLE = np.array([[0, 0], [1, 0], [0, 1], [2, 2], [-1, 3]], np.float32)  # rows 0..4: four items
 METADATA = {"history_length": "3", "num_items": "4"}
@@ -240,6 +240,29 @@ def test_weights_outside_the_folder_are_not_read(tmp_path, kind):
         (bundle / name).write_bytes(model.SerializeToString())
     with pytest.raises(Exception, match="External data path validation failed"):
         OnnxScorer(bundle / "state.onnx", bundle / "scores.onnx")
+
+
+def test_weights_outside_the_graphs_change_nothing_and_equal_ones_stand_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("ranking.onnx_scorer.LARGE_BYTES", 16)
+    embedded = tmp_path / "embedded"
+    embedded.mkdir()
+    for name, model in zip(("state.onnx", "scores.onnx"), tiny_models(), strict=True):
+        onnx.save(model, embedded / name)
+    write_models(
+        tmp_path / "state.onnx", tmp_path / "scores.onnx", tmp_path / "ranker.weights", tiny_models()
+    )
+    assert (tmp_path / "ranker.weights").read_bytes() == TABLE.tobytes()
+    for name in ("state.onnx", "scores.onnx"):
+        assert TABLE.tobytes() not in (tmp_path / name).read_bytes()
+    history, candidates = np.array([[0, 1, 3], [2, 2, 4]]), np.array([[1, 2, 3, 4]])
+    found, expected = (
+        OnnxScorer(folder / "state.onnx", folder / "scores.onnx").score(history, candidates)
+        for folder in (tmp_path, embedded)
+    )
+    np.testing.assert_array_equal(found, expected)
+    (tmp_path / "ranker.weights").write_bytes(b"short")
+    with pytest.raises(Exception, match="External initializer: table"):
+        OnnxScorer(tmp_path / "state.onnx", tmp_path / "scores.onnx")
 
 
 def test_a_provider_that_is_there_is_taken(tmp_path):

@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 import torch
 
-from engine.bundle import RANKER_FILES, RANKER_INDEX, RANKER_SCORES, RANKER_STATE
+from engine.bundle import RANKER_FILES, RANKER_INDEX, RANKER_SCORES, RANKER_STATE, RANKER_WEIGHTS
 from ranking.context import ContextKey, ContextTable, Encoded
 from ranking.encoders.hstu import HSTU
 from ranking.encoders.sasrec import SASRec
@@ -148,17 +148,38 @@ def test_of_a_longer_history_the_newest_count(exported):
 def test_the_file_says_what_it_is_and_stands_alone(exported):
     _, directory, scorer = exported
     assert (scorer.history_length, scorer.num_items, scorer.dim) == (LENGTH, NUM_ITEMS, DIM)
-    assert sorted(file.name for file in directory.iterdir()) == sorted(RANKER_FILES)
+    files = sorted(file.name for file in directory.iterdir())
+    assert files == sorted([*RANKER_FILES, RANKER_WEIGHTS])
     shapes = {}
     for name in (RANKER_STATE, RANKER_SCORES):
         model = onnx.load(directory / name, load_external_data=False)
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(directory / name)
         for node in [*model.graph.input, *model.graph.output]:
             axes = node.type.tensor_type.shape.dim
             shapes[name, node.name] = [axis.dim_param or axis.dim_value for axis in axes]
     assert shapes[RANKER_STATE, "history"] == ["batch", "length"]
     assert shapes[RANKER_STATE, "state"] == shapes[RANKER_SCORES, "state"] == ["batch", DIM]
     assert shapes[RANKER_SCORES, "candidates"] == ["batch_or_1", "num_candidates"]
+
+
+def test_both_graphs_read_one_table_of_items(exported):
+    model, directory, _ = exported
+    places = {}
+    for name in (RANKER_STATE, RANKER_SCORES):
+        graph = onnx.load(directory / name, load_external_data=False).graph
+        places[name] = {
+            tuple(table.dims): {entry.key: entry.value for entry in table.external_data}
+            for table in graph.initializer
+            if table.external_data
+        }
+    with_start_token = places[RANKER_STATE][NUM_ITEMS + 2, DIM]
+    assert places[RANKER_SCORES] == {
+        (NUM_ITEMS + 1, DIM): with_start_token | {"length": str((NUM_ITEMS + 1) * DIM * 4)}
+    }
+    assert with_start_token["location"] == RANKER_WEIGHTS
+    content = (directory / RANKER_WEIGHTS).read_bytes()[int(with_start_token["offset"]) :]
+    vectors = np.frombuffer(content, np.float32, (NUM_ITEMS + 1) * DIM).reshape(-1, DIM)
+    np.testing.assert_array_equal(vectors, model.item_vectors().detach().numpy())
 
 
 def test_the_index_holds_what_the_ranker_scores_with(exported):
@@ -290,7 +311,7 @@ def test_content_costs_serving_nothing(tmp_path):
         directory.mkdir()
         model = ranker(content_dim=content_dim)
         export_ranker(model, directory)
-        sizes.append([(directory / name).stat().st_size for name in RANKER_FILES])
+        sizes.append([(directory / name).stat().st_size for name in (*RANKER_FILES, RANKER_WEIGHTS)])
         scores, _ = by_torch(model, histories(2, 4), np.arange(1, 9)[None].repeat(2, axis=0))
         found = scorer_of(directory).score(histories(2, 4), np.arange(1, 9)[None])
         assert np.abs(found - scores).max() <= 1e-4
