@@ -102,6 +102,7 @@ class ItemIndex:
         self._gpu_lock = threading.Lock()  # FAISS's GPU memory is for one thread at a time
         self._remove_lock = threading.Lock()
         self._live = np.ones(self._flat.ntotal + 1, np.bool_)  # [I+1] not removed; replaced, never changed
+        self._has_removed = False
         if removed is not None and len(removed):
             self.remove(removed)
 
@@ -254,6 +255,7 @@ class ItemIndex:
         with self._remove_lock:
             live = self._live.copy()
             live[rows.astype(np.int64)] = False
+            self._has_removed = self._has_removed or bool(rows.size)
             self._live = live
 
     def search(
@@ -386,7 +388,7 @@ class ItemIndex:
         if allowed is not None:
             if allowed.shape != live.shape or allowed.dtype != np.bool_:
                 raise ValueError(f"allowed is {allowed.dtype} {allowed.shape}; expected bool {live.shape}")
-            live = live & allowed
+            live = live & allowed if self._has_removed else allowed
         may_come = live[1:]
         num_allowed = int(np.count_nonzero(may_come))
         return (None if num_allowed == self.num_items else may_come), num_allowed
