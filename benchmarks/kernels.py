@@ -100,7 +100,9 @@ def _noted(pipeline: RecommendationPipeline) -> Iterator[list[KernelCall]]:
 
     def noting(kernel: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def noted(*args: Any, **keywords: Any) -> Any:
-            calls.append(KernelCall(kernel, function, args, keywords))
+            # Copies: the pipeline goes on with some of them, and changes them.
+            kept = tuple(arg.copy() if isinstance(arg, np.ndarray) else arg for arg in args)
+            calls.append(KernelCall(kernel, function, kept, keywords))
             return function(*args, **keywords)
 
         return noted
