@@ -165,18 +165,27 @@ def time_queries(
 
 def made_vectors(num_items: int, num_queries: int, rng: np.random.Generator) -> tuple[FloatArray, FloatArray]:
     """Return items [I+1, 64] and queries [Q, 64] as the module's docstring says."""
+    items, _, _ = made_items(num_items, rng)
+    queries = items[rng.integers(0, num_items, num_queries)]
+    queries = queries + NOISE * np.abs(items).mean() * rng.standard_normal(queries.shape)
+    return _with_padding(items), queries.astype(np.float32)
+
+
+def made_items(
+    num_items: int, rng: np.random.Generator, dim: int = DIM
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
+    """Return items as the module's docstring says: vectors [I, dim], clusters [I], popularities [I]."""
     clusters, rank = 2_000, 16
-    basis = rng.standard_normal((rank, DIM)) * np.linspace(1, 0.2, rank)[:, np.newaxis]
+    basis = rng.standard_normal((rank, dim)) * np.linspace(1, 0.2, rank)[:, np.newaxis]
     means = rng.standard_normal((clusters, rank)) @ basis
     share = 1 / np.arange(1, clusters + 1) ** 0.8
     cluster = rng.choice(clusters, num_items, p=share / share.sum())
     items = means[cluster] + 0.35 * rng.standard_normal((num_items, rank)) @ basis
-    items += 0.15 * rng.standard_normal((num_items, DIM))
+    items += 0.15 * rng.standard_normal((num_items, dim))
     items /= np.linalg.norm(items, axis=1, keepdims=True)
-    items *= (1 + rng.pareto(2.5, num_items))[:, np.newaxis] ** 0.35
-    queries = items[rng.integers(0, num_items, num_queries)]
-    queries = queries + NOISE * np.abs(items).mean() * rng.standard_normal(queries.shape)
-    return _with_padding(items), queries.astype(np.float32)
+    popularity = 1 + rng.pareto(2.5, num_items)
+    items *= popularity[:, np.newaxis] ** 0.35
+    return items, cluster, popularity
 
 
 def trained_vectors(

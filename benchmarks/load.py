@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +43,8 @@ METHOD = "/trirank.v1.RecommenderService/Recommend"
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9}
 SATURATED_AT = 0.9  # of the offered rate: a server with less goodput than this has more than it can do
 DRAIN_S = 2.0  # between two rates, so that no queue of one is seen by the next
+RECOVERY_S = 4.0  # how long calls go on after an overload, to see when the server is itself again
+RECOVERED_AT = 0.99  # of the calls of a second that are good
 
 stderr = Console(stderr=True, highlight=False)
 
@@ -95,6 +97,7 @@ class Result:
     generator_cores: float  # processor seconds a second
     server_cores: float | None  # with its child processes; None where its process id is unknown
     server_rss_mb: float | None  # the most that was seen
+    recovery_s: float | None = None  # after an overload (see `recovery`); None too where it took too long
 
 
 async def offer(
@@ -124,7 +127,13 @@ async def offer(
 
 
 def measure(
-    address: str, requests: Sequence[bytes], rate_per_s: float, load: Load, *, server_pid: int | None = None
+    address: str,
+    requests: Sequence[bytes],
+    rate_per_s: float,
+    load: Load,
+    *,
+    server_pid: int | None = None,
+    after_per_s: float | None = None,
 ) -> Result:
     """Load a server at one rate and return what came of it.
 
@@ -134,13 +143,45 @@ def measure(
         rate_per_s: calls a second on average.
         load: see Load.
         server_pid: the process whose processor time and memory are measured, on this machine.
+        after_per_s: a lower rate that follows without a pause, to see how soon the server recovers; its calls
+            count for that alone.
     """
     rng = np.random.default_rng(load.seed)
     num_calls = max(1, round(rate_per_s * load.seconds))
     arrivals = np.cumsum(rng.exponential(1 / rate_per_s, num_calls))
-    with _watched(server_pid) as usage, asyncio.Runner(loop_factory=_precise_loop) as runner:
+    end_s = float(arrivals[-1])
+    if after_per_s:
+        gaps = rng.exponential(1 / after_per_s, max(1, round(after_per_s * RECOVERY_S)))
+        arrivals = np.concatenate([arrivals, end_s + np.cumsum(gaps)])
+    with watched(server_pid) as usage, asyncio.Runner(loop_factory=_precise_loop) as runner:
         outcomes = runner.run(offer_to(address, requests, arrivals, load))
-    return summarize(outcomes, rate_per_s, load, usage)
+    result = summarize([one for one in outcomes if one.intended_s <= end_s], rate_per_s, load, usage)
+    return replace(result, recovery_s=recovery(outcomes, end_s, load)) if after_per_s else result
+
+
+def recovery(outcomes: Sequence[Outcome], end_s: float, load: Load) -> float | None:
+    """Return how long after an overload the server was itself again, in seconds; None where it was not.
+
+    The earliest moment (in tenths of a second) from which on, for a second, 99 of 100 calls are answered
+    within the objective.
+
+    Args:
+        outcomes: of the overload and of the calls after it.
+        end_s: the moment that the last call of the overload was meant for.
+        load: see Load.
+    """
+    after = sorted(one for one in outcomes if one.intended_s > end_s)
+    moments = np.array([one.intended_s - end_s for one in after])
+    good = np.array([one.code == "OK" and _latency_ms(one) <= load.objective_ms for one in after])
+    for tenths in range(round(10 * (RECOVERY_S - 1)) + 1):
+        within = good[(moments >= tenths / 10) & (moments < tenths / 10 + 1)]
+        if len(within) and within.mean() >= RECOVERED_AT:
+            return tenths / 10
+    return None
+
+
+def _latency_ms(outcome: Outcome) -> float:
+    return 1000 * (outcome.done_s - outcome.intended_s)
 
 
 def summarize(
@@ -151,12 +192,8 @@ def summarize(
     last = max((outcome.intended_s for outcome in counted), default=load.warm_up_s)
     window_s = max(last - load.warm_up_s, 1e-9)
     answered = [outcome for outcome in counted if outcome.code == "OK"]
-    latencies = np.array([1000 * (outcome.done_s - outcome.intended_s) for outcome in answered])
-    rejected = [
-        1000 * (outcome.done_s - outcome.intended_s)
-        for outcome in counted
-        if outcome.code == "RESOURCE_EXHAUSTED"
-    ]
+    latencies = np.array([_latency_ms(outcome) for outcome in answered])
+    rejected = [_latency_ms(outcome) for outcome in counted if outcome.code == "RESOURCE_EXHAUSTED"]
     late = [1000 * (outcome.sent_s - outcome.intended_s) for outcome in counted]
     return Result(
         target_per_s=rate_per_s,
@@ -184,7 +221,7 @@ def percentile(values: NDArray[np.float64], p: float) -> float | None:
 
 
 def sweep(
-    measure_at: Callable[[float], Result],
+    measure_at: Callable[[float, float | None], Result],
     *,
     start_rate: float,
     growth: float,
@@ -195,17 +232,24 @@ def sweep(
 
     Where `overload` is given, and the server saturates, a last measurement follows at that multiple of the
     best goodput seen, unless that is none.
+
+    Args:
+        measure_at: measures at a rate; the second number is None, or the rate that follows an overload.
+        start_rate: calls a second.
+        growth: each rate is so many times the last.
+        max_rate: calls a second.
+        overload: of the best goodput.
     """
     if start_rate <= 0 or growth <= 1:
         raise ValueError(f"start_rate is {start_rate}, growth {growth}; expected above 0 and above 1")
     results: list[Result] = []
     rate = start_rate
     while rate <= max_rate:
-        results.append(measure_at(rate))
+        results.append(measure_at(rate, None))
         if is_saturated(results[-1]):
             best = max(result.goodput_per_s for result in results)
             if overload and best:
-                results.append(measure_at(overload * best))
+                results.append(measure_at(overload * best, best / 2))
             break
         rate *= growth
     return results
@@ -269,8 +313,8 @@ def main(argv: list[str] | None = None) -> int:
         requests = recommend_requests(bundle, options.limit, seed=load.seed)
         with _server(bundle, options.address, options.serve_options) as (address, pid):
 
-            def measure_at(rate_per_s: float) -> Result:
-                result = measure(address, requests, rate_per_s, load, server_pid=pid)
+            def measure_at(rate_per_s: float, after_per_s: float | None) -> Result:
+                result = measure(address, requests, rate_per_s, load, server_pid=pid, after_per_s=after_per_s)
                 stderr.print(f"{rate_per_s:.0f} calls/s: goodput {result.goodput_per_s:.0f}")
                 time.sleep(DRAIN_S)
                 return result
@@ -306,7 +350,7 @@ def table(results: Sequence[Result], machine: str) -> Table:
     """Return the figures for a person."""
     shown = Table(title=f"open-loop Recommend calls, {machine}")
     headings = ["offered/s", "goodput/s", "rejected", "failed", *(f"{name} ms" for name in PERCENTILES)]
-    for heading in [*headings, "reject p50 ms", "late p99 ms", "cores", "RSS MB"]:
+    for heading in [*headings, "reject p50 ms", "recovery s", "late p99 ms", "cores", "RSS MB"]:
         shown.add_column(heading, justify="right")
     for result in results:
         num_rejected = result.codes.get("RESOURCE_EXHAUSTED", 0)
@@ -318,6 +362,7 @@ def table(results: Sequence[Result], machine: str) -> Table:
             str(num_failed),
             *(_figure(value) for value in result.latency_ms.values()),
             _figure(result.rejected_ms["p50"]),
+            _figure(result.recovery_s),
             _figure(result.late_ms),
             _figure(result.server_cores),
             _figure(result.server_rss_mb),
@@ -374,7 +419,7 @@ async def offer_to(
 
 
 @contextmanager
-def _watched(server_pid: int | None) -> Iterator[dict[str, float | None]]:
+def watched(server_pid: int | None) -> Iterator[dict[str, float | None]]:
     """Yield what fills, at the end of the block, with the processor time and memory used during it."""
     usage: dict[str, float | None] = {"server_cores": None, "server_rss_mb": None}
     stop = threading.Event()

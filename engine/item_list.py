@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -11,30 +11,47 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class ItemList:
-    """Items between two stages, best first: three arrays of one length."""
+    """Items between two stages, best first: three arrays of one length, and what the numbers of one mean."""
 
     rows: NDArray[np.int32]  # [N] 1..I, none twice
     scores: NDArray[np.float32]  # [N] of the stage that made the list
-    sources: NDArray[np.str_]  # [N] the candidate source that found each item
+    source_of: NDArray[np.int16]  # [N] the candidate source that found each item: its place in `names`
+    names: tuple[str, ...]
+
+    @classmethod
+    def of_one(cls, rows: NDArray[np.int32], scores: NDArray[np.float32], source: str) -> ItemList:
+        """Return items that all come from one source."""
+        return cls(rows, scores, np.zeros(len(rows), np.int16), (source,))
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def sources(self) -> NDArray[np.str_]:
+        """[N] the name of the candidate source that found each item."""
+        return np.array(self.names, np.str_)[self.source_of]
+
     def take(self, positions: NDArray[np.int64] | slice) -> ItemList:
         """Return the items at these positions, in that order."""
-        return ItemList(self.rows[positions], self.scores[positions], self.sources[positions])
+        return replace(
+            self,
+            rows=self.rows[positions],
+            scores=self.scores[positions],
+            source_of=self.source_of[positions],
+        )
 
     def followed_by(self, other: ItemList) -> ItemList:
         """Return these items and those of `other` behind them."""
         return ItemList(
             np.concatenate([self.rows, other.rows]),
             np.concatenate([self.scores, other.scores]),
-            np.concatenate([self.sources, other.sources]),
+            np.concatenate([self.source_of, other.source_of + np.int16(len(self.names))]),
+            self.names + other.names,
         )
 
     def with_falling_scores(self) -> ItemList:
         """Return the items with scores that fall with the order: sources score on scales of their own."""
-        return ItemList(self.rows, np.minimum.accumulate(self.scores), self.sources)
+        return replace(self, scores=np.minimum.accumulate(self.scores))
 
     def ordered_by(self, scores: NDArray[np.float32], num_kept: int) -> Ranked:
         """Return the items with the best new scores [N], best first; equal scores keep their order.
@@ -46,7 +63,7 @@ class ItemList:
         kept = largest(scores, num_kept)
         is_left = np.ones(len(self), np.bool_)
         is_left[kept] = False
-        scored = ItemList(self.rows, scores, self.sources)
+        scored = replace(self, scores=scores)
         return Ranked(scored.take(kept), scored.take(np.flatnonzero(is_left)))
 
 

@@ -43,7 +43,7 @@ from reranking.items import Request
 from reranking.policy import Policies, Policy, policies_from_config
 from reranking.reranker import NO_PURCHASES, Funnel, Purchases, Reranker
 from retrieval.fold_in import event_weights, fold_in
-from retrieval.sources import Candidates, EmbeddingSource, Query, merge
+from retrieval.sources import Candidates, EmbeddingSource, Query, merge, shares_of
 
 MAX_LIMIT = 500  # items of a slate
 MAX_CANDIDATES = 10_000
@@ -89,6 +89,11 @@ class Filters:
     seller_ids: Sequence[str] = ()
     min_price: float | None = None
     max_price: float | None = None
+
+    def __bool__(self) -> bool:
+        """Return whether there is any condition."""
+        prices = (self.min_price, self.max_price)
+        return bool(self.categories or self.brands or self.seller_ids) or prices != (None, None)
 
 
 NO_FILTERS = Filters()
@@ -295,7 +300,7 @@ class RecommendationPipeline:
         """
         trace = self.begin_trace(visitor, budget)
         popularity = self.bundle.catalog.popularity[candidates].astype(np.float32)
-        asked = ItemList(candidates, popularity, np.full(len(candidates), "caller"))
+        asked = ItemList.of_one(candidates, popularity, "caller")
         by_popularity = asked.ordered_by(popularity, len(asked)).items
         num_scored = trace.affordable("ranking", len(asked))
         query = self.query(visitor, now, context, head_weights)
@@ -363,55 +368,77 @@ class RecommendationPipeline:
     # The stages.
 
     def _eligible(self, filters: Filters, excluded: NDArray[np.int32], ask: _Ask) -> NDArray[np.bool_]:
-        """Return which items may be shown at all: [I+1] bool. No later stage can bring one back."""
+        """Return which items may be shown at all: [I+1] bool, not to be changed.
+
+        No later stage can bring one back.
+        """
+        allowed = self.reranker.allowed(ask.policy, ask.request, ask.purchases)
+        if not (filters or len(excluded) or ask.explain):
+            return allowed
         eligible = self.bundle.catalog.matching(
             filters.categories, filters.brands, filters.seller_ids, filters.min_price, filters.max_price
         )
         eligible[excluded] = False
-        counts = [("request", np.count_nonzero(eligible))] if ask.explain else []
-        for name, allowed in self.reranker.filters(ask.policy, ask.request, ask.purchases):
-            eligible &= allowed
-            if ask.explain:
-                counts.append((name, np.count_nonzero(eligible)))
-        num_in = self.bundle.catalog.num_items
-        for name, num_out in counts:
-            ask.filtered.append(Filtered(name, num_in, int(num_out)))
-            num_in = int(num_out)
-        return eligible
+        if ask.explain:
+            num_in, left = self.bundle.catalog.num_items, eligible
+            by_policy = self.reranker.filters(ask.policy, ask.request, ask.purchases)
+            for name, mask in itertools.chain([("request", eligible)], by_policy):
+                left = left & mask
+                num_out = int(np.count_nonzero(left))
+                ask.filtered.append(Filtered(name, num_in, num_out))
+                num_in = num_out
+        return eligible & allowed
 
-    def _seen(self, visitor: Visitor, policy: Policy) -> NDArray[np.bool_]:
-        seen = np.zeros(self.bundle.catalog.num_items + 1, np.bool_)
-        if not self.has_repeats and any(isinstance(rule, DropSeen) for rule in policy.rules):
-            seen[visitor.history.items] = True
-        return seen
+    def _seen(self, visitor: Visitor, policy: Policy) -> NDArray[np.int32]:
+        """Return the rows of what the visitor has seen; none where the policy does not mind."""
+        if self.has_repeats or not any(isinstance(rule, DropSeen) for rule in policy.rules):
+            return NO_ROWS
+        return visitor.history.items
 
     def _retrieve(
-        self, query: Query, eligible: NDArray[np.bool_], seen: NDArray[np.bool_], limit: int, trace: Trace
+        self, query: Query, eligible: NDArray[np.bool_], seen: NDArray[np.int32], limit: int, trace: Trace
     ) -> ItemList:
         """Return unseen candidates; where they cannot fill a slate, seen ones fill up behind them."""
-        unseen = self._find(query, eligible & ~seen, max(self.num_candidates, limit), trace)
-        if len(unseen) >= limit or not seen.any():
+        allowed = eligible.copy()
+        allowed[seen] = False
+        unseen = self._find(query, allowed, max(self.num_candidates, limit), trace)
+        if len(unseen) >= limit or not len(seen):
             return unseen
-        return unseen.followed_by(self._find(query, eligible & seen, limit - len(unseen), trace))
+        is_seen = np.zeros_like(eligible)
+        is_seen[seen] = True
+        return unseen.followed_by(self._find(query, eligible & is_seen, limit - len(unseen), trace))
 
     def _find(self, query: Query, allowed: NDArray[np.bool_], limit: int, trace: Trace) -> ItemList:
-        """Ask every source, each of which may fail alone, and merge what they found."""
-        parts = [
-            trace.run(
+        """Ask the sources, each of which may fail alone, and merge what they found.
+
+        One full list is enough to fill up with. So the first sources are asked for all that is wanted, until
+        one has given so much; from then on a source is asked for its share, of what is not taken yet.
+        """
+        left = allowed.copy()
+        parts: list[Candidates] = []
+        is_full = False
+        for source, share in zip(self.sources, shares_of(self.quotas, limit), strict=True):
+            wanted = share if is_full else limit
+            if not wanted:
+                parts.append(Candidates.none(source.name))
+                continue
+            part = trace.run(
                 f"retrieval.{source.name}",
-                functools.partial(source.find, query, allowed, limit),
+                functools.partial(source.find, query, left, wanted),
                 otherwise=functools.partial(Candidates.none, source.name),
                 num_in=len(allowed) - 1,
             )
-            for source in self.sources
-        ]
+            parts.append(part)
+            is_full = is_full or len(part) == limit
+            left[part.rows[:share]] = False
         rows, scores, source_of = merge(parts, self.quotas, limit)
-        found = ItemList(rows, scores, np.array([part.source for part in parts])[source_of])
+        found = ItemList(rows, scores, source_of, tuple(part.source for part in parts))
         if len(found) == limit:
             return found
         # Too few items are allowed, or popular failed, which knows all of them.
-        rest = np.setdiff1d(np.flatnonzero(allowed), rows)[: limit - len(found)].astype(np.int32)
-        others = ItemList(rest, np.zeros(len(rest), np.float32), np.full(len(rest), "catalog"))
+        left[rows] = False
+        rest = np.flatnonzero(left)[: limit - len(found)].astype(np.int32)
+        others = ItemList.of_one(rest, np.zeros(len(rest), np.float32), "catalog")
         return found.followed_by(others)
 
     def _nearest(self, item_row: int, eligible: NDArray[np.bool_], limit: int, trace: Trace) -> ItemList:
@@ -426,7 +453,7 @@ class RecommendationPipeline:
         products = vectors @ vectors[item_row]
         norms = self.norms * self.norms[item_row]
         cosines = np.divide(products, norms, out=np.zeros_like(products), where=norms > 0)
-        found = ItemList(rows, cosines[rows], np.full(len(rows), EmbeddingSource.name))
+        found = ItemList.of_one(rows, cosines[rows], EmbeddingSource.name)
         return found.ordered_by(found.scores, limit).items
 
     def _rank(self, query: Query, items: ItemList, num_kept: int, num_scored: int) -> Ranked:
@@ -458,17 +485,19 @@ class RecommendationPipeline:
         candidates: ItemList,
         ranked: Ranked,
         eligible: NDArray[np.bool_],
-        seen: NDArray[np.bool_],
+        seen: NDArray[np.int32],
         limit: int,
         trace: Trace,
     ) -> ItemList:
         """Return the slate that the policy makes, and tell the trace how."""
+        is_seen = np.zeros(len(eligible), np.bool_)
+        is_seen[seen] = True
         funnel = Funnel(
             rows=ranked.items.rows,
             scores=ranked.items.scores,
             reserve_rows=ranked.reserve.rows,
             reserve_scores=ranked.reserve.scores,
-            seen=seen,
+            seen=is_seen,
             eligible=eligible,
             purchases=ask.purchases,
         )
@@ -487,7 +516,7 @@ class RecommendationPipeline:
             return ranked.items.take(order)
         # Some come from the reserve, some are shown for a pin's sake alone.
         pinned = arranged.rows[order < 0]
-        pins = ItemList(pinned, np.zeros(len(pinned), np.float32), np.full(len(pinned), "pin"))
+        pins = ItemList.of_one(pinned, np.zeros(len(pinned), np.float32), "pin")
         found = ranked.items.followed_by(ranked.reserve).followed_by(pins)
         return found.take(np.array([(found.rows == row).argmax() for row in arranged.rows], np.int64))
 

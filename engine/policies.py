@@ -125,6 +125,10 @@ def exposure_of(policy: Policy, arranged: Reranked, catalog: Catalog) -> list[Ex
     ]
 
 
+def _source(candidates: ItemList, place: int) -> str:
+    return candidates.names[int(candidates.source_of[place - 1])]
+
+
 def explanation(
     arranged: Reranked, filtered: list[Filtered], candidates: ItemList, ranked: Ranked
 ) -> Explanation | None:
@@ -150,7 +154,7 @@ def explanation(
         ranking_place, ranking_score = place_and_score(ranked.items, row)
         if ranking_place is None:
             _, ranking_score = place_and_score(ranked.reserve, row)
-        source = "pin" if retrieval_place is None else str(candidates.sources[retrieval_place - 1])
+        source = "pin" if retrieval_place is None else _source(candidates, retrieval_place)
         relevance, adjusted = reasons.relevance[row]
         items[row] = ItemReasons(
             source, retrieval_place, retrieval_score, ranking_place, ranking_score, relevance, adjusted, moves

@@ -451,10 +451,10 @@ def recommend(
     )
     assert trace.arrangement is not None
     response = pb.RecommendResponse(
-        items=messages.write_items(items, catalog, trace.arrangement.explanation),
         trace=messages.write_trace(trace, context.keys() - policy.context_keys - pipeline.context_keys),
         arrangement=messages.write_arrangement(trace.arrangement, catalog),
     )
+    messages.write_items(response.items, items, catalog, trace.arrangement.explanation)
     if cache and key and not trace.degraded_stages:
         cache.put(key, response)
     return Reply(response, trace)
@@ -496,9 +496,9 @@ def similar_items(
         context=context,
     )
     response = pb.SimilarItemsResponse(
-        items=messages.write_items(items, catalog),
         trace=messages.write_trace(trace, context.keys() - policy.context_keys),
     )
+    messages.write_items(response.items, items, catalog)
     return Reply(response, trace)
 
 
@@ -520,10 +520,10 @@ def rank(pipeline: RecommendationPipeline, request: pb.RankRequest, budget: Budg
         head_weights=messages.read_head_weights(request, pipeline.heads),
     )
     response = pb.RankResponse(
-        items=messages.write_items(items, catalog),
         unknown_item_ids=[item_id for item_id, row in zip(candidate_ids, rows, strict=True) if not row],
         trace=messages.write_trace(trace, context.keys() - pipeline.context_keys),
     )
+    messages.write_items(response.items, items, catalog)
     return Reply(response, trace)
 
 

@@ -141,6 +141,8 @@ class Metrics:
 class _Span(Protocol):
     def end(self, end_time: int | None = None) -> None: ...
 
+    def is_recording(self) -> bool: ...
+
     def set_attribute(self, key: str, value: Any) -> None: ...
 
 
@@ -188,6 +190,9 @@ class Tracing:
 
         parent = self._extract(dict(metadata or {})) if self._api else None
         span: _Span = self._tracer.start_span(method, context=parent, start_time=at(began_s))
+        if not span.is_recording():  # nobody listens: its parts need not be told either
+            span.end(at(ended_s))
+            return
         for key, value in (attributes or {}).items():
             span.set_attribute(f"trirank.{key}", value)
         below = self._api.set_span_in_context(span, parent) if self._api else span

@@ -123,8 +123,10 @@ class _WindowCap(Guard):
             at[place] = 0  # a pin does not stand in its own way
         for group in changed:
             if group:
-                starts = range(first, min(place, len(at) - self.window) + 1) if group in ahead else (first,)
-                is_full = any(at[s : s + self.window].count(group) >= self.max_items for s in starts)
+                is_full = at[first : first + self.window].count(group) >= self.max_items
+                if group in ahead:  # the later windows that hold the place hold more of it, maybe
+                    starts = range(first + 1, min(place, len(at) - self.window) + 1)
+                    is_full |= any(at[s : s + self.window].count(group) >= self.max_items for s in starts)
                 if is_full != (group in self.full):
                     self._turn(group, is_full)
 

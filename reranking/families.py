@@ -21,14 +21,14 @@ import math
 import types
 import typing
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from reranking.items import ItemFacts, RankedItems
+from reranking.items import ItemFacts, RankedItems, Request
 
 LAST_PLACE = 500  # places of the longest slate
 
@@ -111,6 +111,13 @@ class Filter(Rule):
     @abstractmethod
     def allows(self, items: RankedItems) -> Mask:
         """Return which items may be shown, [N] bool; for each item by itself, whatever the others are."""
+
+    def moment(self, request: Request) -> Hashable | None:
+        """Return what of a request the answer depends on: to equal ones the rule, bound, answers the same.
+
+        None for a rule whose answers are nobody else's.
+        """
+        return None if self.asks_request else ()
 
 
 class Adjustment(Rule):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reranking.families import Filter, Mask, Selection, looked_up, setting
-from reranking.items import DAY_MS, NEVER, ItemFacts, RankedItems
+from reranking.items import DAY_MS, NEVER, ItemFacts, RankedItems, Request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,19 @@ class Available(Filter):
     asks_request = True
     columns = ("available_from", "available_until")
     absent = "an item is on sale since ever, or for ever; without a clock every item is"
+
+    changes: NDArray[np.int64] | None = looked_up()  # [C] ms, ascending: when some item comes on sale or goes
+
+    def bound_to(self, facts: ItemFacts) -> Self:
+        """See Rule.bound_to."""
+        times = [times for times in (facts.available_from, facts.available_until) if times is not None]
+        return replace(self, changes=np.unique(np.concatenate([np.zeros(0, np.int64), *times])))
+
+    def moment(self, request: Request) -> Hashable | None:
+        """See Filter.moment: how many changes there have been."""
+        if request.now_ms is None or self.changes is None:
+            return request.now_ms
+        return int(np.searchsorted(self.changes, request.now_ms, side="right"))
 
     def allows(self, items: RankedItems) -> Mask:
         """See Filter.allows."""
@@ -157,6 +171,10 @@ class Region(Filter):
                 tagged[""][rows] = False
         return replace(self, tagged=tagged)
 
+    def moment(self, request: Request) -> Hashable | None:
+        """See Filter.moment."""
+        return request.context.get(self.context, "")
+
     def allows(self, items: RankedItems) -> Mask:
         """See Filter.allows."""
         if self.tagged is None:
@@ -198,10 +216,13 @@ class MinAge(Filter):
                 ages[rows] = np.maximum(ages[rows], int(years))
         return replace(self, ages=ages)
 
+    def moment(self, request: Request) -> int:
+        """See Filter.moment: the visitor's age, 0 where it is unknown."""
+        years = request.context.get(self.context, "")
+        return int(years) if years.isascii() and years.isdigit() else 0
+
     def allows(self, items: RankedItems) -> Mask:
         """See Filter.allows."""
         if self.ages is None:
             raise ValueError("min_age is not bound to a catalog; call bound_to first")
-        years = items.request.context.get(self.context, "")
-        age = int(years) if years.isascii() and years.isdigit() else 0
-        return self.ages.take(items.rows) <= age
+        return np.asarray(self.ages.take(items.rows) <= self.moment(items.request))

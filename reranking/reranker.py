@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from reranking.policy import Policies, Policy
 from reranking.rerank import Reranked, rerank
 from reranking.slots import Pin
 
+MOMENTS_KEPT = 16  # of which the filters' answers are kept: a byte an item each
 RESERVE_LENGTH = 500  # items of the reserve that take part where it is needed, or `limit` where that is more
 
 NO_ROWS = np.zeros(0, np.int32)
@@ -69,6 +71,9 @@ class Reranker:
         self._catalog = facts.whole({column for rule in filters for column in rule.reads})
         # What a filter says whoever asks, [I+1]: worked out once.
         self._allowed = {rule: rule.allows(self._catalog) for rule in filters if not rule.asks_request}
+        # What the filters of a policy say together at a moment (Filter.moment), of late.
+        self._together: dict[Hashable, NDArray[np.bool_]] = {}
+        self._lock = threading.Lock()
 
     def policy(self, name: str | None = None, overrides: Mapping[str, float] | None = None) -> Policy:
         """Return what a request asks for; PolicyError where that is not allowed."""
@@ -84,10 +89,13 @@ class Reranker:
             request: who asks.
             purchases: what the visitor bought.
         """
+        return self._masks([r for r in policy.rules if isinstance(r, Filter)], request, purchases)
+
+    def _masks(
+        self, rules: Sequence[Filter], request: Request, purchases: Purchases
+    ) -> Iterator[tuple[str, NDArray[np.bool_]]]:
         catalog = replace(self._catalog, request=request)
-        for rule in policy.rules:
-            if not isinstance(rule, Filter):
-                continue
+        for rule in rules:
             if rule in self._allowed:
                 yield rule.name, self._allowed[rule]
             elif "bought_at" in rule.reads:  # only what was bought can be forbidden
@@ -99,6 +107,39 @@ class Reranker:
                 yield rule.name, allowed
             else:
                 yield rule.name, rule.allows(catalog)
+
+    def allowed(
+        self, policy: Policy, request: Request, purchases: Purchases = NO_PURCHASES
+    ) -> NDArray[np.bool_]:
+        """Return which items all hard filters of a policy allow: [I+1] bool, not to be changed, row 0 False.
+
+        What `filters` yields, taken together. What is the same for all requests of a moment is kept.
+        """
+        shared, own = [], []
+        for rule in policy.rules:
+            if isinstance(rule, Filter):
+                moment = rule.moment(request)
+                if moment is None:
+                    own.append(rule)
+                else:
+                    shared.append((rule, moment))
+        key = tuple(shared)
+        found = self._together.get(key)
+        if found is None:
+            found = self._all_of([rule for rule, _ in shared], request, purchases)
+            found.setflags(write=False)
+            with self._lock:
+                while len(self._together) >= MOMENTS_KEPT:
+                    del self._together[next(iter(self._together))]  # the oldest
+                self._together[key] = found
+        return found & self._all_of(own, request, purchases) if own else found
+
+    def _all_of(self, rules: Sequence[Filter], request: Request, purchases: Purchases) -> NDArray[np.bool_]:
+        allowed = np.ones(len(self._catalog), np.bool_)
+        allowed[0] = False
+        for _, mask in self._masks(rules, request, purchases):
+            allowed &= mask
+        return allowed
 
     def slate(
         self, policy: Policy, funnel: Funnel, limit: int, request: Request, *, explain: bool = False

@@ -25,7 +25,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 ROWS_AT_ONCE = 16_384  # vectors that are copied at a time: 4 MiB at D = 64
-SAMPLE = 16_384  # products that are looked at to guess where to cut
+SAMPLE = 16_384  # products that are looked at to guess where to cut, at most,
+SAMPLED_BEST = 256  # or so many that this many of the best k are among them
 QUERIES_AT_ONCE = 8  # products held at a time: 32 MB for a million items
 LONGEST = 1e30  # of a vector that the scan takes: its bounds must stay within float32
 SHORTEST = 1e-35  # shorter vectors count as this long, so that no ratio is taken of nothing
@@ -154,7 +155,7 @@ class ExactSearch:
         self, upper: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None
     ) -> NDArray[np.int64]:
         """Return the items that may be among the best k: [N], ascending."""
-        step = max(1, len(upper) // SAMPLE)
+        step = max(1, len(upper) // SAMPLE, k // SAMPLED_BEST)
         sample = upper[::step] if allowed is None else upper[::step][allowed[::step]]
         share = k / step  # of the best k that the sample holds, with three standard deviations of luck
         place = int(share + 3 * share**0.5) + 2

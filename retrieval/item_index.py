@@ -31,7 +31,9 @@ SCORES_BLOCK = 65_536  # vectors scores() copies out of the index at a time: 16 
 FEW_ALLOWED = 32  # up to I / 32 allowed items, their products one by one are faster than any index
 FEW_ITEMS = 256  # of so few all are searched: that takes microseconds, and an approximate index could miss
 SHARE_SEARCHED = 4  # an approximate index is asked for at most a quarter of the allowed items
-MORE_CANDIDATES = 50  # scored again on top of k * k_factor, for the small k
+# Scored again on top of k * k_factor: the errors of the codes do not shrink with k. In a million items, tuned
+# to a k of 10,000, a search finds .937 of the best 500 with 50 more and .988 with 1,000, in the same time.
+MORE_CANDIDATES = 1_000
 GPU_LARGEST_K = 2048  # of FAISS on a GPU, without cuVS
 DEFAULT_K = 1000
 TUNING_QUERIES = 128  # that a setting is chosen on; as many others tell whether it holds
@@ -102,6 +104,7 @@ class ItemIndex:
         self._gpu_lock = threading.Lock()  # FAISS's GPU memory is for one thread at a time
         self._remove_lock = threading.Lock()
         self._live = np.ones(self._flat.ntotal + 1, np.bool_)  # [I+1] not removed; replaced, never changed
+        self._has_removed = False
         if removed is not None and len(removed):
             self.remove(removed)
 
@@ -254,6 +257,7 @@ class ItemIndex:
         with self._remove_lock:
             live = self._live.copy()
             live[rows.astype(np.int64)] = False
+            self._has_removed = self._has_removed or bool(rows.size)
             self._live = live
 
     def search(
@@ -386,7 +390,7 @@ class ItemIndex:
         if allowed is not None:
             if allowed.shape != live.shape or allowed.dtype != np.bool_:
                 raise ValueError(f"allowed is {allowed.dtype} {allowed.shape}; expected bool {live.shape}")
-            live = live & allowed
+            live = live & allowed if self._has_removed else allowed
         may_come = live[1:]
         num_allowed = int(np.count_nonzero(may_come))
         return (None if num_allowed == self.num_items else may_come), num_allowed

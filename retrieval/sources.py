@@ -186,10 +186,10 @@ def merge(parts: Sequence[Candidates], quotas: Sequence[float], limit: int) -> M
         limit: at least 1.
     """
     _check_limit(limit)
-    shares = np.diff(np.round(np.cumsum([0.0, *quotas]) * limit)).astype(np.int64)
+    shares = shares_of(quotas, limit)
     taken = np.zeros(1 + max((int(part.rows.max(initial=0)) for part in parts), default=0), np.bool_)
     # Positions in each source's list: first its share, then, where there is room, what is left of it.
-    chosen = [_take(part.rows, taken, int(share)) for part, share in zip(parts, shares, strict=True)]
+    chosen = [_take(part.rows, taken, share) for part, share in zip(parts, shares, strict=True)]
     room = limit - sum(map(len, chosen))
     for source, part in enumerate(parts):
         if room > 0:
@@ -208,6 +208,12 @@ def merge(parts: Sequence[Candidates], quotas: Sequence[float], limit: int) -> M
     return Merged(rows[order], scores[order], source_of[order])
 
 
+def shares_of(quotas: Sequence[float], limit: int) -> list[int]:
+    """Return how many of `limit` items each source gives, as long as it has them."""
+    shares: list[int] = np.diff(np.round(np.cumsum([0.0, *quotas]) * limit)).astype(np.int64).tolist()
+    return shares
+
+
 def _take(rows: NDArray[np.int32], taken: NDArray[np.bool_], count: int) -> NDArray[np.int64]:
     """Return the positions of the first `count` rows that are not taken yet, and mark those rows as taken."""
     positions = np.flatnonzero(~taken[rows])[:count]
@@ -219,7 +225,18 @@ def _first_allowed(
     order: NDArray[np.int32], allowed: NDArray[np.bool_] | None, limit: int
 ) -> NDArray[np.int32]:
     _check_limit(limit)
-    return order[:limit] if allowed is None else order[allowed[order]][:limit]
+    if allowed is None:
+        return order[:limit]
+    # Most are allowed, as a rule: not the whole catalog is looked at, but as many as it takes.
+    found: list[NDArray[np.int32]] = []
+    begin, num_found = 0, 0
+    while num_found < limit and begin < len(order):
+        part = order[begin : begin + max(2 * limit, begin)]
+        begin += len(part)
+        part = part[allowed[part]]
+        found.append(part)
+        num_found += len(part)
+    return np.concatenate([order[:0], *found])[:limit]
 
 
 def _check_limit(limit: int) -> None:

@@ -74,7 +74,8 @@ class SparseRows:
             rows: [H] row numbers; one may stand there several times.
             weights: [H].
         """
-        begins, lengths = self.offsets[rows], np.diff(self.offsets)[rows]
+        begins = self.offsets[rows]
+        lengths = self.offsets[rows + 1] - begins
         place = _ranges(begins, lengths)
         columns = self.columns[place]
         values = self.values[place] * np.repeat(weights, lengths)

@@ -10,7 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.load import Load, Outcome, Result, is_saturated, offer, percentile, plot, summarize, sweep
+from benchmarks.load import (
+    Load,
+    Outcome,
+    Result,
+    is_saturated,
+    offer,
+    percentile,
+    plot,
+    recovery,
+    summarize,
+    sweep,
+)
 from protos.trirank.v1 import recommender_pb2 as pb
 
 USAGE: dict[str, float | None] = {"server_cores": 1.5, "server_rss_mb": 100.0, "generator_cores": 0.1}
@@ -88,12 +99,42 @@ def result_at(rate: float, capacity: float) -> Result:
 
 
 def test_rates_rise_until_the_server_saturates() -> None:
-    results = sweep(lambda rate: result_at(rate, 100), start_rate=20, growth=2, max_rate=1e6, overload=3)
+    results = sweep(
+        lambda rate, after: result_at(rate, 100), start_rate=20, growth=2, max_rate=1e6, overload=3
+    )
     assert [result.offered_per_s for result in results] == [20, 40, 80, 160, 300]
-    results = sweep(lambda rate: result_at(rate, 1e9), start_rate=20, growth=2, max_rate=100, overload=3)
+    rates: list[tuple[float, float | None]] = []
+
+    def noting(rate: float, after: float | None) -> Result:
+        rates.append((rate, after))
+        return result_at(rate, 100)
+
+    sweep(noting, start_rate=80, growth=2, max_rate=1e6, overload=3)
+    assert rates == [(80, None), (160, None), (300, 50)]
+    results = sweep(
+        lambda rate, after: result_at(rate, 1e9), start_rate=20, growth=2, max_rate=100, overload=3
+    )
     assert [result.offered_per_s for result in results] == [20, 40, 80]
     with pytest.raises(ValueError, match="growth 1"):
-        sweep(lambda rate: result_at(rate, 100), start_rate=20, growth=1, max_rate=1e6, overload=None)
+        sweep(lambda rate, after: result_at(rate, 100), start_rate=20, growth=1, max_rate=1e6, overload=None)
+
+
+def test_recovery_is_when_calls_are_good_again() -> None:
+    load = Load(seconds=1.0, warm_up_s=0.0, objective_ms=50.0)
+
+    def calls(bad_until_s: float) -> list[Outcome]:
+        """The overload, all of it refused, then a call each 10 ms for four seconds."""
+        overload = [Outcome(at / 100, 0, at / 100, "RESOURCE_EXHAUSTED", b"") for at in range(1, 101)]
+        after = [
+            Outcome(1 + at / 100, 0, 1 + at / 100 + (0.2 if at / 100 < bad_until_s else 0.01), "OK", ANSWER)
+            for at in range(1, 401)
+        ]
+        return [*after, *overload]
+
+    assert recovery(calls(0.0), 1.0, load) == 0.0
+    assert recovery(calls(0.55), 1.0, load) == 0.6  # a bad call in a hundred does not count
+    assert recovery(calls(2.5), 1.0, load) == 2.5
+    assert recovery(calls(4.0), 1.0, load) is None
 
 
 def test_a_plot(tmp_path: Path) -> None:

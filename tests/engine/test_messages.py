@@ -226,8 +226,10 @@ def test_every_visitor_kind_is_on_the_wire() -> None:
 
 
 def test_items_of_nothing() -> None:
-    nothing = ItemList(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.str_))
-    assert list(messages.write_items(nothing, None)) == []  # type: ignore[arg-type]
+    nothing = ItemList.of_one(np.zeros(0, np.int32), np.zeros(0, np.float32), "popular")
+    response = pb.RankResponse()
+    messages.write_items(response.items, nothing, None)  # type: ignore[arg-type]
+    assert not response.items
 
 
 def test_head_weights() -> None:

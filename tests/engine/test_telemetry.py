@@ -70,13 +70,17 @@ def test_two_servers_in_one_process_do_not_mix() -> None:
 class FakeTracer:
     """Keeps what a tracer is asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_recording: bool = True) -> None:
         self.spans: list[dict[str, Any]] = []
+        self.is_recording = is_recording
 
     def start_span(self, name: str, context: Any = None, start_time: int = 0) -> Any:
         tracer, entry = self, {"name": name, "context": context, "start": start_time, "attributes": {}}
 
         class Span:
+            def is_recording(self) -> bool:
+                return tracer.is_recording
+
             def set_attribute(self, key: str, value: Any) -> None:
                 entry["attributes"][key] = value
 
@@ -104,6 +108,12 @@ def test_spans_of_a_request() -> None:
         assert span["start"] - request["start"] == pytest.approx(begin_ms * 1e6, abs=1000)
         assert span["end"] - request["start"] == pytest.approx(end_ms * 1e6, abs=1000)
     assert abs(request["start"] / 1e9 - time.time()) < 3600
+
+
+def test_of_a_request_that_nobody_records_there_are_no_parts() -> None:
+    tracer = FakeTracer(is_recording=False)
+    Tracing(tracer).record("Recommend", 0.0, 1.0, STAGES, attributes={"bundle": "b1"})
+    assert [(span["name"], span["attributes"]) for span in tracer.spans] == [("Recommend", {})]
 
 
 def test_without_a_tracer_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:

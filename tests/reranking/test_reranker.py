@@ -10,7 +10,7 @@ from benchmarks.reranking_soundness import check
 from reranking.filters import InStock
 from reranking.items import Request
 from reranking.policy import parse_policies, single_policy
-from reranking.reranker import Funnel, Purchases, Reranker
+from reranking.reranker import NO_PURCHASES, Funnel, Purchases, Reranker
 
 SHOP = simulated_shop(400)
 REQUEST = Request(now_ms=NOW_MS)
@@ -151,6 +151,43 @@ def test_filters_over_the_whole_catalog_are_those_over_a_list(now):
             shown = alone.slate(alone.policy(), funnel(every, purchases=bought), 500, request).rows
             assert np.flatnonzero(mask[1:]).tolist() == sorted(shown - 1), name
         assert any(not mask.all() for mask in found.values())
+
+
+@pytest.mark.parametrize("now", [None, NOW_MS])
+def test_what_is_kept_of_filters_is_what_they_say(now):
+    """Moments are asked for in any order, each twice: also those just before and at a change."""
+    policies = reranker(
+        {"rule": "in_stock", "min_stock": 3},
+        {"rule": "available"},
+        {"rule": "bought_within", "days": 20},
+        {"rule": "region"},
+        {"rule": "min_age"},
+    )
+    policy = policies.policy()
+    random = np.random.default_rng(0)
+    changes = np.concatenate([SHOP.available_from[1:], SHOP.available_until[1:]])
+    bought = Purchases(np.array([5, 8], np.int32), np.array([NOW_MS - 1, 0]))
+    asked = []
+    for _ in range(40):
+        moment = now and int(random.choice([NOW_MS, *(random.choice(changes, 3) - random.integers(0, 2, 3))]))
+        context = [{}, {"region": "DE"}, {"region": "FR", "age": "30"}, {"age": "old"}][random.integers(4)]
+        request = Request(now_ms=moment, context=context)
+        asked.append((request, [NO_PURCHASES, bought][random.integers(2)]))
+    for request, purchases in [*asked, *asked[::-1]]:
+        expected = np.ones(SHOP.num_items + 1, bool)
+        expected[0] = False
+        for _, mask in policies.filters(policy, request, purchases):
+            expected &= mask
+        found = policies.allowed(policy, request, purchases)
+        assert found.tolist() == expected.tolist()
+
+
+def test_what_is_kept_of_filters_is_nobodys_to_change():
+    policies = reranker({"rule": "in_stock"})
+    allowed = policies.allowed(policies.policy(), REQUEST)
+    assert policies.allowed(policies.policy(), REQUEST) is allowed  # nothing is worked out again
+    with pytest.raises(ValueError, match="read-only"):
+        allowed[1] = False
 
 
 def test_the_reserve_comes_in_the_order_of_its_scores():

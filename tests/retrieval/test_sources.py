@@ -13,6 +13,7 @@ from retrieval.sources import (
     PopularSource,
     Query,
     SequenceSource,
+    _first_allowed,
     merge,
 )
 from retrieval.sparse import SparseRows
@@ -99,6 +100,18 @@ def test_popular():
     # What is as popular of late goes by what it ever was: 7, 5, 5, 0.
     long_ago = PopularSource(np.zeros(5, np.int64), POPULARITY)
     assert long_ago.find(asked(), None, 10).rows.tolist() == [3, 1, 4, 2]
+
+
+@given(
+    order=st.permutations(range(1, 60)),
+    allowed=st.lists(st.booleans(), min_size=60, max_size=60),
+    limit=st.integers(1, 70),
+)
+def test_the_first_of_an_order_that_are_allowed(order, allowed, limit):
+    mask = np.array(allowed)
+    expected = [row for row in order if allowed[row]][:limit]
+    found = _first_allowed(np.array(order, np.int32), mask, limit)
+    assert (found.tolist(), found.dtype) == (expected, np.int32)
 
 
 def test_fresh():
