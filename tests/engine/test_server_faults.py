@@ -21,7 +21,7 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from engine.admission import RateLimit
+from engine.admission import ConcurrencyLimit, RateLimit
 from engine.bundle import Bundle
 from engine.client import RecommenderClient, visitor
 from engine.event_store import MemoryEventStore
@@ -36,9 +36,9 @@ Code = grpc.StatusCode
 
 
 # `trirank serve` with a ranker that hangs, as native code would, throws or finds NaN for one who has touched
-# item-39, item-38 or item-37, or for whom these are candidates.
+# item-39, item-38 or item-37, once the file in the first argument is there: trial requests go well.
 BAD_RANKER = """
-import sys, threading
+import os, sys, threading
 import numpy as np
 from engine import watchdog
 from engine.cli import main
@@ -48,6 +48,8 @@ watchdog.STUCK_S = 0.3
 of_history = OnnxScorer.user_states
 
 def user_states(self, history, *more):
+    if not os.path.exists(sys.argv[1]):
+        return of_history(self, history, *more)
     if 40 in history:
         threading.Event().wait()
     if 39 in history:
@@ -56,16 +58,18 @@ def user_states(self, history, *more):
     return states * np.float32("nan") if 38 in history else states
 
 OnnxScorer.user_states = user_states
-sys.exit(main(sys.argv[1:]))
+sys.exit(main(sys.argv[2:]))
 """
 
 
 @contextlib.contextmanager
 def bad_ranker(start_process: Any, bundle: Path, log: Path) -> Iterator[tuple[Any, str]]:
     words = ["serve", str(bundle), "--address", "127.0.0.1:0", "--json", "--num_workers", "2"]
-    command = [sys.executable, "-c", BAD_RANKER, *words, "--drain_s", "0.1"]
+    begin = log.with_name("begin")
+    command = [sys.executable, "-c", BAD_RANKER, str(begin), *words, "--drain_s", "0.1"]
     with log.open("w") as errors, start_process(command, errors) as (process, ready):
         assert ready, log.read_text()
+        begin.touch()
         yield process, json.loads(ready)["address"]
 
 
@@ -176,20 +180,38 @@ def test_durations_are_measured_on_clocks_that_do_not_jump() -> None:
     assert found == WALL_CLOCK
 
 
-@pytest.mark.parametrize("hours", [-24 * 365 * 60, -5, 5, 24 * 365])
+@pytest.mark.parametrize("hours", [-24 * 365 * 40, -5, 5, 24 * 365])
 def test_a_clock_that_jumps(
     hours: float, make_bundle: Callable[..., Path], served: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Calls under way and after the jump are answered in full; rates, deadlines and orders are as before."""
-    real, offset_s = time.time, [0.0]
-    monkeypatch.setattr(time, "time", lambda: real() + offset_s[0])
+    """Calls under way and after the jump are answered in full; rates, deadlines and orders are as before.
+
+    The engine's view alone jumps: gRPC takes the time left from the system's clock, which stays.
+    """
+    offset_s = [0.0]
+
+    class Jumping:
+        @staticmethod
+        def time() -> float:
+            return time.time() + offset_s[0]
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(time, name)
+
+    clock = Jumping()
+    for module in ("engine.server", "engine.telemetry"):
+        monkeypatch.setattr(f"{module}.time", clock)
 
     async def scene() -> None:
         bundle = Bundle.load(make_bundle(policy=[{"rule": "available"}, {"rule": "drop_seen"}]))
         bundle.manifest["data"]["simulated"] = False  # goes by the server's clock
-        store = MemoryEventStore(clock=lambda: time.time())
+        store = MemoryEventStore(clock=clock.time)
         limit = RateLimit(per_s=1e-9, burst=13)
-        async with served(RecommendationPipeline(bundle, events=store), rate_limit=limit) as shop:
+        async with served(
+            RecommendationPipeline(bundle, events=store),
+            rate_limit=limit,
+            limit=ConcurrencyLimit(min_limit=64),
+        ) as shop:
 
             async def record(event_id: str) -> None:
                 event = pb.RecordedEvent(event_id=event_id, user_id="zoe", item_id="item-9")
@@ -206,10 +228,11 @@ def test_a_clock_that_jumps(
             # The event of now is the newest, wherever the clock went.
             assert [event.event_id for event in store.recent("zoe")] == ["before", "after"]
             times = [event.timestamp for event in store.recent("zoe")]
-            assert times[1] == max(times[0], round(1000 * time.time() / 10_000) * 10_000, times[1])
+            assert times[1] >= times[0]
+            assert (times[1] == times[0]) == (hours < 0)
             # What is on sale is a question of the time of day, which the answer tells.
             answer = await shop.recommend("zoe", timeout=WAIT_S)
-            assert abs(answer.arrangement.now_ms - 1000 * time.time()) < 1000 * WAIT_S
+            assert abs(answer.arrangement.now_ms - 1000 * clock.time()) < 1000 * WAIT_S
             # 1e-9 requests a second: a jump of the clock would have paid for more, or for none for years.
             for _ in range(2):
                 await shop.recommend("zoe")
@@ -407,7 +430,7 @@ def test_ten_thousand_malformed_messages(bundle_path: Path, served: Any) -> None
 
     async def scene() -> None:
         pipeline = RecommendationPipeline(Bundle.load(bundle_path), events=MemoryEventStore())
-        async with served(pipeline) as shop:
+        async with served(pipeline, limit=ConcurrencyLimit(min_limit=64)) as shop:
             calls = {
                 name: shop.channel.unary_unary(f"/trirank.v1.RecommenderService/{name}") for name in METHODS
             }
