@@ -256,10 +256,8 @@ def test_slow_clients_stop_nobody(bundle_path: Path, served: Any) -> None:
     """They connect and say nothing, say half, begin calls and send nothing, or do not read the answers."""
 
     async def scene() -> None:
-        async with (
-            served(RecommendationPipeline(Bundle.load(bundle_path))) as shop,
-            contextlib.AsyncExitStack() as open_,
-        ):
+        pipeline, limit = RecommendationPipeline(Bundle.load(bundle_path)), ConcurrencyLimit(min_limit=64)
+        async with served(pipeline, limit=limit) as shop, contextlib.AsyncExitStack() as open_:
             host, _, port = shop.address.rpartition(":")
             for said in (b"", PREFACE[:10], PREFACE, PREFACE + NOTHING_AT_A_TIME, b"GET / HTTP/1.1\r\n"):
                 for _ in range(20):
