@@ -2,18 +2,23 @@
 
     python -m benchmarks.faults swaps bundles/beauty --rate 60 --times 20
     python -m benchmarks.faults crashes bundles/beauty --times 20
+    python -m benchmarks.faults soak bundles/beauty --minutes 30 --rate 50
 
 `swaps` publishes one bundle after another under load: failed calls, p99 while a bundle takes over against p99
 before, and the memory at the end against that before. `crashes` kills the server while events are recorded,
 starts it again and asks for each acknowledged event: how many are lost, and how long until it answers.
+`soak` goes on for long, with a constant load, events, a new bundle now and then and messages that are none:
+what grows (memory, latency), and what fails.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import threading
@@ -27,15 +32,18 @@ from typing import Any
 import grpc
 import numpy as np
 import psutil
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.load import Load, Outcome, offer_to, percentile, recommend_requests
+from benchmarks.load import METHOD, Load, Outcome, offer_to, percentile, recommend_requests
 from benchmarks.server_process import running_server
 from engine.arguments import ArgumentParser
-from engine.bundle import MANIFEST, manifest_checksum, resolve_bundle
+from engine.bundle import MANIFEST, bundles_in, manifest_checksum, resolve_bundle
 from engine.client import RecommenderClient
 from protos.trirank.v1 import recommender_pb2 as pb
+
+CHUNK_S = 10.0  # of a soak's load that is sent and looked at in one go
 
 stderr = Console(stderr=True, highlight=False)
 
@@ -202,13 +210,141 @@ def _record_until_killed(client: RecommenderClient, pid: int, round_number: int,
     return acknowledged
 
 
+def soak(
+    bundle: Path, *, rate: float, minutes: float, interval_s: float, options: Sequence[str]
+) -> dict[str, Any]:
+    """Return what became of a server in the long run.
+
+    Args:
+        bundle: all that are published are copies of this one.
+        rate: calls a second.
+        minutes: how long; a tenth of it is warm-up, which the slope of the memory leaves out.
+        interval_s: between two new bundles.
+        options: more options of trirank serve.
+    """
+    requests = recommend_requests(bundle, 50)
+    load = Load(seconds=CHUNK_S, warm_up_s=0.0, timeout_s=10.0)
+    rng = np.random.default_rng(0)
+    codes: Counter[str] = Counter()
+    latencies: list[list[float]] = []  # ms, of each chunk
+    late_ms: list[float] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="bundles-", dir=bundle.parent) as folder,
+        tempfile.TemporaryDirectory() as events,
+    ):
+        copy_of(bundle, Path(folder), 0)
+        with running_server(Path(folder), ["--events", events, *options]) as (address, pid):
+            troubles = _Troubles(bundle, Path(folder), address, pid, interval_s)
+            ends = time.perf_counter() + 60 * minutes
+            while time.perf_counter() < ends:
+                arrivals = np.cumsum(rng.exponential(1 / rate, round(rate * CHUNK_S)))
+                outcomes = asyncio.run(offer_to(address, requests, arrivals, load))
+                codes.update(one.code for one in outcomes)
+                latencies.append([1000 * (one.done_s - one.intended_s) for one in outcomes])
+                late_ms += [1000 * (one.sent_s - one.intended_s) for one in outcomes]
+                stderr.print(f"{(ends - time.perf_counter()) / 60:.1f} minutes left: {dict(codes)}")
+            troubles.end()
+    part = max(1, len(latencies) // 5)
+    slope, error = slope_of(*troubles.memory(minutes))
+    return {
+        "minutes": minutes,
+        "rate": rate,
+        "calls": codes.total(),
+        "failed": codes.total() - codes["OK"],
+        "codes": dict(codes),
+        "swaps": troubles.num_swaps,
+        "events": troubles.num_events,
+        "failed_events": dict(troubles.failed_events),
+        "messages_that_are_none": sum(troubles.answers.values()),
+        "answers_to_them": dict(troubles.answers),
+        "p99_ms_first_fifth": percentile(np.concatenate(latencies[:part]), 99),
+        "p99_ms_last_fifth": percentile(np.concatenate(latencies[-part:]), 99),
+        "generator_late_ms_p99": percentile(np.array(late_ms), 99),
+        "rss_mb_per_hour": slope,
+        "rss_mb_per_hour_standard_error": error,
+        "rss_mb_last": troubles.samples[-1][1],
+    }
+
+
+def slope_of(hours: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the slope of the least-squares line through values [N] over hours [N], and its standard error.
+
+    The error is that of independent residuals; memory after one swap is like that before it, so that the true
+    one is larger.
+    """
+    centred = hours - hours.mean()
+    slope = float(centred @ values / (centred @ centred))
+    residuals = values - values.mean() - slope * centred
+    return slope, float(np.sqrt(residuals @ residuals / (len(values) - 2) / (centred @ centred)))
+
+
+class _Troubles:
+    """In a thread: ten events a second, a message a second that is none, a bundle now and then; and how much
+    memory the server has.
+    """
+
+    def __init__(self, bundle: Path, root: Path, address: str, pid: int, interval_s: float) -> None:
+        self.samples: list[tuple[float, float]] = []  # s from the beginning, MB
+        self.num_swaps = self.num_events = 0
+        self.answers: Counter[str] = Counter()
+        self.failed_events: Counter[str] = Counter()
+        self._bundle, self._root, self._address, self._interval_s = bundle, root, address, interval_s
+        self._process = psutil.Process(pid)
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def memory(self, minutes: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        samples = np.array([sample for sample in self.samples if sample[0] > 6 * minutes])
+        return samples[:, 0] / 3600, samples[:, 1]
+
+    def _run(self) -> None:
+        begin, rng = time.perf_counter(), np.random.default_rng(1)
+        with (
+            RecommenderClient(self._address, timeout_s=10.0) as client,
+            grpc.insecure_channel(self._address) as channel,
+        ):
+            send = channel.unary_unary(METHOD, None, None)
+            for tick in itertools.count():
+                if self._is_over.wait(max(0.0, begin + tick / 10 - time.perf_counter())):
+                    return
+                user = f"user {rng.integers(10_000)}"
+                event = pb.RecordedEvent(event_id=str(tick), user_id=user, item_id="any")
+                try:
+                    client.record_events([event])
+                    self.num_events += 1
+                except grpc.RpcError as error:
+                    self.failed_events[error.code().name] += 1
+                if tick % 10 == 0:
+                    family = [self._process, *self._process.children(recursive=True)]
+                    rss = sum(process.memory_info().rss for process in family)
+                    self.samples.append((time.perf_counter() - begin, rss / 1e6))
+                    try:
+                        send(rng.bytes(int(rng.integers(1, 1000))), timeout=10.0)
+                        self.answers["OK"] += 1
+                    except grpc.RpcError as error:
+                        self.answers[error.code().name] += 1
+                if tick / 10 >= (self.num_swaps + 1) * self._interval_s:
+                    self.num_swaps += 1
+                    copy_of(self._bundle, self._root, self.num_swaps)
+                    for old in bundles_in(self._root)[:-3]:
+                        shutil.rmtree(old)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run one of the two: a table on stdout, or JSON with --json."""
+    """Run one of the three: a table on stdout, or JSON with --json."""
     parser = ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
-    parser.add_argument("fault", type=str, choices=("swaps", "crashes"), help="swaps or crashes")
+    parser.add_argument(
+        "fault", type=str, choices=("swaps", "crashes", "soak"), help="swaps, crashes or soak"
+    )
     parser.add_argument("bundle", type=Path, help="A bundle, or a directory of bundles: the newest one.")
     parser.add_argument("--times", type=int, default=20, help="Bundles to publish, or kills.")
-    parser.add_argument("--rate", type=float, default=50.0, help="swaps: calls a second.")
+    parser.add_argument("--rate", type=float, default=50.0, help="swaps, soak: calls a second.")
+    parser.add_argument("--minutes", type=float, default=30.0, help="soak: how long.")
     parser.add_argument("--seconds", type=float, default=5.0, help="Between two swaps, or before a kill.")
     parser.add_argument("--serve_options", type=list[str], default=[], help="More options of trirank serve.")
     parser.add_argument("--json", action="store_true", help="Print JSON, no table.")
@@ -219,6 +355,14 @@ def main(argv: list[str] | None = None) -> int:
         if options.fault == "swaps":
             result = swaps(
                 bundle, rate=options.rate, times=options.times, interval_s=options.seconds, options=words
+            )
+        elif options.fault == "soak":
+            result = soak(
+                bundle,
+                rate=options.rate,
+                minutes=options.minutes,
+                interval_s=options.seconds,
+                options=words,
             )
         else:
             result = crashes(bundle, times=options.times, seconds=options.seconds, options=words)

@@ -417,7 +417,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{BUNDLE_FORMAT}, which hold more (a ranker that knows its context): train it again with "
             "`trirank train`"
         )
-    if found > 4 and manifest.get("checksum") != manifest_checksum(manifest):
+    has_checksum = found > 4 or "checksum" in manifest
+    if has_checksum and manifest.get("checksum") != manifest_checksum(manifest):
         raise BundleError(f"{file} is damaged, or was edited: it differs from its checksum")
     for key, kind in {
         "version": str,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -202,6 +204,107 @@ def test_a_redis_that_hangs_is_asked_once_and_then_left_alone(tmp_path: Path) ->
     assert store.deliver() == 1
     assert ids(store.recent("ann")) == ["e"]
     store.close()
+    server.stop()
+
+
+class SlowLine:
+    """Between a client and a Redis: passes on what both say, late where it is told to."""
+
+    def __init__(self, port: int) -> None:
+        self.delay_s = 0.0
+        self._to = ("127.0.0.1", port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(self._to)
+            except ConnectionRefusedError:
+                client.close()
+                continue
+            except OSError:
+                return
+            for source, target in ((client, server), (server, client)):
+                threading.Thread(target=self._pass_on, args=(source, target), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                time.sleep(self.delay_s)
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_redis_that_is_slow_stopped_and_restarted_under_load(tmp_path: Path) -> None:
+    """No acknowledged event is lost, each counts once, and who asks is answered or told at once."""
+    server = Server(tmp_path)
+    server.start()
+    line = SlowLine(server.port)
+    # Patient enough for a starved machine, and less than the line is slow.
+    store = RedisEventStore(line.url, tmp_path / "buffer", timeout_s=2.0, retry_s=0.2, max_per_user=10_000)
+    acknowledged: list[tuple[str, bool]] = []
+    reads: list[str] = []
+    is_over = threading.Event()
+
+    def record_on(user: int) -> None:
+        number = 0
+        while not is_over.is_set():
+            event_id = f"{user}-{number}"
+            answer = record(store, UserEvent(event_id, f"u{user}", "x", timestamp=number + 1))
+            assert (answer.num_new, answer.num_repeated) == (1, 0)
+            acknowledged.append((event_id, answer.is_delayed))
+            number += 1
+            time.sleep(0.002)
+
+    def read_on() -> None:
+        while not is_over.is_set():
+            reads.append(failure(store))
+            time.sleep(0.002)
+
+    def after(num_more: int, *, delayed: bool) -> None:
+        """Wait until so many more events are acknowledged in one way or the other."""
+        begin = len(acknowledged)
+        wait_until(lambda: sum(late == delayed for _, late in acknowledged[begin:]) >= num_more)
+
+    with ThreadPoolExecutor(4) as load:
+        running = [*(load.submit(record_on, user) for user in range(3)), load.submit(read_on)]
+        after(30, delayed=False)
+        line.delay_s = 4.0  # each way
+        after(30, delayed=True)
+        line.delay_s = 0.0
+        after(30, delayed=False)
+        server.stop()  # kill -9; its own log survives
+        after(30, delayed=True)
+        server.start()
+        after(30, delayed=False)
+        assert server.process
+        server.process.send_signal(signal.SIGSTOP)
+        after(30, delayed=True)
+        server.process.send_signal(signal.SIGCONT)
+        after(30, delayed=False)
+        is_over.set()
+        for thread in running:
+            thread.result(WAIT_S)
+    wait_until(lambda: not store.has_undelivered)
+    assert "" in reads  # answered, and
+    assert set(reads) - {""}  # told that it could not be
+    direct = RedisEventStore(server.url, tmp_path / "direct", timeout_s=WAIT_S, max_per_user=10_000)
+    for user in range(3):
+        expected = [event_id for event_id, _ in acknowledged if event_id.startswith(f"{user}-")]
+        assert ids(direct.recent(f"u{user}")) == expected
+    for one in (store, direct):
+        one.close()
+    line.close()
     server.stop()
 
 
