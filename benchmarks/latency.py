@@ -15,7 +15,7 @@ a server (`trirank serve`) in processes of its own on the same machine:
    goodput, and half of it right behind, to see how soon the server recovers.
 
 Bundles are made where they are missing (benchmarks/simulated_bundle.py). A cell takes about 40 s beside the
-server's start; the whole table of 18 cells with its bundles about 25 minutes. Finished cells are kept in
+server's start; the whole table of 18 cells with its bundles about half an hour. Finished cells are kept in
 --out: the same command goes on where it was interrupted. The generator shares the machine with the server and
 its processor time is given; with two cores it takes what the server could use.
 

@@ -70,7 +70,7 @@ class Load:
     warm_up_s: float = 1.0  # of each rate; its calls are sent and not counted
     timeout_s: float = 1.0  # the deadline that each call carries
     objective_ms: float = 50.0  # an answer within this is goodput
-    num_channels: int = 4
+    num_channels: int = 32  # connections: the system deals them to the processes of a server by chance
     seed: int = 0
 
     def __post_init__(self) -> None:

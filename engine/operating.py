@@ -77,9 +77,9 @@ def _serve_parser() -> ArgumentParser:
     )
     add(
         "--num_workers",
-        type=int,
-        default=os.cpu_count() or 1,
-        help="requests that are worked on at once (default: the number of cores)",
+        type=int | None,
+        default=None,
+        help="requests that each process works on at once (default: the cores, shared by the processes)",
     )
     add("--num_threads", type=int, default=1, help="threads of the ranker, and of an index, for one request")
     add(
@@ -170,6 +170,8 @@ def _serve_parser() -> ArgumentParser:
 
 def _serve(args: Any, argv: list[str], closing: contextlib.ExitStack) -> bool:
     """Return whether nothing is left that would keep the process from ending."""
+    if args.num_workers is None:
+        args.num_workers = max(1, (os.cpu_count() or 1) // max(1, args.num_processes))
     for name in ("num_workers", "num_threads", "num_processes"):
         if args[name] < 1:
             raise ValueError(f"{name} is {args[name]}; expected at least 1")

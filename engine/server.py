@@ -55,7 +55,7 @@ Metadata = Sequence[tuple[str, str | bytes]]
 SERVICE = pb.DESCRIPTOR.services_by_name["RecommenderService"].full_name
 STATUSES = health_pb2.HealthCheckResponse
 # Requests for each worker that may be under way before the limit has measured anything: room for a burst.
-INITIAL_LIMIT = 8
+INITIAL_LIMIT = 4
 END_S = 2.0  # after draining, for a worker to come back from the stage that it is in
 NO_OTHERS: Mapping[str, RecommendationPipeline] = MappingProxyType({})
 ROLE_OF = {"RecordEvents": "client"}  # of an API key; all other calls are for readers

@@ -113,7 +113,7 @@ class Filter(Rule):
         """Return which items may be shown, [N] bool; for each item by itself, whatever the others are."""
 
     def moment(self, request: Request) -> Hashable | None:
-        """Return what of a request the answer depends on: to equal ones the rule, bound, answers the same.
+        """Return what of a request the answer depends on: for equal ones the bound rule answers the same.
 
         None for a rule whose answers are nobody else's.
         """

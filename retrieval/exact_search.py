@@ -25,8 +25,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 ROWS_AT_ONCE = 16_384  # vectors that are copied at a time: 4 MiB at D = 64
-SAMPLE = 16_384  # products that are looked at to guess where to cut, at most,
-SAMPLED_BEST = 256  # or so many that this many of the best k are among them
+SAMPLE = 4_096  # products that are looked at to guess where to cut, or, where these are fewer,
+SAMPLED_BEST = 32  # so many that this many of the best k are among them
 QUERIES_AT_ONCE = 8  # products held at a time: 32 MB for a million items
 LONGEST = 1e30  # of a vector that the scan takes: its bounds must stay within float32
 SHORTEST = 1e-35  # shorter vectors count as this long, so that no ratio is taken of nothing
