@@ -31,6 +31,7 @@ from engine.history import EVENT_CODE, History
 logger = logging.getLogger(__name__)
 
 JUST_NOW = np.iinfo(np.int64).max  # where an event without a time stands: after all others
+JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 USERS_MARK = b"{"  # a record of users begins with it; one of events does not
 USERS_RECORD_BYTES = 1 << 16
 COMPACT_AGAIN_S = 60.0  # after a compaction that failed
@@ -76,13 +77,14 @@ class EventStore(Protocol):
 
 
 class RecentEvents:
-    """The newest events of each user, in memory. One thread may add while others read and pack.
+    """The newest events of each user, in memory. One thread may add while others read.
 
     A user has at most `max_per_user` events, all users have at most `max_events`: past that the oldest of the
     user go, and the users who have done nothing for longest. An event id is known as long as its event stays.
 
-    The events of a user who does nothing for a while are packed: one line of JSON takes a quarter of the
-    memory, nothing that the garbage collector has to look at, and no time to be read back after a restart.
+    A user's events are one line of JSON (see `packed`), and are added to it as text. That takes a seventh of
+    the memory that objects would, leaves nothing for the garbage collector to look at, and after a restart
+    there is nothing to do but to find the ends of lines. Who reads pays: 1 us for each event of the one user.
     """
 
     def __init__(self, max_per_user: int, max_events: int) -> None:
@@ -91,73 +93,64 @@ class RecentEvents:
         self.num_events = 0
         self._max_per_user = max_per_user
         self._max_events = max_events
-        # Longest idle first. bytes: packed.
-        self._of_user: OrderedDict[str, tuple[UserEvent, ...] | bytes] = OrderedDict()
-        self._changing = threading.Lock()
+        self._line_of: OrderedDict[str, bytes] = OrderedDict()  # longest idle first
 
-    def users(self) -> list[tuple[str, tuple[UserEvent, ...] | bytes]]:
-        """Return each user with the events as they are kept, which never change: a copy of this moment.
+    def users(self) -> list[tuple[str, bytes]]:
+        """Return each user with what `packed` makes of the events; for the thread that adds.
 
         Loading them in this order makes an equal object.
         """
-        with self._changing:
-            return list(self._of_user.items())
+        return list(self._line_of.items())
 
     def get(self, user_id: str) -> tuple[UserEvent, ...]:
         """Return the user's events by time; those of one time as they were added."""
-        events = self._of_user.get(user_id, ())
-        return unpacked(user_id, events) if isinstance(events, bytes) else events
+        line = self._line_of.get(user_id)
+        return () if line is None else unpacked(user_id, line)
 
     def knows(self, event: UserEvent) -> bool:
         """Return whether the user has an event of this id."""
-        return event.event_id in [other.event_id for other in self.get(event.user_id)]
+        return _beginning(event) in self._line_of.get(event.user_id, b"")
 
     def timed(self, event: UserEvent, now_ms: int) -> UserEvent:
         """Return the event with a time: where it has none, now, yet not before the user's newest event."""
         if event.timestamp:
             return event
-        newest = self.get(event.user_id)[-1:]
-        return event._replace(timestamp=max([now_ms, *(other.timestamp for other in newest)]))
+        line = self._line_of.get(event.user_id)
+        return event._replace(timestamp=now_ms if line is None else max(now_ms, _newest_time(line)))
 
     def add(self, event: UserEvent) -> bool:
         """Add an event that has a time; return False where its id is known."""
-        events = self.get(event.user_id)
-        if event.event_id in [other.event_id for other in events]:
+        line = self._line_of.get(event.user_id)
+        if line is None:
+            self._keep(event.user_id, packed([event]), 1)
+            return True
+        if _beginning(event) in line:
             return False
-        if events and event.timestamp < events[-1].timestamp:
-            place = bisect_right(events, event.timestamp, key=lambda other: other.timestamp)
-            kept = (*events[:place], event, *events[place:])[-self._max_per_user :]
+        num_before = num_packed(line)
+        if event.timestamp >= _newest_time(line):
+            line = _with_newest(line, event, self._max_per_user)
         else:
-            kept = (*events, event)[-self._max_per_user :]
-        with self._changing:
-            self._of_user[event.user_id] = kept
-            self._of_user.move_to_end(event.user_id)
-            self.num_events += len(kept) - len(events)
-            self._forget_the_idle()
+            events = unpacked(event.user_id, line)
+            place = bisect_right(events, event.timestamp, key=lambda other: other.timestamp)
+            line = packed((*events[:place], event, *events[place:])[-self._max_per_user :])
+        self._keep(event.user_id, line, num_packed(line) - num_before)
         return True
 
-    def pack(self, user_id: str, events: tuple[UserEvent, ...], line: bytes) -> None:
-        """Keep `line`, which is packed(events), instead of `events`, unless there are others by now."""
-        with self._changing:
-            if self._of_user.get(user_id) is events:
-                self._of_user[user_id] = line
-
     def load(self, user_id: str, line: bytes) -> None:
-        """Add what was packed, as the newest user."""
+        """Add what `users` has returned, as the newest user."""
         num_events = num_packed(line)
-        if num_events > self._max_per_user or user_id in self._of_user:
+        if num_events > self._max_per_user or user_id in self._line_of:
             for event in unpacked(user_id, line):
                 self.add(event)
-            return
-        with self._changing:
-            self._of_user[user_id] = line
-            self.num_events += num_events
-            self._forget_the_idle()
+        else:
+            self._keep(user_id, line, num_events)
 
-    def _forget_the_idle(self) -> None:
+    def _keep(self, user_id: str, line: bytes, num_more: int) -> None:
+        self._line_of[user_id] = line
+        self._line_of.move_to_end(user_id)
+        self.num_events += num_more
         while self.num_events > self._max_events:
-            _, events = self._of_user.popitem(last=False)
-            self.num_events -= num_packed(events) if isinstance(events, bytes) else len(events)
+            self.num_events -= num_packed(self._line_of.popitem(last=False)[1])
 
 
 class MemoryEventStore:
@@ -352,18 +345,9 @@ class LocalEventStore:
         compaction.start()
         self._compaction = compaction  # started: close() and others may join it at any time
 
-    def _compact(self, number: int, users: Sequence[tuple[str, tuple[UserEvent, ...] | bytes]]) -> None:
-        def lines() -> Iterator[tuple[str, bytes]]:
-            for user_id, events in users:
-                if isinstance(events, bytes):
-                    yield user_id, events
-                else:
-                    line = packed(events)
-                    self._recent.pack(user_id, events, line)
-                    yield user_id, line
-
+    def _compact(self, number: int, users: Sequence[tuple[str, bytes]]) -> None:
         try:
-            self._log.replace_before(number, encode_users(lines()))
+            self._log.replace_before(number, encode_users(users))
         except OSError:
             # Not again at the next event: on a full disk that would be all that is done.
             self._compacts_again_at = self._monotonic() + COMPACT_AGAIN_S
@@ -372,7 +356,7 @@ class LocalEventStore:
 
 def encode(events: Sequence[UserEvent]) -> bytes:
     """Return events as one record of a log: JSON, so that a person can read it."""
-    return json.dumps(events, ensure_ascii=False, separators=(",", ":")).encode()
+    return JSON.encode(events).encode()
 
 
 def decode(payload: bytes) -> list[UserEvent]:
@@ -381,16 +365,51 @@ def decode(payload: bytes) -> list[UserEvent]:
 
 
 def packed(events: Sequence[UserEvent]) -> bytes:
-    """Return the events of one user as a line of text: how many they are, and JSON."""
-    fields = [(event.event_id, event.item_id, event.event_type, event.timestamp) for event in events]
-    return f"{len(events)} {json.dumps(fields, ensure_ascii=False, separators=(',', ':'))}".encode()
+    """Return the events of one user, at least one, as a line of text: how many they are, and JSON.
+
+    2 [["event id","item id","view",1000],["event id","item id","cart",2000]]
+
+    Within a string JSON has no quotation mark without a backslash before it. So `["` begins an event,
+    wherever it stands, and the functions below need not read the line to change it.
+    """
+    return b"%d [%b]" % (len(events), b",".join(map(_text, events)))
+
+
+def _text(event: UserEvent) -> bytes:
+    quoted = JSON.encode
+    return (
+        f"[{quoted(event.event_id)},{quoted(event.item_id)},{quoted(event.event_type)},{event.timestamp}]"
+    ).encode()
+
+
+def _beginning(event: UserEvent) -> bytes:
+    """Return what stands in a line that has an event of this id, and in no other."""
+    return f"[{JSON.encode(event.event_id)},".encode()
+
+
+def _newest_time(line: bytes) -> int:
+    return int(line[line.rindex(b",") + 1 : -2])
+
+
+def _with_newest(line: bytes, event: UserEvent, max_events: int) -> bytes:
+    """Return a line with one more event at its end; without its first one where there would be too many."""
+    num_events = num_packed(line)
+    if num_events >= max_events:
+        if max_events == 1:
+            return packed([event])
+        begin = line.index(b'],["') + 2
+    else:
+        num_events += 1
+        begin = line.index(b" ") + 2
+    return b"%d [%b,%b]" % (num_events, line[begin:-1], _text(event))
 
 
 @functools.lru_cache(maxsize=1024)  # one who has come back asks more than once
 def unpacked(user_id: str, line: bytes) -> tuple[UserEvent, ...]:
     """Return the events of a line of `packed`."""
     return tuple(
-        UserEvent(event_id, user_id, *others) for event_id, *others in json.loads(line[line.index(b" ") :])
+        UserEvent(event_id, user_id, item_id, event_type, timestamp)
+        for event_id, item_id, event_type, timestamp in json.loads(line[line.index(b" ") :])
     )
 
 
@@ -420,7 +439,7 @@ def encode_users(users: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
 
 
 def _users_record(ids: list[str], lines: list[bytes]) -> bytes:
-    names = json.dumps({"users": ids}, ensure_ascii=False, separators=(",", ":")).encode()
+    names = JSON.encode({"users": ids}).encode()
     return b"\n".join([names, *lines])
 
 
