@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import numpy as np
@@ -338,9 +338,7 @@ class _Troubles:
 def main(argv: list[str] | None = None) -> int:
     """Run one of the three: a table on stdout, or JSON with --json."""
     parser = ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
-    parser.add_argument(
-        "fault", type=str, choices=("swaps", "crashes", "soak"), help="swaps, crashes or soak"
-    )
+    parser.add_argument("fault", type=Literal["swaps", "crashes", "soak"], help="swaps, crashes or soak")
     parser.add_argument("bundle", type=Path, help="A bundle, or a directory of bundles: the newest one.")
     parser.add_argument("--times", type=int, default=20, help="Bundles to publish, or kills.")
     parser.add_argument("--rate", type=float, default=50.0, help="swaps, soak: calls a second.")

@@ -175,7 +175,10 @@ def record(argv: list[str]) -> int:
     parser.add_argument("item_ids", type=str, nargs="+", help="ids of the items, oldest first")
     parser.add_argument("--user", type=str, required=True, help="user id")
     parser.add_argument(
-        "--type", type=str, choices=EVENT_TYPES, default=EVENT_TYPES[0], help="what the user did with them"
+        "--type",
+        type=Literal[EVENT_TYPES],
+        default=EVENT_TYPES[0],
+        help="what the user did with them",
     )
     add_client_arguments(parser)
     args = parser.parse_args(argv)

@@ -341,8 +341,7 @@ def key(argv: list[str]) -> int:
     parser.add_argument("--name", type=str, default="", help="whose key it is, for create")
     parser.add_argument(
         "--role",
-        type=str,
-        choices=ROLES,
+        type=Literal[ROLES],
         default="client",
         help="for create: a reader may ask, a client record events too",
     )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 from unittest.mock import ANY
 
 import pytest
@@ -246,3 +247,10 @@ def test_head_weights_of_a_ranker_without_heads(
         assert "head_weights" in capsys.readouterr().err
         assert command([*candidates, *ask, "purchase"]) == 2
         assert "head_weight is 'purchase'; expected head=number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [commands.record, commands.recommend, operating.serve, operating.key])
+def test_help_names_what_is_allowed(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command(["--help"])
+    assert "<function" not in capsys.readouterr().out
