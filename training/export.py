@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import subprocess
 import warnings
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ from training.data.splits import SplitData
 from training.quantization import MAX_SCORE_DIFFERENCE, Precision, quantize
 
 OPSET = 20
+LEAST_K = 100  # that an index is tuned to where it only gives a share: alone it still fills a slate
 NUM_CHECKED = 64  # histories that the published index is checked with
 NUM_EXAMPLES = 3 * TUNING_QUERIES  # histories that an index is tuned on, and a third that tells its recall
 MAX_PRODUCT_DIFFERENCE = 1e-4  # FAISS against NumPy, relative to the largest product where that is over 1
@@ -111,10 +113,26 @@ class _Scores(nn.Module):
         return scores
 
 
-def index_options(pipeline: dict[str, Any]) -> IndexOptions:
-    """Return the options of a bundle's indexes; without a k of their own they are tuned to num_candidates."""
+def index_options(pipeline: dict[str, Any], source: str, *, has_ranker: bool) -> IndexOptions:
+    """Return the options of the index that a candidate source searches.
+
+    Without a k of its own it is tuned to what the source is asked for while all of them work (see
+    RecommendationPipeline._find): the first one for all candidates, another for its share, but
+    LEAST_K at least.
+
+    Args:
+        pipeline: the recipe's settings.
+        source: "sequence" or "embedding".
+        has_ranker: without one there is no "sequence".
+    """
     settings = pipeline.get("index", {})
-    return IndexOptions(**settings | {"k": settings.get("k") or pipeline["num_candidates"]})
+    quotas = {entry["source"]: entry["quota"] for entry in pipeline["sources"]}
+    if not has_ranker:
+        quotas.pop("sequence", None)
+    k = pipeline["num_candidates"]
+    if quotas.get(source) and source != next(iter(quotas)):
+        k = min(k, max(LEAST_K, math.ceil(k * quotas[source])))
+    return IndexOptions(**settings | {"k": settings.get("k") or k})
 
 
 def export_ranker(
@@ -300,7 +318,9 @@ def export_bundle(
         "content_vectors": content_embedding(content_features(items)),
     }
 
-    options = index_options(pipeline)
+    of_graph, of_ranker = (
+        index_options(pipeline, source, has_ranker=ranker is not None) for source in ("embedding", "sequence")
+    )
 
     def fill(directory: Path) -> dict[str, Any]:
         popularity = pl.Series("popularity", vectors["item_degrees"][1:], pl.Int64)
@@ -311,7 +331,9 @@ def export_bundle(
         known.with_columns(popularity).write_parquet(directory / "catalog.parquet")
         write_users(_users_table(data), directory)
         queries = folded_in(vectors, histories, pipeline, data.info.time)
-        indexes = {ITEM_INDEX: write_index(directory / ITEM_INDEX, vectors["item_vectors"], options, queries)}
+        indexes = {
+            ITEM_INDEX: write_index(directory / ITEM_INDEX, vectors["item_vectors"], of_graph, queries)
+        }
         save_file(vectors, directory / "embeddings.safetensors")
         edges = train.edges()
         neighbours = item_neighbours(
@@ -330,7 +352,7 @@ def export_bundle(
         if ranker is not None:
             items_of = [history.items for history in histories]
             precision = pipeline.get("ranker_precision", "float32")
-            indexes[RANKER_INDEX] = export_ranker(ranker, directory, options, items_of, precision)
+            indexes[RANKER_INDEX] = export_ranker(ranker, directory, of_ranker, items_of, precision)
         info = asdict(data.info)
         kept = ("name", "fingerprint", "simulated", "time", "repeats", "num_users", "num_items", "num_events")
         return {
@@ -397,13 +419,15 @@ def verify_bundle(bundle: Bundle, ranker: HybridRanker | None, data: SplitData) 
     """Raise ValueError unless FAISS agrees with brute force, ONNX with torch, and the pipeline answers."""
     rng = np.random.default_rng(0)
     items, settings = bundle.item_vectors, bundle.manifest["pipeline"]
-    options = index_options(settings)
+    of_graph, of_ranker = (
+        index_options(settings, source, has_ranker=ranker is not None) for source in ("embedding", "sequence")
+    )
     histories = example_histories(data, NUM_CHECKED, seed=1)
     vectors = {"item_vectors": items, "item_degrees": bundle.item_degrees}
     queries = folded_in(vectors, histories, settings, data.info.time)
     noise = 0.01 * rng.standard_normal((32, items.shape[1]))
     near_items = (items[rng.integers(1, len(items), 32)] + noise).astype(np.float32)
-    _check_index(ITEM_INDEX, bundle.index, queries if len(queries) else near_items, items, options)
+    _check_index(ITEM_INDEX, bundle.index, queries if len(queries) else near_items, items, of_graph)
 
     pipeline = RecommendationPipeline(bundle)
     for visitor in (
@@ -443,7 +467,7 @@ def verify_bundle(bundle: Bundle, ranker: HybridRanker | None, data: SplitData) 
     found = bundle.scorer.score(history, candidates, context, weights)
     _check_close("ONNX scores differ from torch", found, scores.numpy(), slack)
     asked = bundle.scorer.user_states(left_padded([history.items for history in histories], longest))
-    _check_index(RANKER_INDEX, bundle.ranker_index, asked, fused, options)
+    _check_index(RANKER_INDEX, bundle.ranker_index, asked, fused, of_ranker)
 
 
 def _check_index(

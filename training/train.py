@@ -77,7 +77,7 @@ class PipelineOptions:
         half_life_events: after how many further events one counts half; null lets the order play no part.
         half_life_days: the same in days, where the data has times.
         index: the kind of index to search with, and how much of the best it must find; there is one over the
-            graph vectors and one over the ranker's. A k of null is num_candidates.
+            graph vectors and one over the ranker's. A k of null is what its source is asked for.
         head_weights: how much each head of the ranker counts where a request does not say, such as {next: 1,
             purchase: 3}; of ranking.model.heads and "next". Empty: the next item alone.
         ranker_precision: float32; float16, whose tables of item vectors take half the memory; or int8, with

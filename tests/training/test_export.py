@@ -199,10 +199,21 @@ def clustered(num_items=3000, num_queries=384):
 
 
 def test_options_of_a_recipe():
-    assert index_options({"num_candidates": 7}) == IndexOptions(k=7)
-    settings = {"kind": "ivf", "k": None, "recall_target": 0.9}
-    assert index_options({"num_candidates": 7, "index": settings}).k == 7
-    assert index_options({"num_candidates": 7, "index": settings | {"k": 3}}).k == 3
+    quotas = {"sequence": 0.5, "embedding": 0.3, "popular": 0.2}
+    recipe = {"num_candidates": 700, "sources": [{"source": n, "quota": q} for n, q in quotas.items()]}
+
+    def k_of(source, has_ranker=True, **index):
+        return index_options(recipe | {"index": index}, source, has_ranker=has_ranker).k
+
+    assert index_options(recipe, "sequence", has_ranker=True) == IndexOptions(k=700)
+    assert k_of("sequence", kind="ivf", k=None, recall_target=0.9) == 700
+    assert k_of("embedding") == 210  # 700 * .3
+    assert k_of("embedding", has_ranker=False) == 700  # then it is the first
+    assert k_of("embedding", k=4) == k_of("sequence", k=4) == 4
+    recipe["num_candidates"] = 250
+    assert k_of("embedding") == 100  # not 75
+    recipe |= {"num_candidates": 700, "sources": [{"source": "popular", "quota": 1.0}]}
+    assert k_of("embedding") == k_of("sequence") == 700  # no source asks them: nothing is known
 
 
 @pytest.mark.parametrize("kind", KINDS)
