@@ -369,22 +369,24 @@ def packed(events: Sequence[UserEvent]) -> bytes:
 
     2 [["event id","item id","view",1000],["event id","item id","cart",2000]]
 
-    Within a string JSON has no quotation mark without a backslash before it. So `["` begins an event,
-    wherever it stands, and the functions below need not read the line to change it.
+    Within a string `[` is written \\u005b, and JSON has no quotation mark without a backslash before it. So
+    `["` begins an event, wherever it stands, and the functions below need not read the line to change it.
     """
     return b"%d [%b]" % (len(events), b",".join(map(_text, events)))
 
 
 def _text(event: UserEvent) -> bytes:
-    quoted = JSON.encode
-    return (
-        f"[{quoted(event.event_id)},{quoted(event.item_id)},{quoted(event.event_type)},{event.timestamp}]"
-    ).encode()
+    item_id, event_type = _quoted(event.item_id), _quoted(event.event_type)
+    return b"%b%b,%b,%d]" % (_beginning(event), item_id, event_type, event.timestamp)
 
 
 def _beginning(event: UserEvent) -> bytes:
     """Return what stands in a line that has an event of this id, and in no other."""
-    return f"[{JSON.encode(event.event_id)},".encode()
+    return b"[%b," % _quoted(event.event_id)
+
+
+def _quoted(text: str) -> bytes:
+    return JSON.encode(text).replace("[", "\\u005b").encode()
 
 
 def _newest_time(line: bytes) -> int:

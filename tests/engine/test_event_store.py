@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -165,6 +165,8 @@ def test_what_was_packed_is_loaded_as_it_was_and_cut_to_new_limits() -> None:
     ),
     st.integers(1, 4),
 )
+@example(drawn=[("[", ",", 1), (",", "", 1)], max_per_user=1)  # an id that ends like an event begins
+@example(drawn=[("a],[", "x", 1), ("b", "],[", 2), ("c", "", 3)], max_per_user=2)
 @settings(max_examples=300, deadline=None)
 def test_lines_are_changed_as_lists_would_be(drawn: list[tuple[str, str, int]], max_per_user: int) -> None:
     """Whatever looks like JSON in an id: added, known by its id, cut, in order of time."""
