@@ -381,11 +381,16 @@ def plot(result: dict[str, Any], path: Path) -> None:
     left.invert_yaxis()
     left.set(xlabel="ms, one client")
     for one, label in zip(cells, labels, strict=True):
-        rates = sorted(one["load"], key=lambda rate: rate["offered_per_s"])
-        p99s = [np.nan if rate["latency_ms"]["p99"] is None else rate["latency_ms"]["p99"] for rate in rates]
-        right.plot([rate["offered_per_s"] for rate in rates], p99s, marker="o", label=label)
+        points = sorted(
+            (rate["offered_per_s"], rate["latency_ms"]["p99"])
+            for rate in one["load"]
+            if rate["latency_ms"]["p99"] is not None
+        )
+        if points:
+            right.plot(*zip(*points, strict=True), marker="o", label=label)
+            right.set(xscale="log", yscale="log")
     right.axhline(result["settings"]["objective_ms"], color="gray", linestyle="--", label="objective")
-    right.set(xlabel="offered calls/s", ylabel="p99 of answered calls, ms", xscale="log", yscale="log")
+    right.set(xlabel="offered calls/s", ylabel="p99 of answered calls, ms")
     for axes in (left, right):
         axes.legend(fontsize="small")
         axes.grid(alpha=0.3)

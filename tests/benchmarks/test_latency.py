@@ -87,6 +87,11 @@ def test_the_table(bundles: Path, bundle: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     latency.plot(table, tmp_path / "latency.png")
     assert (tmp_path / "latency.png").read_bytes()[:4] == b"\x89PNG"
+    # Rates too short for a p99 are left out, were it all of them.
+    for rate in found["load"]:
+        rate["latency_ms"]["p99"] = None
+    latency.plot({"cells": [found], "settings": table["settings"]}, tmp_path / "empty.png")
+    assert (tmp_path / "empty.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def result_at(rate: float, ok: int, rejected: int, p99: float) -> load.Result:
