@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ranking.context import ContextTable
-from ranking.encoders.sasrec import DistanceBias, causal_mask
+from ranking.encoders.sequence_encoder import DistanceBias, causal_mask
 
 
 class GraphCrossAttention(nn.Module):

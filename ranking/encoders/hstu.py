@@ -15,11 +15,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ranking.encoders.sasrec import DistanceBias, causal_mask
+from ranking.encoders.sequence_encoder import DistanceBias, SequenceEncoder, split_heads
 
 
-class HSTU(nn.Module):
-    """History -> one hidden state per position, each of which sees only itself and what came before.
+class HSTU(SequenceEncoder):
+    """Gated pointwise attention; see SequenceEncoder for what goes in and comes out.
 
     Args:
         max_length: longest T; also the size of the tables of positions and distances.
@@ -38,37 +38,18 @@ class HSTU(nn.Module):
         num_blocks: int = 2,
         num_heads: int = 1,
     ) -> None:
-        super().__init__()
-        self.dim = dim
-        self.max_length = max_length
-        self.position = nn.Embedding(max_length, dim)
-        nn.init.normal_(self.position.weight, std=dim**-0.5)
-        self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(_Block(max_length, dim, num_heads, dropout) for _ in range(num_blocks))
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, items: Tensor, vectors: Tensor) -> Tensor:
-        """Return the hidden states [B, T, D].
-
-        Args:
-            items: [B, T] int64 item rows, oldest first, padded on the left with 0. States at padding are
-                finite and mean nothing.
-            vectors: [B, T, D] the items' input vectors.
-        """
-        position = (items > 0).long().cumsum(1).sub(1).clamp(0, self.max_length - 1)
-        x = self.dropout(vectors + self.position(position))
-        visible = causal_mask(items).unsqueeze(1)
-        for block in self.blocks:
-            x = block(x, visible)
-        states: Tensor = self.norm(x)
-        return states
+        super().__init__(
+            max_length,
+            dropout,
+            dim,
+            num_heads,
+            (_Block(max_length, dim, num_heads, dropout) for _ in range(num_blocks)),
+        )
 
 
 class _Block(nn.Module):
     def __init__(self, max_length: int, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads is {num_heads}; expected a divisor of dim, which is {dim}")
         self.num_heads = num_heads
         self.norm = nn.LayerNorm(dim)
         self.project = nn.Linear(dim, 4 * dim)
@@ -80,13 +61,9 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
         gate, value, query, key = functional.silu(self.project(self.norm(x))).chunk(4, dim=-1)
-        batch, length, dim = x.shape
-        query, key, value = (
-            part.view(batch, length, self.num_heads, dim // self.num_heads).transpose(1, 2)  # [B, H, T, E]
-            for part in (query, key, value)
-        )
-        scores = query @ key.transpose(2, 3) + self.distance(length, x.device)
-        weights = (functional.silu(scores) * visible) * self.scale
+        query, key, value = (split_heads(part, self.num_heads) for part in (query, key, value))
+        scores = query @ key.transpose(2, 3) + self.distance(x.shape[1], x.device)
+        weights = (functional.silu(scores) * visible[:, None]) * self.scale
         attended = (weights @ value).transpose(1, 2).flatten(2)
         fused: Tensor = x + self.dropout(self.out(self.attention_norm(attended) * gate))
         return fused

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ranking.encoders.sasrec import SASRec, causal_mask
+from ranking.encoders.sasrec import SASRec
+from ranking.encoders.sequence_encoder import causal_mask
 
 DIM, MAX_LENGTH = 8, 6
 
