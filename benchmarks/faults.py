@@ -35,8 +35,9 @@ import psutil
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import linregress
 
-from benchmarks.load import METHOD, Load, Outcome, offer_to, percentile, recommend_requests
+from benchmarks.load import METHOD, Load, Outcome, arrivals_at, offer_to, percentile, recommend_requests, rss
 from benchmarks.server_process import running_server
 from engine.arguments import ArgumentParser
 from engine.bundle import MANIFEST, bundles_in, manifest_checksum, resolve_bundle
@@ -63,12 +64,11 @@ def swaps(
     requests = recommend_requests(bundle, 50)
     seconds = (times + 1) * interval_s
     load = Load(seconds=seconds, warm_up_s=0.0, timeout_s=10.0)
-    arrivals = np.cumsum(np.random.default_rng(0).exponential(1 / rate, round(rate * seconds)))
+    arrivals = arrivals_at(rate, seconds, np.random.default_rng(0))
     with tempfile.TemporaryDirectory(prefix="bundles-", dir=bundle.parent) as folder:
         root = Path(folder)
         copy_of(bundle, root, 0)
         with running_server(root, options) as (address, pid):
-            process = psutil.Process(pid)
             published: list[float] = []
             memory: list[int] = []
             begin = time.perf_counter()
@@ -76,7 +76,7 @@ def swaps(
             def publish() -> None:
                 for number in range(1, times + 1):
                     time.sleep(max(0.0, begin + number * interval_s - time.perf_counter()))
-                    memory.append(process.memory_info().rss)
+                    memory.append(rss(pid))
                     published.append(time.perf_counter() - begin)
                     copy_of(bundle, root, number)
 
@@ -84,7 +84,7 @@ def swaps(
             publisher.start()
             outcomes = asyncio.run(offer_to(address, requests, arrivals, load))
             publisher.join()
-            memory.append(process.memory_info().rss)
+            memory.append(rss(pid))
     return (
         {"calls": len(outcomes)}
         | _swaps(outcomes, published, interval_s)
@@ -97,10 +97,9 @@ def swaps(
 
 def _swaps(outcomes: Sequence[Outcome], published: Sequence[float], interval_s: float) -> dict[str, Any]:
     answered = sorted((one for one in outcomes if one.code == "OK"), key=lambda one: one.done_s)
-    versions = [pb.RecommendResponse.FromString(one.response).trace.bundle_version for one in answered]
     first_of: dict[str, float] = {}
-    for one, version in zip(answered, versions, strict=True):
-        first_of.setdefault(version, one.done_s)
+    for one in answered:
+        first_of.setdefault(_version(one), one.done_s)
     took_over = sorted(first_of.values())[1:]
     # From the moment of publishing to the first answer of the new bundle, and half a second more.
     windows = [
@@ -124,6 +123,10 @@ def _swaps(outcomes: Sequence[Outcome], published: Sequence[float], interval_s: 
         "p99_ms_during": percentile(np.array(latencies[True]), 99),
         "seconds_to_take_over": max((end - 0.5 - begin for begin, end in windows), default=None),
     }
+
+
+def _version(answered: Outcome) -> str:
+    return pb.RecommendResponse.FromString(answered.response).trace.bundle_version
 
 
 def copy_of(bundle: Path, root: Path, number: int) -> Path:
@@ -226,6 +229,7 @@ def soak(
     load = Load(seconds=CHUNK_S, warm_up_s=0.0, timeout_s=10.0)
     rng = np.random.default_rng(0)
     codes: Counter[str] = Counter()
+    versions: set[str] = set()
     latencies: list[list[float]] = []  # ms, of each chunk
     late_ms: list[float] = []
     with (
@@ -237,22 +241,26 @@ def soak(
             troubles = _Troubles(bundle, Path(folder), address, pid, interval_s)
             ends = time.perf_counter() + 60 * minutes
             while time.perf_counter() < ends:
-                arrivals = np.cumsum(rng.exponential(1 / rate, round(rate * CHUNK_S)))
+                arrivals = arrivals_at(rate, CHUNK_S, rng)
                 outcomes = asyncio.run(offer_to(address, requests, arrivals, load))
                 codes.update(one.code for one in outcomes)
+                versions.update(_version(one) for one in outcomes if one.code == "OK")
                 latencies.append([1000 * (one.done_s - one.intended_s) for one in outcomes])
                 late_ms += [1000 * (one.sent_s - one.intended_s) for one in outcomes]
                 stderr.print(f"{(ends - time.perf_counter()) / 60:.1f} minutes left: {dict(codes)}")
             troubles.end()
     part = max(1, len(latencies) // 5)
-    slope, error = slope_of(*troubles.memory(minutes))
+    # The error is that of independent residuals; memory after one swap is like that before it, so that the
+    # true one is larger.
+    memory = linregress(*troubles.memory(minutes))
     return {
         "minutes": minutes,
         "rate": rate,
         "calls": codes.total(),
         "failed": codes.total() - codes["OK"],
         "codes": dict(codes),
-        "swaps": troubles.num_swaps,
+        "bundles_published": 1 + troubles.num_published,
+        "bundles_that_answered": len(versions),
         "events": troubles.num_events,
         "failed_events": dict(troubles.failed_events),
         "messages_that_are_none": sum(troubles.answers.values()),
@@ -260,22 +268,10 @@ def soak(
         "p99_ms_first_fifth": percentile(np.concatenate(latencies[:part]), 99),
         "p99_ms_last_fifth": percentile(np.concatenate(latencies[-part:]), 99),
         "generator_late_ms_p99": percentile(np.array(late_ms), 99),
-        "rss_mb_per_hour": slope,
-        "rss_mb_per_hour_standard_error": error,
+        "rss_mb_per_hour": float(memory.slope),
+        "rss_mb_per_hour_standard_error": float(memory.stderr),
         "rss_mb_last": troubles.samples[-1][1],
     }
-
-
-def slope_of(hours: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[float, float]:
-    """Return the slope of the least-squares line through values [N] over hours [N], and its standard error.
-
-    The error is that of independent residuals; memory after one swap is like that before it, so that the true
-    one is larger.
-    """
-    centred = hours - hours.mean()
-    slope = float(centred @ values / (centred @ centred))
-    residuals = values - values.mean() - slope * centred
-    return slope, float(np.sqrt(residuals @ residuals / (len(values) - 2) / (centred @ centred)))
 
 
 class _Troubles:
@@ -285,11 +281,11 @@ class _Troubles:
 
     def __init__(self, bundle: Path, root: Path, address: str, pid: int, interval_s: float) -> None:
         self.samples: list[tuple[float, float]] = []  # s from the beginning, MB
-        self.num_swaps = self.num_events = 0
+        self.num_published = self.num_events = 0
         self.answers: Counter[str] = Counter()
         self.failed_events: Counter[str] = Counter()
         self._bundle, self._root, self._address, self._interval_s = bundle, root, address, interval_s
-        self._process = psutil.Process(pid)
+        self._pid = pid
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -320,17 +316,15 @@ class _Troubles:
                 except grpc.RpcError as error:
                     self.failed_events[error.code().name] += 1
                 if tick % 10 == 0:
-                    family = [self._process, *self._process.children(recursive=True)]
-                    rss = sum(process.memory_info().rss for process in family)
-                    self.samples.append((time.perf_counter() - begin, rss / 1e6))
+                    self.samples.append((time.perf_counter() - begin, rss(self._pid) / 1e6))
                     try:
                         send(rng.bytes(int(rng.integers(1, 1000))), timeout=10.0)
                         self.answers["OK"] += 1
                     except grpc.RpcError as error:
                         self.answers[error.code().name] += 1
-                if tick / 10 >= (self.num_swaps + 1) * self._interval_s:
-                    self.num_swaps += 1
-                    copy_of(self._bundle, self._root, self.num_swaps)
+                if tick / 10 >= (self.num_published + 1) * self._interval_s:
+                    self.num_published += 1
+                    copy_of(self._bundle, self._root, self.num_published)
                     for old in bundles_in(self._root)[:-3]:
                         shutil.rmtree(old)
 

@@ -100,6 +100,11 @@ class Result:
     recovery_s: float | None = None  # after an overload (see `recovery`); None too where it took too long
 
 
+def arrivals_at(rate_per_s: float, seconds: float, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Return moments [N] of a Poisson process, in seconds, ascending: N is what the rate gives on average."""
+    return np.cumsum(rng.exponential(1 / rate_per_s, max(1, round(rate_per_s * seconds))))
+
+
 async def offer(
     call: Sequence[Call], requests: Sequence[bytes], arrivals: NDArray[np.float64]
 ) -> list[Outcome]:
@@ -147,12 +152,10 @@ def measure(
             count for that alone.
     """
     rng = np.random.default_rng(load.seed)
-    num_calls = max(1, round(rate_per_s * load.seconds))
-    arrivals = np.cumsum(rng.exponential(1 / rate_per_s, num_calls))
+    arrivals = arrivals_at(rate_per_s, load.seconds, rng)
     end_s = float(arrivals[-1])
     if after_per_s:
-        gaps = rng.exponential(1 / after_per_s, max(1, round(after_per_s * RECOVERY_S)))
-        arrivals = np.concatenate([arrivals, end_s + np.cumsum(gaps)])
+        arrivals = np.concatenate([arrivals, end_s + arrivals_at(after_per_s, RECOVERY_S, rng)])
     with watched(server_pid) as usage, asyncio.Runner(loop_factory=_precise_loop) as runner:
         outcomes = runner.run(offer_to(address, requests, arrivals, load))
     result = summarize([one for one in outcomes if one.intended_s <= end_s], rate_per_s, load, usage)
@@ -427,7 +430,7 @@ def watched(server_pid: int | None) -> Iterator[dict[str, float | None]]:
 
     def watch() -> None:
         while not stop.wait(0.1):
-            peak_bytes[0] = max(peak_bytes[0], _rss(server_pid))
+            peak_bytes[0] = max(peak_bytes[0], rss(server_pid))
 
     begin, own, served = time.perf_counter(), time.process_time(), _processor_s(server_pid)
     watcher = threading.Thread(target=watch, daemon=True)
@@ -441,7 +444,7 @@ def watched(server_pid: int | None) -> Iterator[dict[str, float | None]]:
         usage["generator_cores"] = (time.process_time() - own) / elapsed
         if server_pid is not None:
             usage["server_cores"] = (_processor_s(server_pid) - served) / elapsed
-            usage["server_rss_mb"] = max(peak_bytes[0], _rss(server_pid)) / 1e6
+            usage["server_rss_mb"] = max(peak_bytes[0], rss(server_pid)) / 1e6
 
 
 def _family(pid: int | None) -> list[psutil.Process]:
@@ -455,7 +458,8 @@ def _processor_s(pid: int | None) -> float:
     return float(sum(sum(process.cpu_times()[:2]) for process in _family(pid)))
 
 
-def _rss(pid: int | None) -> int:
+def rss(pid: int | None) -> int:
+    """Return the resident memory of a process and of those it started, in bytes; 0 of None."""
     return int(sum(process.memory_info().rss for process in _family(pid)))
 
 

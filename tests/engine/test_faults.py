@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from benchmarks.faults import copy_of, main, slope_of
+from benchmarks.faults import copy_of, main
 from engine.bundle import Bundle, bundles_in
 
 
@@ -40,18 +39,12 @@ def test_soak(bundle_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert main(ask) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["failed"] == 0
-    assert result["swaps"] >= 1
+    assert result["bundles_published"] >= 2
+    assert result["bundles_that_answered"] >= 2
     assert result["events"] > 10
     assert set(result["answers_to_them"]) <= {"INVALID_ARGUMENT", "OK"}
     assert result["messages_that_are_none"] >= 3
     assert result["rss_mb_per_hour_standard_error"] > 0
-
-
-def test_a_slope_and_its_error_worked_out() -> None:
-    """y = 1 + 2 x with residuals 1, -2, 1: s^2 = 6 / 1, and sum (x - mean)^2 = 2."""
-    slope, error = slope_of(np.array([0.0, 1.0, 2.0]), np.array([2.0, 1.0, 6.0]))
-    assert slope == pytest.approx(2)
-    assert error == pytest.approx((6 / 1 / 2) ** 0.5)
 
 
 def test_a_directory_without_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
