@@ -7,69 +7,39 @@ import pytest
 import torch
 
 from ranking.encoders.hstu import HSTU
-
-DIM, MAX_LENGTH = 8, 6
+from tests.ranking.encoders.loops import DIM, MAX_LENGTH, by_loops, disturbed, padded
 
 
 def encoder(num_blocks=2, num_heads=2):
     torch.manual_seed(0)
-    model = HSTU(MAX_LENGTH, dim=DIM, num_blocks=num_blocks, num_heads=num_heads).double().eval()
-    with torch.no_grad():  # biases and norms start at 0 and 1, and would hide a mistake
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
+    return disturbed(HSTU(MAX_LENGTH, dim=DIM, num_blocks=num_blocks, num_heads=num_heads).double())
 
 
-def padded(*lengths, width=MAX_LENGTH):
-    """Return left-padded items [B, T] of these lengths and vectors [B, T, D] that padding shares."""
-    rng = torch.Generator().manual_seed(1)
-    items = torch.zeros(len(lengths), width, dtype=torch.int64)
-    for row, length in enumerate(lengths):
-        items[row, width - length :] = torch.randint(1, 50, (length,), generator=rng)
-    vectors = torch.randn(50, DIM, generator=rng, dtype=torch.float64)
-    return items, vectors[items]
-
-
-def by_loops(model, items, vectors):
-    """Return the states by loops over batch, positions and heads: eq. 1 to 3 of the paper."""
-    weight = {name: value.numpy() for name, value in model.state_dict().items()}
+def block_of(num_heads):
+    """Return a block by loops over positions and heads: eq. 1 to 3 of the paper."""
     silu = np.vectorize(lambda x: x / (1 + math.exp(-x)))
+    size = DIM // num_heads
 
-    def linear(name, x):
-        return weight[f"{name}.weight"] @ x + weight[f"{name}.bias"]
+    def block(weights, name, states, visible):
+        mixed = [
+            silu(weights.linear(f"{name}.project", weights.norm(f"{name}.norm", state))) for state in states
+        ]
+        gates, values, queries, keys = ([row[k * DIM : (k + 1) * DIM] for row in mixed] for k in range(4))
+        result = []
+        for t, state in enumerate(states):
+            heads = []
+            for h in range(num_heads):
+                part = slice(h * size, (h + 1) * size)
+                total = np.zeros(size)
+                for s in visible[t]:
+                    bias = weights.weight[f"{name}.distance.bias.weight"][t - s][h]
+                    total += silu(queries[t][part] @ keys[s][part] + bias) * values[s][part]
+                heads.append(total / MAX_LENGTH)
+            attended = weights.norm(f"{name}.attention_norm", np.concatenate(heads))
+            result.append(state + weights.linear(f"{name}.out", attended * gates[t]))
+        return result
 
-    def norm(name, x):
-        centred = x - sum(x) / len(x)
-        scaled = centred / math.sqrt(sum(centred**2) / len(x) + 1e-5)
-        return scaled * weight[f"{name}.weight"] + weight[f"{name}.bias"]
-
-    result = np.zeros(vectors.shape)
-    for b, history in enumerate(items.tolist()):
-        states = []
-        for t, vector in enumerate(vectors[b].numpy()):
-            position = max(0, sum(item > 0 for item in history[: t + 1]) - 1)
-            states.append(vector + weight["position.weight"][position])
-        for n, block in enumerate(model.blocks):
-            name = f"blocks.{n}"
-            size = DIM // block.num_heads
-            mixed = [silu(linear(f"{name}.project", norm(f"{name}.norm", state))) for state in states]
-            gates, values, queries, keys = ([row[k * DIM : (k + 1) * DIM] for row in mixed] for k in range(4))
-            more = []
-            for t in range(len(history)):
-                heads = []
-                for h in range(block.num_heads):
-                    part = slice(h * size, (h + 1) * size)
-                    total = np.zeros(size)
-                    for s in range(t + 1):
-                        if history[s] > 0 or s == t:
-                            bias = weight[f"{name}.distance.bias.weight"][t - s][h]
-                            total += silu(queries[t][part] @ keys[s][part] + bias) * values[s][part]
-                    heads.append(total / MAX_LENGTH)
-                attended = norm(f"{name}.attention_norm", np.concatenate(heads))
-                more.append(linear(f"{name}.out", attended * gates[t]))
-            states = [state + change for state, change in zip(states, more, strict=True)]
-        result[b] = [norm("norm", state) for state in states]
-    return result
+    return block
 
 
 @torch.no_grad()
@@ -78,7 +48,7 @@ def test_parity_with_loops(num_blocks, num_heads):
     model = encoder(num_blocks, num_heads)
     items, vectors = padded(0, 1, MAX_LENGTH - 1, MAX_LENGTH, 3)
     states = model(items, vectors).numpy()
-    np.testing.assert_allclose(states, by_loops(model, items, vectors), atol=1e-10)
+    np.testing.assert_allclose(states, by_loops(model, items, vectors, block_of(num_heads)), atol=1e-10)
 
 
 @torch.no_grad()

@@ -8,83 +8,45 @@ import torch
 
 from ranking.encoders.sasrec import SASRec
 from ranking.encoders.sequence_encoder import causal_mask
-
-DIM, MAX_LENGTH = 8, 6
+from tests.ranking.encoders.loops import DIM, MAX_LENGTH, by_loops, disturbed, padded
 
 
 def encoder(num_blocks=2, num_heads=2, dtype=torch.float64):
     torch.manual_seed(0)
-    model = SASRec(MAX_LENGTH, dim=DIM, num_blocks=num_blocks, num_heads=num_heads).to(dtype).eval()
-    with torch.no_grad():  # biases and norms start at 0 and 1, and would hide a mistake
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
+    return disturbed(SASRec(MAX_LENGTH, dim=DIM, num_blocks=num_blocks, num_heads=num_heads).to(dtype))
 
 
-def padded(*lengths, width=MAX_LENGTH):
-    """Return left-padded items [B, T] of these lengths and vectors [B, T, D] that padding shares."""
-    rng = torch.Generator().manual_seed(1)
-    items = torch.zeros(len(lengths), width, dtype=torch.int64)
-    for row, length in enumerate(lengths):
-        items[row, width - length :] = torch.randint(1, 50, (length,), generator=rng)
-    vectors = torch.randn(50, DIM, generator=rng, dtype=torch.float64)
-    return items, vectors[items]
-
-
-def by_loops(model, items, vectors):
-    """Return the states by loops over batch, positions and heads, as the equations say."""
-    weight = {name: value.numpy() for name, value in model.state_dict().items()}
+def block_of(num_heads):
+    """Return a block as the equations say, by loops over positions and heads."""
     gelu = np.vectorize(lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2)
+    size = DIM // num_heads
 
-    def linear(name, x):
-        return weight[f"{name}.weight"] @ x + weight[f"{name}.bias"]
+    def block(weights, name, states, visible):
+        queries, keys, values = [], [], []
+        for state in states:
+            mixed = weights.linear(f"{name}.query_key_value", weights.norm(f"{name}.attention_norm", state))
+            queries.append(mixed[:DIM])
+            keys.append(mixed[DIM : 2 * DIM])
+            values.append(mixed[2 * DIM :])
+        result = []
+        for t, state in enumerate(states):
+            heads = []
+            for h in range(num_heads):
+                part = slice(h * size, (h + 1) * size)
+                logits = [
+                    queries[t][part] @ keys[s][part] / math.sqrt(size)
+                    + weights.weight[f"{name}.distance.bias.weight"][t - s][h]
+                    for s in visible[t]
+                ]
+                shares = [math.exp(logit - max(logits)) for logit in logits]
+                mean = sum(share * values[s][part] for share, s in zip(shares, visible[t], strict=True))
+                heads.append(mean / sum(shares))
+            after = state + weights.linear(f"{name}.attention_out", np.concatenate(heads))
+            fed = weights.linear(f"{name}.feed_forward.0", weights.norm(f"{name}.feed_forward_norm", after))
+            result.append(after + weights.linear(f"{name}.feed_forward.2", gelu(fed)))
+        return result
 
-    def norm(name, x):
-        centred = x - sum(x) / len(x)
-        scaled = centred / math.sqrt(sum(centred**2) / len(x) + 1e-5)
-        return scaled * weight[f"{name}.weight"] + weight[f"{name}.bias"]
-
-    result = np.zeros(vectors.shape)
-    for b, history in enumerate(items.tolist()):
-        states = []
-        for t, vector in enumerate(vectors[b].numpy()):
-            position = max(0, sum(item > 0 for item in history[: t + 1]) - 1)
-            states.append(vector + weight["position.weight"][position])
-        for n, block in enumerate(model.blocks):
-            name = f"blocks.{n}"
-            size = DIM // block.num_heads
-            queries, keys, values = [], [], []
-            for state in states:
-                mixed = linear(f"{name}.query_key_value", norm(f"{name}.attention_norm", state))
-                queries.append(mixed[:DIM])
-                keys.append(mixed[DIM : 2 * DIM])
-                values.append(mixed[2 * DIM :])
-            attended = []
-            for t in range(len(history)):
-                visible = [s for s in range(t + 1) if history[s] > 0 or s == t]
-                heads = []
-                for h in range(block.num_heads):
-                    part = slice(h * size, (h + 1) * size)
-                    logits = [
-                        queries[t][part] @ keys[s][part] / math.sqrt(size)
-                        + weight[f"{name}.distance.bias.weight"][t - s][h]
-                        for s in visible
-                    ]
-                    shares = [math.exp(logit - max(logits)) for logit in logits]
-                    mean = sum(share * values[s][part] for share, s in zip(shares, visible, strict=True))
-                    heads.append(mean / sum(shares))
-                attended.append(linear(f"{name}.attention_out", np.concatenate(heads)))
-            states = [state + more for state, more in zip(states, attended, strict=True)]
-            fed = [
-                linear(
-                    f"{name}.feed_forward.2",
-                    gelu(linear(f"{name}.feed_forward.0", norm(f"{name}.feed_forward_norm", state))),
-                )
-                for state in states
-            ]
-            states = [state + more for state, more in zip(states, fed, strict=True)]
-        result[b] = [norm("norm", state) for state in states]
-    return result
+    return block
 
 
 @torch.no_grad()
@@ -93,7 +55,7 @@ def test_parity_with_loops(num_blocks, num_heads):
     model = encoder(num_blocks, num_heads)
     items, vectors = padded(0, 1, MAX_LENGTH - 1, MAX_LENGTH, 3)
     states = model(items, vectors).numpy()
-    np.testing.assert_allclose(states, by_loops(model, items, vectors), atol=1e-10)
+    np.testing.assert_allclose(states, by_loops(model, items, vectors, block_of(num_heads)), atol=1e-10)
 
 
 def test_who_sees_whom():
