@@ -15,12 +15,11 @@ from engine.catalog import Catalog
 from engine.event_store import Recorded, UserEvent
 from engine.history import EVENT_CODE, EVENT_TYPES
 from engine.item_list import ItemList
-from engine.pipeline import MAX_HEAD_WEIGHT, MAX_LIMIT, Event, Filters
+from engine.pipeline import MAX_CANDIDATES, MAX_HEAD_WEIGHT, MAX_LIMIT, Event, Filters
 from engine.policies import Arrangement, Explanation, ItemReasons
 from engine.trace import Trace, VisitorKind
 from protos.trirank.v1 import recommender_pb2 as pb
 
-MAX_CANDIDATES = 10_000
 MAX_EXCLUDED = 10_000
 MAX_FILTER_VALUES = 1_000
 MAX_CONTEXT_KEYS = 64
