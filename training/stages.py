@@ -156,25 +156,56 @@ class StopAfter(Callback):
         trainer.should_stop |= self.done >= self.epochs
 
 
+class RunCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint that knows its checkpoints again where the run's directory has been moved or copied.
+
+    Lightning's own would forget the best score, and look for the best weights at the old place.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the run was cut short."""
+        here = self.dirpath
+        if here is not None and state_dict["dirpath"] != here:
+
+            def moved(path: str) -> str:
+                return str(Path(here) / Path(path).name) if path else path
+
+            paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+            state_dict = {
+                **state_dict,
+                "dirpath": here,
+                "best_k_models": {moved(path): score for path, score in state_dict["best_k_models"].items()},
+                **{name: moved(state_dict[name]) for name in paths},
+            }
+        super().load_state_dict(state_dict)
+
+
 def default_callbacks(
     stage: str, monitor: str, patience: int, directory: Path | None = None
 ) -> list[Callback]:
     """Return early stopping, checkpoints of the best and the last epoch, and progress on stderr."""
     callbacks: list[Callback] = [
         PatientEarlyStopping(monitor=monitor, mode="max", patience=patience),
-        ModelCheckpoint(
+        RunCheckpoint(
             dirpath=directory,
             filename="best",
             monitor=monitor,
             mode="max",
-            save_last=True,
             enable_version_counter=False,
         ),
+        # Of its own: Lightning's save_last saves when there is a new best alone.
+        _last_checkpoint(directory),
         EpochReport(stage, monitor),
     ]
     if sys.stderr.isatty():
         callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
     return callbacks
+
+
+def _last_checkpoint(directory: Path | None) -> RunCheckpoint:
+    return RunCheckpoint(
+        dirpath=directory, filename="last", save_on_train_epoch_end=True, enable_version_counter=False
+    )
 
 
 def default_precision() -> str:
@@ -254,9 +285,7 @@ def refit_stage(
     ]
     callbacks: list[Callback] = [
         StopAfter(epochs),
-        ModelCheckpoint(
-            dirpath=directory, filename="last", save_on_train_epoch_end=True, enable_version_counter=False
-        ),
+        _last_checkpoint(directory),
         EpochReport(f"{stage} refit", MONITOR[stage]),
     ]
     if sys.stderr.isatty():

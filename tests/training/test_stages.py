@@ -121,3 +121,17 @@ def test_a_refit_that_had_ended_trains_no_further_when_resumed(tmp_path) -> None
     assert second.rates == []
     assert second.weight.item() == first.weight.item() < 0
     assert longer.rates == pytest.approx([0.6, 0.5])
+
+
+@pytest.mark.parametrize("epochs_before", [1, 2, 4])
+def test_a_run_goes_on_where_its_directory_was_moved_to(tmp_path, epochs_before: int) -> None:
+    metrics = [0.1, 0.5, 0.2, 0.3]
+    first, second = _Scheduled(metrics), _Scheduled(metrics)
+    before = OPTIONS | {"max_epochs": epochs_before}
+    fit_stage("ranking", first, _Batches(2), tmp_path / "here", before, patience=9, resume=False)
+    (tmp_path / "here").rename(tmp_path / "there")
+    after = OPTIONS | {"max_epochs": 4}
+    chosen = fit_stage("ranking", second, _Batches(2), tmp_path / "there", after, patience=9, resume=True)
+    assert len(second.rates) == 2 * (4 - epochs_before)
+    assert (chosen.epochs, chosen.metric) == (2, pytest.approx(0.5))
+    assert not (tmp_path / "here").exists()
