@@ -36,10 +36,9 @@ from scipy.stats import ttest_rel
 
 from benchmarks.full_ranking import Scores, Vectors, question_metrics, recency
 from engine.arguments import ArgumentParser, nearest
-from engine.history import left_padded
 from ranking.ranker import HybridRanker
 from retrieval.fold_in import fold_in
-from training.data.context import encoded_context
+from training.answers import question_states
 from training.data.splits import Holdout, Protocol, SplitData, load_split, split_as_trained
 from training.stages import keep_freed_memory, quiet_lightning
 from training.train import (
@@ -57,7 +56,6 @@ METRICS = ("recall@10", "ndcg@10")
 REFERENCE = "sequence"
 LATE_WEIGHTS = tuple(n / 10 for n in range(11))  # of the graph's scores; the rest is the sequence's
 LATE_QUESTIONS = 5000  # of validation, at most, that choose the weight
-HISTORIES_AT_ONCE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,18 +277,12 @@ def _save(file: Path, answers: Vectors) -> None:
     unfinished.rename(file)
 
 
-@torch.no_grad()
 def ranker_answers(ranker: HybridRanker, holdout: Holdout) -> Vectors:
     """Return a ranker's states after the histories of a holdout, and the vectors that it scores with."""
-    items = ranker.item_vectors().float().numpy()
+    with torch.no_grad():
+        items = ranker.item_vectors().float().numpy()
     users = np.zeros((holdout.events.num_users + 1, items.shape[1]), np.float32)
-    order = np.argsort(holdout.ends - holdout.events.offsets[holdout.users], kind="stable")
-    for start in range(0, len(order), HISTORIES_AT_ONCE):
-        rows = order[start : start + HISTORIES_AT_ONCE]
-        histories = left_padded([holdout.history(int(q)).items for q in rows], ranker.history_length)
-        context = map(torch.from_numpy, encoded_context(ranker.context, holdout.events, holdout.ends[rows]))
-        states = ranker.in_context(ranker.states(torch.from_numpy(histories))[:, -1], *context)
-        users[holdout.users[rows]] = states.float().numpy()
+    users[holdout.users] = question_states(ranker, holdout)
     return Vectors(users, items.copy())
 
 

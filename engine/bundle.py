@@ -12,6 +12,9 @@
       sources.safetensors       what other candidate sources know: neighbours of each item as a sparse matrix
                                 (neighbour_offsets [I+2] int64, neighbour_rows [N] int32, neighbour_weights
                                 [N] float32), recent_popularity [I+1] int64
+      transitions.safetensors   what comes after each item (retrieval/transitions.py), as a sparse matrix of
+                                probabilities: transition_offsets [I+2] int64, transition_rows [N] int32,
+                                transition_weights [N] float32; not there where the events have no order
     and, unless ranker.kind is "none",
       ranker_state.onnx         a history and a context -> the ranker's state (ranking/onnx_scorer.py)
       ranker_scores.onnx        a state and candidates -> scores
@@ -19,7 +22,8 @@
       ranker_index.faiss        nearest items to the ranker's state
 
 What is large is opened as a memory map, which all processes that serve the bundle share: nobody may write
-into its files. In format 4, users.parquet holds the histories as lists, and the ONNX files their tables.
+into its files. Format 5 has no transitions; in format 4, users.parquet holds the histories as lists, and the
+ONNX files their tables.
 
 Writing is atomic: a bundle is a complete, verified directory or it is not there.
 """
@@ -58,7 +62,7 @@ from retrieval.sparse import SparseRows
 
 logger = logging.getLogger(__name__)
 
-BUNDLE_FORMAT = 5
+BUNDLE_FORMAT = 6
 OLDEST_FORMAT = 4  # that can be read
 
 MANIFEST = "manifest.json"
@@ -71,6 +75,7 @@ FILES = (
     "sources.safetensors",
 )
 HISTORIES = "histories.safetensors"
+TRANSITIONS = "transitions.safetensors"
 RANKER_STATE, RANKER_SCORES, RANKER_INDEX = "ranker_state.onnx", "ranker_scores.onnx", "ranker_index.faiss"
 RANKER_FILES = (RANKER_STATE, RANKER_SCORES, RANKER_INDEX)
 RANKER_WEIGHTS = "ranker.weights"
@@ -101,6 +106,7 @@ class Bundle:
     item_degrees: NDArray[np.float32]  # [I+1] training users of each item
     content_vectors: NDArray[np.float32]  # [I+1, C] of texts and attributes; row 0 and what has none zeros
     neighbours: SparseRows  # [I+1, I+1]
+    transitions: SparseRows | None  # [I+1, I+1] what comes after each item; None where nothing is known
     recent_popularity: NDArray[np.int64]  # [I+1] training users of each item in the recent window
     users: HistoryStore
     scorer: OnnxScorer | None
@@ -163,16 +169,20 @@ class Bundle:
                 "recent_popularity": ((num_items + 1,), "int64"),
             },
         )
-        neighbours = SparseRows(
-            sources["neighbour_offsets"],
-            sources["neighbour_rows"],
-            sources["neighbour_weights"],
-            num_items + 1,
-        )
-        try:
-            neighbours.check()
-        except ValueError as error:
-            raise BundleError(f"{path / 'sources.safetensors'}: neighbours: {error}") from error
+        neighbours = _sparse_rows(path / "sources.safetensors", "neighbour", sources, num_items)
+        transitions = None
+        if TRANSITIONS in manifest["files"]:
+            arrays = _arrays(
+                path / TRANSITIONS,
+                {
+                    "transition_offsets": ((num_items + 2,), "int64"),
+                    "transition_rows": ((None,), "int32"),
+                    "transition_weights": ((None,), "float32"),
+                },
+            )
+            transitions = _sparse_rows(path / TRANSITIONS, "transition", arrays, num_items)
+            if len(transitions.values) and not 0 <= transitions.values.min() <= transitions.values.max() <= 1:
+                raise BundleError(f"{path / TRANSITIONS}: transitions are no probabilities; expected 0 to 1")
         if scorer and ranker_index:
             _expect(path / RANKER_SCORES, "number of items", scorer.num_items, num_items)
             _expect(path / RANKER_INDEX, "number of items", ranker_index.num_items, num_items)
@@ -189,6 +199,7 @@ class Bundle:
             vectors["item_degrees"],
             vectors["content_vectors"],
             neighbours,
+            transitions,
             sources["recent_popularity"],
             users,
             scorer,
@@ -206,7 +217,7 @@ def verify_files(path: Path) -> dict[str, Any]:
     has_ranker = manifest["ranker"]["kind"] != "none"
     expected = {*FILES, *RANKER_FILES} if has_ranker else {*FILES}
     named = set(manifest["files"])
-    expected |= named & ({HISTORIES, RANKER_WEIGHTS} if has_ranker else {HISTORIES})
+    expected |= named & ({HISTORIES, TRANSITIONS, RANKER_WEIGHTS} if has_ranker else {HISTORIES, TRANSITIONS})
     if named != expected:
         raise BundleError(f"{path / MANIFEST}: files names {sorted(named)}; expected {sorted(expected)}")
     present = {entry.name for entry in path.iterdir()}
@@ -505,6 +516,17 @@ def _arrays(file: Path, expected: dict[str, tuple[tuple[int | None, ...], str]])
         if found.dtype.kind == "f" and not np.isfinite(found).all():
             raise BundleError(f"{file}: {name} holds NaN or infinite values")
     return arrays
+
+
+def _sparse_rows(file: Path, name: str, arrays: dict[str, NDArray[Any]], num_items: int) -> SparseRows:
+    """Return the matrix [I+1, I+1] that three arrays of a file are. Raises BundleError."""
+    offsets, columns, values = (arrays[f"{name}_{part}"] for part in ("offsets", "rows", "weights"))
+    rows = SparseRows(offsets, columns, values, num_items + 1)
+    try:
+        rows.check()
+    except ValueError as error:
+        raise BundleError(f"{file}: {name}s: {error}") from error
+    return rows
 
 
 def _expect(file: Path, what: str, found: object, expected: object) -> None:

@@ -38,16 +38,19 @@ from engine.policies import Arrangement, Filtered, explanation, exposure_of, ite
 from engine.sources import check_sources, choice, is_number, sources_from_config
 from engine.trace import StageTiming, Trace, VisitorKind
 from ranking.context import Encoded
+from ranking.transitions import transition_bonus
 from reranking.constraints import DropSeen
 from reranking.items import Request
 from reranking.policy import Policies, Policy, policies_from_config
 from reranking.reranker import NO_PURCHASES, Funnel, Purchases, Reranker
 from retrieval.fold_in import event_weights, fold_in
 from retrieval.sources import Candidates, EmbeddingSource, Query, merge, shares_of
+from retrieval.transitions import following
 
 MAX_LIMIT = 500  # items of a slate
 MAX_CANDIDATES = 10_000
 MAX_HEAD_WEIGHT = 100
+MAX_TRANSITION_WEIGHT = 10
 NO_ROWS = np.zeros(0, np.int32)
 DAY_MS = 86_400_000
 
@@ -147,6 +150,7 @@ class RecommendationPipeline:
         # What the ranker scores for, where it is more than one thing.
         self.heads: tuple[str, ...] = bundle.scorer.heads if bundle.scorer else ()
         self.head_weights = default_head_weights(bundle)
+        self.transition_weight = transition_weight(bundle)
 
     def with_policies(self, policies: Policies) -> RecommendationPipeline:
         """Return a pipeline over the same bundle with other policies; this one stays as it is.
@@ -346,9 +350,11 @@ class RecommendationPipeline:
         head_weights: Mapping[str, float] = NO_WEIGHTS,
     ) -> Query:
         """Return what the stages may know; the ranker's state is worked out once, when first asked for."""
-        weights_of_heads = self.head_weights
+        weights_of_heads, scale = self.head_weights, 1.0
         if head_weights:
             weights_of_heads = np.array([[head_weights.get(name, 0.0) for name in self.heads]], np.float32)
+        if weights_of_heads is not None:
+            scale = float(weights_of_heads.sum())  # of the scores, that what is added to them has to have too
         clock = self.bundle.manifest["data"]["clock"]
         moment = clock if now is None else now
 
@@ -362,8 +368,14 @@ class RecommendationPipeline:
             found: NDArray[np.float32] = scorer.user_states(history, asked_in, weights_of_heads)[0]
             return found
 
+        @functools.cache
+        def next_items() -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+            return items_following(self.bundle, visitor.history)
+
         weights = history_weights(self.bundle, visitor.history)
-        return Query(visitor.history.wanted, weights, state, moment)
+        return Query(
+            visitor.history.wanted, weights, state, moment, next_items, scale * self.transition_weight
+        )
 
     # The stages.
 
@@ -472,6 +484,8 @@ class RecommendationPipeline:
         """Return the best items by the ranker; without one by the query vector; without that as they are."""
         if self.bundle.scorer:
             scores = self.bundle.scorer.score_states(query.state()[np.newaxis], items.rows[np.newaxis])[0]
+            if query.transition_weight:
+                scores = scores + transition_bonus(items.rows, *query.following(), query.transition_weight)
             return items.ordered_by(scores, num_kept)
         vectors, degrees = self.bundle.item_vectors, self.bundle.item_degrees
         vector = fold_in(vectors, degrees, query.items, query.weights)
@@ -580,6 +594,12 @@ def check_settings(pipeline: Mapping[str, Any]) -> None:
             )
     if head_weights and not any(head_weights.values()):
         raise ValueError("pipeline.head_weights are all 0; expected at least one above")
+    counts = pipeline.get("transition_weight")
+    if counts is not None and not (is_number(counts) and 0 <= counts <= MAX_TRANSITION_WEIGHT):
+        raise ValueError(
+            f"pipeline.transition_weight is {counts!r}; expected a number from 0 to {MAX_TRANSITION_WEIGHT}, "
+            "or null"
+        )
     for name in ("half_life_events", "half_life_days", "popular_window_days"):
         length = pipeline.get(name)
         if length is not None and not (is_number(length) and length > 0):
@@ -603,6 +623,19 @@ def default_head_weights(bundle: Bundle) -> NDArray[np.float32] | None:
     if not weights:
         return np.eye(1, len(heads), dtype=np.float32)
     return np.array([[weights.get(name, 0.0) for name in heads]], np.float32)
+
+
+def transition_weight(bundle: Bundle) -> float:
+    """Return how much it counts in the ranker's scores that an item has often come next; 0 for not at all."""
+    weight: float | None = bundle.manifest["pipeline"].get("transition_weight")
+    return 0.0 if weight is None or bundle.transitions is None else weight
+
+
+def items_following(bundle: Bundle, history: History) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Return what retrieval.transitions.following says of a history; nothing where the bundle cannot tell."""
+    if bundle.transitions is None:
+        return NO_ROWS, np.zeros(0, np.float32)
+    return following(bundle.transitions, history.wanted)
 
 
 def history_weights(bundle: Bundle, history: History) -> NDArray[np.float32]:

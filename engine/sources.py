@@ -15,6 +15,7 @@ from retrieval.sources import (
     NeighbourSource,
     PopularSource,
     SequenceSource,
+    TransitionSource,
 )
 
 # One line a source; one that a bundle has nothing for gives None, and its share goes to the others.
@@ -22,6 +23,7 @@ SOURCES: dict[str, Callable[[Bundle], CandidateSource | None]] = {
     "sequence": lambda bundle: SequenceSource(bundle.ranker_index) if bundle.ranker_index else None,
     "embedding": lambda bundle: EmbeddingSource(bundle.index, bundle.item_vectors, bundle.item_degrees),
     "neighbours": lambda bundle: NeighbourSource(bundle.neighbours),
+    "transitions": lambda bundle: TransitionSource() if bundle.transitions is not None else None,
     "popular": lambda bundle: PopularSource(bundle.recent_popularity, bundle.catalog.popularity),
     "fresh": lambda bundle: FreshSource(bundle.catalog.available_from),
 }

@@ -28,6 +28,9 @@ class Query:
     weights: NDArray[np.float32]  # [H] how much each event counts (retrieval.fold_in.event_weights)
     state: Callable[[], NDArray[np.float32]]  # -> [S], what the ranker makes of the whole history
     now: int  # the data set's clock
+    # -> [N] items that may come next, ascending, and how likely each is [N] (retrieval.transitions.following)
+    following: Callable[[], tuple[NDArray[np.int32], NDArray[np.float32]]]
+    transition_weight: float = 0.0  # how much that counts in the ranker's scores
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,22 @@ class NeighbourSource:
         _check_limit(limit)
         items, weights = distinct_items(query.items, query.weights)
         rows, scores = self._neighbours.weighted_sum(items, weights)
+        if allowed is not None:
+            kept = allowed[rows]
+            rows, scores = rows[kept], scores[kept]
+        rows, scores = strongest(rows, scores, limit)
+        return Candidates(rows, scores, self.name)
+
+
+class TransitionSource:
+    """Items that have come after the history's last items, the likeliest first."""
+
+    name = "transitions"
+
+    def find(self, query: Query, allowed: NDArray[np.bool_] | None, limit: int) -> Candidates:
+        """See CandidateSource.find; scores are probabilities, equal ones by lower row."""
+        _check_limit(limit)
+        rows, scores = query.following()
         if allowed is not None:
             kept = allowed[rows]
             rows, scores = rows[kept], scores[kept]

@@ -25,9 +25,17 @@ from engine.arguments import ArgumentParser
 from engine.bundle import Bundle, resolve_bundle
 from engine.history import left_padded
 from engine.item_list import largest
-from engine.pipeline import RecommendationPipeline, Visitor, default_head_weights, query_vector
+from engine.pipeline import (
+    RecommendationPipeline,
+    Visitor,
+    default_head_weights,
+    items_following,
+    query_vector,
+    transition_weight,
+)
 from engine.policies import item_facts
 from engine.policy_files import PolicyFiles
+from ranking.transitions import transition_bonus
 from training import metrics
 from training.data.context import encoded_context
 from training.data.dataset import fingerprint
@@ -246,6 +254,10 @@ def _ranking_scores(bundle: Bundle, questions: _Questions) -> NDArray[np.float32
     if weights is not None:
         weights = np.repeat(weights, len(history), axis=0)
     scores[:, 1:] = bundle.scorer.score(history, everything, context, weights)
+    if weight := transition_weight(bundle) * (1.0 if weights is None else float(weights[0].sum())):
+        for row, visitor_history in zip(scores, questions.visitor_histories, strict=True):
+            rows, probabilities = items_following(bundle, visitor_history)
+            row[rows] += transition_bonus(rows, rows, probabilities, weight)
     return scores
 
 

@@ -26,6 +26,7 @@ from engine.bundle import (
     RANKER_SCORES,
     RANKER_STATE,
     RANKER_WEIGHTS,
+    TRANSITIONS,
     Bundle,
     write_bundle,
     write_users,
@@ -43,6 +44,7 @@ from training.data.dataset import Dataset
 from training.data.interactions import Interactions
 from training.data.splits import SplitData
 from training.quantization import MAX_SCORE_DIFFERENCE, Precision, quantize
+from training.transitions import training_transitions
 
 OPSET = 20
 LEAST_K = 100  # that an index is tuned to where it only gives a share: alone it still fills a slate
@@ -74,7 +76,8 @@ DEFAULT_POLICIES: dict[str, Any] = {
 # Amazon Beauty and Toys (benchmarks/results/README.md). The ranker's own search finds most of what it ranks
 # high; the others find what it has not learned. A share that a source cannot give goes to those before it.
 DEFAULT_SOURCES: list[dict[str, Any]] = [
-    {"source": "sequence", "quota": 0.8},
+    {"source": "sequence", "quota": 0.75},
+    {"source": "transitions", "quota": 0.05},
     {"source": "embedding", "quota": 0.05},
     {"source": "neighbours", "quota": 0.05},
     {"source": "popular", "quota": 0.05},
@@ -350,6 +353,15 @@ def export_bundle(
             directory / "sources.safetensors",
         )
         if ranker is not None:
+            transitions = training_transitions(train, pipeline["num_neighbours"])
+            save_file(
+                {
+                    "transition_offsets": transitions.offsets,
+                    "transition_rows": transitions.columns,
+                    "transition_weights": transitions.values,
+                },
+                directory / TRANSITIONS,
+            )
             items_of = [history.items for history in histories]
             precision = pipeline.get("ranker_precision", "float32")
             indexes[RANKER_INDEX] = export_ranker(ranker, directory, of_ranker, items_of, precision)

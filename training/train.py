@@ -42,8 +42,10 @@ from training.stages import (
     quiet_lightning,
     refit_stage,
 )
+from training.transitions import TransitionWeight, choose_transition_weight
 
 EMBEDDINGS, CONTENT, CHOSEN = "embeddings.safetensors", "content.safetensors", "chosen.json"
+TRANSITION_WEIGHT = "transition_weight.json"
 
 DESCRIPTION = """\
 Train both stages on a data set directory and publish a bundle.
@@ -71,7 +73,8 @@ class PipelineOptions:
         num_ranked: best of them that the rules see.
         default_limit: length of a slate where the request does not say.
         sources: where the candidates come from, in order, and the share of num_candidates that each gives:
-            sequence, embedding, neighbours, popular, fresh. What one cannot fill the others do, in order.
+            sequence, transitions, embedding, neighbours, popular, fresh. What one cannot fill the others do,
+            in order.
         event_weights: how much an event of each type counts in a history, such as {purchase: 3, cart: 2}; 1
             where a type is missing.
         half_life_events: after how many further events one counts half; null lets the order play no part.
@@ -82,7 +85,9 @@ class PipelineOptions:
             purchase: 3}; of ranking.model.heads and "next". Empty: the next item alone.
         ranker_precision: float32; float16, whose tables of item vectors take half the memory; or int8, with
             a quarter of it (python -m benchmarks.scoring says what each costs in time and quality).
-        num_neighbours: how many neighbours the bundle holds of each item.
+        num_neighbours: how many neighbours the bundle holds of each item, and how many items that came next.
+        transition_weight: how much it counts in the ranker's scores that an item has often come next; 0
+            where it does not. null: what is best on validation.
         popular_window_days: popular is what is popular in the last days of the training data; null, and data
             without times, count all of it.
         policies: what a file of policies holds (docs/policies.md): policies by name, and the default one.
@@ -99,6 +104,7 @@ class PipelineOptions:
     head_weights: dict[str, float] = field(default_factory=dict)
     ranker_precision: Precision = "float32"
     num_neighbours: int = 200
+    transition_weight: float | None = None
     popular_window_days: float | None = 30.0
     policies: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(DEFAULT_POLICIES))
 
@@ -250,12 +256,15 @@ def train(
     step = iter(f"fit {number} of {num_fits}" for number in range(1, num_fits + 1))
     chosen: dict[str, Chosen] = {}
     ranker: HybridRanker | None = None
+    pipeline = recipe["pipeline"]
+    transitions = TransitionWeight.read(run / TRANSITION_WEIGHT)
+    is_weighed = transitions is not None or pipeline.get("transition_weight") is not None
 
     _say(f"{next(step)}: retrieval on train; validation chooses the epochs")
     chosen["retrieval"] = fit_retrieval(directory, split, run, settings, recipe["seed"], resume)
     if split.ordered:
         _say(f"{next(step)}: ranking on train; validation chooses the epochs")
-        before = chosen_before(run) if refit else None
+        before = chosen_before(run) if refit and is_weighed else None
         if before is not None:
             _say("ranking: already trained in this run")
             chosen["ranking"] = before
@@ -263,6 +272,13 @@ def train(
             ranker, chosen["ranking"] = fit_ranking(
                 directory, split, run / EMBEDDINGS, run, settings, recipe["seed"], resume, content=content
             )
+            if not is_weighed:
+                transitions = choose_transition_weight(ranker, split, pipeline["num_neighbours"])
+                transitions.write(run / TRANSITION_WEIGHT)
+                _say(
+                    f"transitions: weight {transitions.weight:g}; val_ndcg@10 by weight "
+                    + ", ".join(f"{weight}: {metric:.4f}" for weight, metric in transitions.metrics.items())
+                )
     else:
         _say(f"ranking: left out, split {split.name} leaves the events without an order to learn from")
 
@@ -288,7 +304,10 @@ def train(
                 )
 
     _say("export: writing and verifying the bundle")
-    pipeline = recipe["pipeline"]
+    metrics = {stage: {MONITOR[stage]: fit.metric} for stage, fit in chosen.items()}
+    if transitions is not None:
+        pipeline = pipeline | {"transition_weight": transitions.weight}
+        metrics["transitions"] = {f"val_ndcg@10 at {w}": value for w, value in transitions.metrics.items()}
     bundle = export_bundle(
         out, dataset, data, load_file(vectors), ranker,
         pipeline={key: value for key, value in pipeline.items() if key != "policies"},
@@ -299,7 +318,7 @@ def train(
             "content": encoder_name(settings().content) if content else "none",
         },
         recipe=recipe,
-        metrics={"validation": {stage: {MONITOR[stage]: fit.metric} for stage, fit in chosen.items()}},
+        metrics={"validation": metrics},
     )  # fmt: skip
     (run / "bundle.txt").write_text(f"{bundle}\n", encoding="utf-8")
     return bundle

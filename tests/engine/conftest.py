@@ -27,6 +27,7 @@ from engine.bundle import (
     RANKER_SCORES,
     RANKER_STATE,
     RANKER_WEIGHTS,
+    TRANSITIONS,
     write_bundle,
     write_users,
 )
@@ -203,6 +204,14 @@ def fill_bundle(
         directory / "sources.safetensors",
     )
     if ranker != "none":
+        save_file(
+            {
+                "transition_offsets": neighbours.offsets,
+                "transition_rows": neighbours.columns,
+                "transition_weights": neighbours.values,
+            },
+            directory / TRANSITIONS,
+        )
         files = (directory / name for name in (RANKER_STATE, RANKER_SCORES, RANKER_WEIGHTS))
         write_models(*files, scorer_models(vectors))
         ItemIndex.build(vectors).save(directory / RANKER_INDEX)

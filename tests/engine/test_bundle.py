@@ -27,6 +27,7 @@ from engine.bundle import (
     RANKER_SCORES,
     RANKER_STATE,
     RANKER_WEIGHTS,
+    TRANSITIONS,
     Bundle,
     BundleError,
     bundles_in,
@@ -89,7 +90,7 @@ def test_format_4_has_histories_in_the_table_and_weights_in_the_graphs(
     for name in (RANKER_STATE, RANKER_SCORES):
         model = onnx.load(copy / name)  # with what stands outside
         onnx.save(model, copy / name)
-    for name in (HISTORIES, RANKER_WEIGHTS):
+    for name in (HISTORIES, TRANSITIONS, RANKER_WEIGHTS):
         (copy / name).unlink()
     manifest = json.loads((copy / MANIFEST).read_text())
     files = [file for file in copy.iterdir() if file.name != MANIFEST]
@@ -201,10 +202,10 @@ def test_damage_is_refused_by_name(copy: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda manifest: manifest.update(format_version=6), "has format 6, newer than 5"),
+        (lambda manifest: manifest.update(format_version=7), "has format 7, newer than 6"),
         (
             lambda manifest: manifest.update(format_version=1),
-            "has format 1; this trirank reads formats 4 to 5.*train",
+            "has format 1; this trirank reads formats 4 to 6.*train",
         ),
         (lambda manifest: manifest.pop("format_version"), "format_version is missing"),
         (lambda manifest: manifest.pop("policies"), "policies is missing"),
@@ -306,6 +307,14 @@ def test_parts_that_contradict_each_other(tmp_path: Path, fill: Fill) -> None:
         (
             other_sources("neighbour_rows", np.full(115, 41, np.int32)),
             "neighbours: columns run from 41 to 41",
+        ),
+        (
+            other_vectors("transition_weights", np.full(115, 1.5, np.float32), "transitions.safetensors"),
+            "transitions are no probabilities",
+        ),
+        (
+            other_vectors("transition_rows", np.full(115, 41, np.int32), "transitions.safetensors"),
+            "transitions: columns run from 41 to 41",
         ),
         (other_sources("neighbour_weights", np.ones(3, np.float32)), "neighbours: 3 values for 115 columns"),
         (other_sources("neighbour_offsets", np.ones(42, np.int64)), "neighbours: offsets do not rise"),

@@ -26,6 +26,7 @@ from engine.pipeline import (
 )
 from engine.trace import VisitorKind
 from ranking.context import ContextTable, Encoded
+from ranking.transitions import FLOOR
 from retrieval.fold_in import fold_in
 
 MakeBundle = Callable[..., Path]
@@ -147,6 +148,47 @@ def test_known_user_from_end_to_end(plain: RecommendationPipeline) -> None:
     assert trace.total_us >= sum(whole_stages) - 4
 
 
+@pytest.mark.parametrize("quota", [0.0, 0.2])
+def test_what_has_often_come_next_is_found_and_stands_higher(make_bundle: MakeBundle, quota: float) -> None:
+    sources = [{"source": "sequence", "quota": 1 - quota}, {"source": "transitions", "quota": quota}]
+    path = make_bundle(policy=[{"rule": "drop_seen"}], sources=sources, transition_weight=0.5)
+    pipeline = RecommendationPipeline(Bundle.load(path))
+    history = [2, 3, 9, 5]
+    likely = dict.fromkeys(range(1, 41), 0.0)  # toy_neighbours: by the n-th last event
+    for place, item in enumerate(reversed(history), start=1):
+        for row, weight in ((item + 1, 0.5), (item - 1, 0.25), (item + 3, 0.125)):
+            if row in likely:
+                likely[row] += weight / place / (1 + 1 / 2 + 1 / 3 + 1 / 4)
+    unseen = [row for row in likely if row not in history]
+    ranker = ranker_scores(pipeline.bundle, history)
+    expected = {row: ranker[row] + 0.5 * np.log1p(likely[row] / FLOOR) for row in unseen}
+    by_ranker = sorted(unseen, key=lambda row: -ranker[row])
+    by_likely = sorted([row for row in unseen if likely[row]], key=lambda row: -likely[row])
+    share = round(20 * (1 - quota))
+    found = set(by_ranker[:share])
+    found |= set([row for row in by_likely if row not in found][: 20 - share])
+    found |= set([row for row in by_ranker if row not in found][: 20 - len(found)])
+
+    visitor = visitor_of(*history)
+    items, trace = pipeline.recommend(visitor, 10)
+    assert trace.degraded_stages == []
+    assert items.rows.tolist() == sorted(found, key=lambda row: -expected[row])[:10]
+    np.testing.assert_allclose(items.scores, [expected[row] for row in items.rows.tolist()], rtol=1e-4)
+    asked = np.array(unseen, np.int32)
+    ranked, _ = pipeline.rank(visitor, asked)
+    assert ranked.rows.tolist() == sorted(unseen, key=lambda row: -expected[row])
+    # Without the table, and without a weight, the ranker stands alone.
+    for other in (
+        without(pipeline, transitions=None),
+        without(pipeline, manifest=_with_settings(pipeline.bundle, transition_weight=None)),
+    ):
+        assert other.rank(visitor, asked)[0].rows.tolist() == by_ranker
+
+
+def _with_settings(bundle: Bundle, **settings: Any) -> dict[str, Any]:
+    return bundle.manifest | {"pipeline": bundle.manifest["pipeline"] | settings}
+
+
 def test_evaluation_asks_with_rows(plain: RecommendationPipeline) -> None:
     by_id, _ = plain.recommend(plain.resolve_visitor("loyal"), 10)
     by_row, _ = plain.recommend(visitor_of(2, 3, 3, 5, user_row=1), 10)
@@ -235,6 +277,7 @@ def test_settings_out_of_range(name: str, value: int) -> None:
             "event_weights.purchase is -1; expected a number of at least 0",
         ),
         ({"half_life_events": 0}, "half_life_events is 0; expected a number above 0, or null"),
+        ({"transition_weight": -1}, "transition_weight is -1; expected a number from 0 to 10, or null"),
         ({"half_life_days": float("nan")}, "half_life_days is nan"),
         ({"popular_window_days": -3}, "popular_window_days is -3"),
     ],

@@ -13,6 +13,7 @@ from retrieval.sources import (
     PopularSource,
     Query,
     SequenceSource,
+    TransitionSource,
     _first_allowed,
     merge,
 )
@@ -24,6 +25,7 @@ INDEX = ItemIndex.build(VECTORS)
 NEIGHBOURS = SparseRows.from_entries(
     np.array([1, 1, 2, 2, 3]), np.array([2, 3, 1, 3, 1]), np.array([0.5, 0.25, 1, 0.5, 2]), 4, 4
 )
+NEXT = (np.array([1, 3], np.int32), np.array([0.25, 0.5], np.float32))
 POPULARITY = np.array([99, 5, 0, 7, 5], np.int64)
 AVAILABLE_FROM = np.array([99, 0, 300, 100, 300], np.int64)
 
@@ -36,7 +38,7 @@ def found(source: str, *rows: int) -> Candidates:
 def asked(*items: int, weights: list[float] | None = None, state=(0, 1), now: int = 1000) -> Query:
     """A query of a history of equal weights, whose state is given and counted."""
     counts = np.ones(len(items), np.float32) if weights is None else np.array(weights, np.float32)
-    return Query(np.array(items, np.int32), counts, lambda: np.array(state, np.float32), now)
+    return Query(np.array(items, np.int32), counts, lambda: np.array(state, np.float32), now, lambda: NEXT)
 
 
 def test_embedding():
@@ -78,6 +80,14 @@ def test_neighbours():
         2: 0.75,
         3: 0.625,
     }
+
+
+def test_transitions():
+    candidates = TransitionSource().find(asked(2), None, 5)
+    assert candidates.source == "transitions"
+    assert (candidates.rows.tolist(), candidates.scores.tolist()) == ([3, 1], [0.5, 0.25])
+    assert TransitionSource().find(asked(2), np.array([True, True, True, False]), 5).rows.tolist() == [1]
+    assert TransitionSource().find(asked(2), None, 1).rows.tolist() == [3]
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,11 @@ def test_train_publishes_one_verified_bundle_and_leaves_logs(shop: Path) -> None
     assert len(bundle.neighbours.columns) > 100
     assert 0 < bundle.recent_popularity.sum() < bundle.catalog.popularity.sum()  # of 30 days, and of all
     assert manifest["recipe"]["ranking"]["model"]["encoder"]["init_args"]["dim"] == 16
-    assert set(manifest["metrics"]["validation"]) == {"retrieval", "ranking"}
+    found = manifest["metrics"]["validation"]
+    assert set(found) == {"retrieval", "ranking", "transitions"}
+    weight = manifest["pipeline"]["transition_weight"]
+    assert found["transitions"][f"val_ndcg@10 at {weight:g}"] == max(found["transitions"].values())
+    assert len(bundle.transitions.columns) > 100
     assert bundle.item_vectors.shape == (101, 16)
     (run,) = (shop / "runs").iterdir()
     for stage in ("retrieval", "ranking", "refit/retrieval", "refit/ranking"):
@@ -377,7 +381,7 @@ def test_the_benchmark_of_the_sources(shop: Path, strict: Path, capsys: pytest.C
     ask = [str(strict), "--data", str(shop / "data"), "--part", "validation", "--max_users", "50"]
     assert sources.main([*ask, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    names = ["sequence", "embedding", "neighbours", "popular", "fresh", "all, merged"]
+    names = ["sequence", "transitions", "embedding", "neighbours", "popular", "fresh", "all, merged"]
     assert list(result["sources"]) == names
     assert result["num_users"] == 50
     # The shop has 100 items, so whoever finds all of them has recall 1; merged has no item twice.
@@ -402,6 +406,8 @@ def test_the_benchmark_of_the_sources(shop: Path, strict: Path, capsys: pytest.C
 
 def test_full_ranking_of_evaluation_agrees_with_the_pipeline_without_rules(shop: Path) -> None:
     bundle = Bundle.load(resolve_bundle(shop / "bundles"))
+    settings = bundle.manifest["pipeline"] | {"transition_weight": 0.0}
+    bundle = dataclasses.replace(bundle, manifest=bundle.manifest | {"pipeline": settings})
     pipeline = RecommendationPipeline(served_with(bundle, rules=False))
     history = bundle.users.get("17")
     slate = pipeline.recommend(Visitor(history), 10).items
@@ -411,6 +417,18 @@ def test_full_ranking_of_evaluation_agrees_with_the_pipeline_without_rules(shop:
     scores = bundle.scorer.score(*asked, Encoded(rows[None], weights[None]))[0]
     scores[[0, *history.items]] = -np.inf
     assert slate.rows.tolist() == np.argsort(-scores, kind="stable")[:10].tolist()
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.7])
+def test_evaluation_ranks_as_the_pipeline_does(shop: Path, weight: float) -> None:
+    bundle = Bundle.load(resolve_bundle(shop / "bundles"))
+    settings = bundle.manifest["pipeline"] | {"transition_weight": weight}
+    bundle = dataclasses.replace(bundle, manifest=bundle.manifest | {"pipeline": settings})
+    found = evaluate(served_with(bundle, rules=False), shop / "data", stages=["ranking", "slate"])
+    assert found["ranking"]["ndcg@10"] == pytest.approx(found["slate"]["ndcg@10"])
+    other = dataclasses.replace(bundle, transitions=None)
+    alone = evaluate(served_with(other, rules=False), shop / "data", stages=["ranking"])
+    assert (alone["ranking"]["ndcg@10"] == found["ranking"]["ndcg@10"]) == (weight == 0)
 
 
 def without_seen(items: np.ndarray) -> np.ndarray:

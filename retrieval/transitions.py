@@ -1,0 +1,69 @@
+"""What comes after an item: counted in histories, as a sparse matrix, and asked with a history.
+
+A ranker of some dozen numbers an item cannot keep every "who bought this camera then bought that case". A
+table can. The idea to let one help the other is that of factorized models beside Markov chains (He and
+McAuley, "Fusing Similarity Models with Markov Chains for Sparse Sequential Recommendation", ICDM 2016) and of
+language models that look up what they have read (Khandelwal et al., ICLR 2020).
+
+Shape legend: I items, E events, H events of a history, N items that may come next.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval.sparse import SparseRows, strongest
+
+WINDOW = 3  # events behind one that count as coming after it
+LAST_EVENTS = 20  # of a history that are asked what comes after them
+
+
+def item_transitions(
+    users: NDArray[np.int32], items: NDArray[np.int32], num_items: int, k: int, window: int = WINDOW
+) -> SparseRows:
+    """Return what comes after each item, [I+1, I+1]: the k likeliest of each row, likeliest first.
+
+    The d-th event after one counts 1 / d, up to the window. A row is divided by the sum of all its counts, so
+    that it holds probabilities, which sum to 1 where k leaves none out. An item does not follow itself. Row 0
+    is empty.
+
+    Args:
+        users: [E] int32, 1..U: the events of one after those of the other,
+        items: [E] int32, 1..I: and each user's from the oldest to the newest.
+        num_items: I.
+        k: most items that a row keeps.
+        window: at least 1.
+    """
+    size = num_items + 1
+    pairs, counts = [np.zeros(0, np.int64)], [np.zeros(0)]
+    for distance in range(1, window + 1):
+        before, after = items[:-distance].astype(np.int64), items[distance:]
+        is_pair = (users[:-distance] == users[distance:]) & (before != after)
+        pairs.append(before[is_pair] * size + after[is_pair])
+        counts.append(np.full(len(pairs[-1]), 1.0 / distance))
+    distinct, place = np.unique(np.concatenate(pairs), return_inverse=True)
+    sums = np.bincount(place, np.concatenate(counts), minlength=len(distinct)).astype(np.float64)
+    whole = SparseRows.from_entries(distinct // size, distinct % size, sums, size, size)
+    rows = []
+    for item in range(size):
+        columns, values = whole.row(item)
+        rows.append(strongest(columns, values / max(float(values.sum()), 1e-9), k))
+    return SparseRows.from_rows(rows, size)
+
+
+def following(
+    transitions: SparseRows, history: NDArray[np.int32]
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Return the items that may come next after a history, ascending [N], and how likely each is [N].
+
+    The mean of what comes after each of the last events, the n-th last of weight 1 / n. What
+    `item_transitions` left out is missing, so the numbers sum to 1 at most.
+
+    Args:
+        transitions: of item_transitions.
+        history: [H] int32 item rows, oldest first.
+    """
+    last = history[::-1][:LAST_EVENTS]
+    weights = 1.0 / np.arange(1, len(last) + 1)
+    return transitions.weighted_sum(last, weights / max(float(weights.sum()), 1.0))

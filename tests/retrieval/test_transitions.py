@@ -1,0 +1,64 @@
+"""What comes after an item, by hand and against a loop over pairs of events."""
+
+import numpy as np
+import pytest
+
+from retrieval.transitions import LAST_EVENTS, following, item_transitions
+
+USERS, ITEMS = np.array([1, 1, 1, 1, 2, 2], np.int32), np.array([1, 2, 3, 1, 1, 2], np.int32)
+
+
+def test_worked_out():
+    transitions = item_transitions(USERS, ITEMS, 4, k=10)
+    rows = [dict(zip(*(part.tolist() for part in transitions.row(item)), strict=True)) for item in range(5)]
+    # 1 is followed by 2 of both users, and by 3 at a distance of two; three events later by itself.
+    assert rows[1] == pytest.approx({2: 0.8, 3: 0.2})
+    assert rows[2] == pytest.approx({3: 2 / 3, 1: 1 / 3})
+    assert rows[3] == {1: 1}
+    assert rows[0] == rows[4] == {}
+    # What is left out still counts in the sum.
+    assert item_transitions(USERS, ITEMS, 4, k=1).row(1)[0].tolist() == [2]
+    assert item_transitions(USERS, ITEMS, 4, k=1).row(1)[1].tolist() == pytest.approx([0.8])
+
+    items, probabilities = following(transitions, np.array([1, 2], np.int32))
+    assert items.tolist() == [1, 2, 3]
+    assert probabilities.tolist() == pytest.approx([2 / 9, 0.8 / 3, 4 / 9 + 0.2 / 3])
+    assert probabilities.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("k", "window"), [(2, 1), (100, 1), (3, 3), (100, 9)])
+def test_agrees_with_a_loop(k, window):
+    rng = np.random.default_rng(0)
+    lengths = [0, 1, 2, 7, 30, 4]
+    users = np.repeat(np.arange(1, 7), lengths).astype(np.int32)
+    items = rng.integers(1, 9, len(users)).astype(np.int32)
+    expected = np.zeros((10, 10))  # nobody touched item 9
+    for first in range(len(items)):
+        for second in range(first + 1, min(first + window + 1, len(items))):
+            if users[first] == users[second] and items[first] != items[second]:
+                expected[items[first], items[second]] += 1 / (second - first)
+    expected /= np.maximum(expected.sum(axis=1, keepdims=True), 1e-9)
+    transitions = item_transitions(users, items, 9, k, window)
+    for item in range(10):
+        columns, values = transitions.row(item)
+        assert len(columns) == min(k, np.count_nonzero(expected[item]))
+        np.testing.assert_allclose(values, -np.sort(-expected[item])[: len(values)], rtol=1e-6)
+        np.testing.assert_allclose(values, expected[item][columns], rtol=1e-6)
+
+
+def test_the_last_events_are_asked_the_newest_most():
+    transitions = item_transitions(np.array([1, 1, 2, 2]), np.array([1, 2, 3, 4]), 4, k=5)
+    for length in (1, LAST_EVENTS, 3 * LAST_EVENTS):
+        history = np.array([1] * (length - 1) + [3], np.int32)
+        weights = 1 / np.arange(1, min(length, LAST_EVENTS) + 1)
+        found = dict(zip(*(part.tolist() for part in following(transitions, history)), strict=True))
+        assert found.pop(4) == pytest.approx(1 / weights.sum())
+        assert found == ({2: pytest.approx(weights[1:].sum() / weights.sum())} if length > 1 else {})
+
+
+def test_of_nothing_nothing_follows():
+    nothing = np.zeros(0, np.int32)
+    transitions = item_transitions(nothing, nothing, 3, k=5)
+    assert len(transitions) == 4
+    for history in (nothing, np.array([2], np.int32)):
+        assert [len(part) for part in following(transitions, history)] == [0, 0]
