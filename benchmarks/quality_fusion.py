@@ -8,6 +8,8 @@ For each seed stage one is trained once, and these answer the same test question
 (d) cross-attention   the default ranker: states attend to the graph vectors of stage one
 (e) shuffled          (d), with the graph vectors dealt out to the items at random: a control
 (f) content           (d) with what is known of the items: texts, categories, brands, prices
+(g) transitions       (d), and what has often come next adds to the scores: what `trirank train` exports
+(h) sequence-transitions  (a), likewise: is there more to the graph than pairs?
 
 The table has the mean and standard deviation over seeds, and a paired t-test over users of NDCG@10, averaged
 over seeds, against (a). What (d) gains and (e) keeps is not the graph's.
@@ -51,6 +53,7 @@ from training.train import (
     fit_retrieval,
     recipe_of,
 )
+from training.transitions import best_weight, bonuses, training_transitions
 
 METRICS = ("recall@10", "ndcg@10")
 REFERENCE = "sequence"
@@ -67,11 +70,14 @@ class Variant:
         graph: what a ranker stands on: the vectors of stage one "as they are", "shuffled", or "none". None
             where no ranker is trained.
         content: whether the ranker is told of the items.
+        upon: the variant whose scores transitions add to, with a weight chosen on validation. None for no
+            transitions.
     """
 
     letter: str
     graph: str | None = None
     content: bool = False
+    upon: str | None = None
 
 
 VARIANTS = {
@@ -81,6 +87,8 @@ VARIANTS = {
     "cross-attention": Variant(letter="d", graph="as they are"),
     "shuffled": Variant(letter="e", graph="shuffled"),
     "content": Variant(letter="f", graph="as they are", content=True),
+    "transitions": Variant(letter="g", upon="cross-attention"),
+    "sequence-transitions": Variant(letter="h", upon="sequence"),
 }
 
 
@@ -101,6 +109,7 @@ class Experiment:
         self.directory, self.out, self.protocol, self.options = directory, out, protocol, tuple(options)
         recipe, settings = self._recipe()
         self.half_life: float | None = recipe["pipeline"]["half_life_events"]
+        self.num_neighbours: int = recipe["pipeline"]["num_neighbours"]
         self.data: SplitData = load_split(directory, settings().split)
         if not self.data.split.ordered:
             raise ValueError(f"split {self.data.split.name} leaves the events without an order to learn from")
@@ -151,6 +160,13 @@ class Experiment:
             scores = late_fusion(
                 self.answers("sequence", seed, "test"), self.answers("graph", seed, "test"), weight
             )
+        elif VARIANTS[variant].upon is not None:
+            upon = str(VARIANTS[variant].upon)
+            found_weight = best_weight(
+                self.answers(upon, seed, "validation").scores, self.data.split, self.num_neighbours
+            )
+            record["transition_weight"] = found_weight.weight
+            scores = self.with_transitions(self.answers(upon, seed, "test"), found_weight.weight)
         else:
             scores = self.answers(variant, seed, "test").scores
         chosen = chosen_before(self._folder(variant, seed))
@@ -179,6 +195,16 @@ class Experiment:
         if not file.is_file():
             self._train(variant, seed)
         return Vectors(**load_file(file))
+
+    def with_transitions(self, answers: Vectors, weight: float) -> Scores:
+        """Return scores to which the transitions of what the protocol has learned from add."""
+        known = split_as_trained(self.data, self.protocol).train
+        transitions = training_transitions(known, self.num_neighbours)
+
+        def scores(questions: Holdout) -> NDArray[np.float32]:
+            return answers.scores(questions) + np.float32(weight) * bonuses(transitions, questions)
+
+        return scores
 
     def embeddings(self, seed: int, protocol: Protocol) -> Path:
         """Return the file of stage one's vectors, trained where it is not there; once for all variants."""

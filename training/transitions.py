@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,10 +67,23 @@ def bonuses(transitions: SparseRows, questions: Holdout) -> NDArray[np.float32]:
 
 
 def choose_transition_weight(ranker: HybridRanker, split: Split, k: int) -> TransitionWeight:
-    """Return the weight with the best NDCG@10 on validation, of WEIGHTS.
+    """Return the weight that suits a ranker best; see best_weight.
 
     Args:
         ranker: that has learned from `split.train`, on the CPU and in evaluation mode.
+        split: whose validation asks.
+        k: items that a row of the transitions keeps.
+    """
+    with torch.no_grad():
+        items = ranker.item_vectors().float().numpy()
+    return best_weight(lambda questions: question_states(ranker, questions) @ items.T, split, k)
+
+
+def best_weight(scores: Callable[[Holdout], NDArray[np.float32]], split: Split, k: int) -> TransitionWeight:
+    """Return the weight with the best NDCG@10 on validation, of WEIGHTS.
+
+    Args:
+        scores: the model's, of some questions: [Q, I+1]; it has learned from `split.train`.
         split: whose validation asks, up to MAX_QUESTIONS of it drawn with a fixed seed.
         k: items that a row of the transitions keeps.
     """
@@ -77,22 +91,17 @@ def choose_transition_weight(ranker: HybridRanker, split: Split, k: int) -> Tran
     if len(holdout) > MAX_QUESTIONS:
         holdout = holdout.take(np.sort(np.random.default_rng(0).permutation(len(holdout))[:MAX_QUESTIONS]))
     transitions = training_transitions(split.train, k)
-    states = question_states(ranker, holdout)
-    with torch.no_grad():
-        items = ranker.item_vectors().float().numpy()
     sums = dict.fromkeys(WEIGHTS, 0.0)
-    size = max(1, SCORES_AT_ONCE // len(items))
+    size = max(1, SCORES_AT_ONCE // len(transitions))
     for start in range(0, len(holdout), size):
-        asked = np.arange(start, min(start + size, len(holdout)))
-        questions = holdout.take(asked)
-        scores, added = states[asked] @ items.T, bonuses(transitions, questions)
+        questions = holdout.take(np.arange(start, min(start + size, len(holdout))))
+        alone, added = scores(questions), bonuses(transitions, questions)
         histories = [history.items for _, history, _ in questions]
         targets = [target for _, _, target in questions]
         for weight in WEIGHTS:
-            found = mean_accuracy(
-                scores + np.float32(weight) * added, histories, targets, (10,), repeats=split.repeats
-            )
-            sums[weight] += found[METRIC] * len(asked)
+            both = alone + np.float32(weight) * added
+            found = mean_accuracy(both, histories, targets, (10,), repeats=split.repeats)
+            sums[weight] += found[METRIC] * len(questions)
     metrics = {weight: total / len(holdout) for weight, total in sums.items()}
     best = max(WEIGHTS, key=lambda weight: (metrics[weight], -weight))
     return TransitionWeight(best, {f"{weight:g}": metric for weight, metric in metrics.items()})

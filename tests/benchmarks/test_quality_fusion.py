@@ -15,6 +15,7 @@ from engine.cli import main as trirank
 from engine.history import left_padded
 from training import train
 from training.data.splits import SplitOptions, load_split
+from training.transitions import WEIGHTS
 
 TINY = [
     "ranking.trainer.max_epochs=1",
@@ -51,7 +52,7 @@ def _run(directory, out, *options):
 def test_every_variant_has_its_row(strict, capsys):
     results = quality_fusion.collect(strict)
     assert list(results["variants"]) == list(VARIANTS)
-    assert [row["letter"] for row in results["variants"].values()] == list("abcdef"[: len(VARIANTS)])
+    assert [row["letter"] for row in results["variants"].values()] == list("abcdefgh")
     assert (results["protocol"], results["split"]) == ("strict", "leave-one-out")
     for name, row in results["variants"].items():
         assert row["seeds"] == [0, 1]
@@ -66,6 +67,8 @@ def test_every_variant_has_its_row(strict, capsys):
                 row["ndcg@10"]["mean"] - results["variants"]["sequence"]["ndcg@10"]["mean"]
             )
     assert all(0 <= run["graph_weight"] <= 1 for run in results["variants"]["late-fusion"]["runs"])
+    for name in ("transitions", "sequence-transitions"):
+        assert all(run["transition_weight"] in WEIGHTS for run in results["variants"][name]["runs"])
     assert not list(strict.rglob("*.ckpt"))
 
 
