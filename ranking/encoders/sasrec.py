@@ -40,13 +40,7 @@ class SASRec(SequenceEncoder):
         num_blocks: int = 1,
         num_heads: int = 1,
     ) -> None:
-        super().__init__(
-            max_length,
-            dropout,
-            dim,
-            num_heads,
-            (_Block(max_length, dim, num_heads, dropout) for _ in range(num_blocks)),
-        )
+        super().__init__(_Block, max_length, dropout, dim, num_blocks, num_heads)
 
 
 class _Block(nn.Module):

@@ -5,7 +5,7 @@ Shapes: B batch, T history, D dimension, H heads, E = D / H.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,23 @@ class SequenceEncoder(nn.Module):
     longer one.
 
     Args:
+        make_block: of max_length, D, H and dropout: what takes states [B, T, D] and who sees whom [B, T, T]
+            to states [B, T, D].
         max_length: longest T; also the size of the table of positions.
-        dropout: on inputs.
+        dropout: on inputs, and the blocks'.
         dim: D.
+        num_blocks: how many, one after the other.
         num_heads: H; must divide D.
-        blocks: each takes states [B, T, D] and who sees whom [B, T, T] to states [B, T, D].
     """
 
     def __init__(
-        self, max_length: int, dropout: float, dim: int, num_heads: int, blocks: Iterable[nn.Module]
+        self,
+        make_block: Callable[[int, int, int, float], nn.Module],
+        max_length: int,
+        dropout: float,
+        dim: int,
+        num_blocks: int,
+        num_heads: int,
     ) -> None:
         super().__init__()
         if dim % num_heads:
@@ -36,7 +44,9 @@ class SequenceEncoder(nn.Module):
         self.position = nn.Embedding(max_length, dim)
         nn.init.normal_(self.position.weight, std=dim**-0.5)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(
+            make_block(max_length, dim, num_heads, dropout) for _ in range(num_blocks)
+        )
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, items: Tensor, vectors: Tensor) -> Tensor:
