@@ -160,8 +160,7 @@ class Experiment:
             scores = late_fusion(
                 self.answers("sequence", seed, "test"), self.answers("graph", seed, "test"), weight
             )
-        elif VARIANTS[variant].upon is not None:
-            upon = str(VARIANTS[variant].upon)
+        elif (upon := VARIANTS[variant].upon) is not None:
             found_weight = best_weight(
                 self.answers(upon, seed, "validation").scores, self.data.split, self.num_neighbours
             )
@@ -202,7 +201,8 @@ class Experiment:
         transitions = training_transitions(known, self.num_neighbours)
 
         def scores(questions: Holdout) -> NDArray[np.float32]:
-            return answers.scores(questions) + np.float32(weight) * bonuses(transitions, questions)
+            wanted = [history.wanted for _, history, _ in questions]
+            return answers.scores(questions) + np.float32(weight) * bonuses(transitions, wanted)
 
         return scores
 

@@ -45,7 +45,7 @@ from reranking.policy import Policies, Policy, policies_from_config
 from reranking.reranker import NO_PURCHASES, Funnel, Purchases, Reranker
 from retrieval.fold_in import event_weights, fold_in
 from retrieval.sources import Candidates, EmbeddingSource, Query, merge, shares_of
-from retrieval.transitions import following
+from retrieval.transitions import next_items
 
 MAX_LIMIT = 500  # items of a slate
 MAX_CANDIDATES = 10_000
@@ -150,7 +150,6 @@ class RecommendationPipeline:
         # What the ranker scores for, where it is more than one thing.
         self.heads: tuple[str, ...] = bundle.scorer.heads if bundle.scorer else ()
         self.head_weights = default_head_weights(bundle)
-        self.transition_weight = transition_weight(bundle)
 
     def with_policies(self, policies: Policies) -> RecommendationPipeline:
         """Return a pipeline over the same bundle with other policies; this one stays as it is.
@@ -350,11 +349,9 @@ class RecommendationPipeline:
         head_weights: Mapping[str, float] = NO_WEIGHTS,
     ) -> Query:
         """Return what the stages may know; the ranker's state is worked out once, when first asked for."""
-        weights_of_heads, scale = self.head_weights, 1.0
+        weights_of_heads = self.head_weights
         if head_weights:
             weights_of_heads = np.array([[head_weights.get(name, 0.0) for name in self.heads]], np.float32)
-        if weights_of_heads is not None:
-            scale = float(weights_of_heads.sum())  # of the scores, that what is added to them has to have too
         clock = self.bundle.manifest["data"]["clock"]
         moment = clock if now is None else now
 
@@ -369,13 +366,14 @@ class RecommendationPipeline:
             return found
 
         @functools.cache
-        def next_items() -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-            return items_following(self.bundle, visitor.history)
+        def what_comes_next() -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+            if self.bundle.transitions is None:
+                return NO_ROWS, np.zeros(0, np.float32)
+            return next_items(self.bundle.transitions, visitor.history.wanted)
 
         weights = history_weights(self.bundle, visitor.history)
-        return Query(
-            visitor.history.wanted, weights, state, moment, next_items, scale * self.transition_weight
-        )
+        counts = transition_weight(self.bundle, weights_of_heads)
+        return Query(visitor.history.wanted, weights, state, moment, what_comes_next, counts)
 
     # The stages.
 
@@ -485,7 +483,7 @@ class RecommendationPipeline:
         if self.bundle.scorer:
             scores = self.bundle.scorer.score_states(query.state()[np.newaxis], items.rows[np.newaxis])[0]
             if query.transition_weight:
-                scores = scores + transition_bonus(items.rows, *query.following(), query.transition_weight)
+                scores = scores + transition_bonus(items.rows, *query.next_items(), query.transition_weight)
             return items.ordered_by(scores, num_kept)
         vectors, degrees = self.bundle.item_vectors, self.bundle.item_degrees
         vector = fold_in(vectors, degrees, query.items, query.weights)
@@ -625,17 +623,17 @@ def default_head_weights(bundle: Bundle) -> NDArray[np.float32] | None:
     return np.array([[weights.get(name, 0.0) for name in heads]], np.float32)
 
 
-def transition_weight(bundle: Bundle) -> float:
-    """Return how much it counts in the ranker's scores that an item has often come next; 0 for not at all."""
+def transition_weight(bundle: Bundle, head_weights: NDArray[np.float32] | None) -> float:
+    """Return how much it counts in the ranker's scores that an item has often come next; 0 for not at all.
+
+    Args:
+        bundle: whose settings say it for heads whose weights sum to 1.
+        head_weights: [1, heads] that the scores are summed with, so that they grow alike; None for one head.
+    """
     weight: float | None = bundle.manifest["pipeline"].get("transition_weight")
-    return 0.0 if weight is None or bundle.transitions is None else weight
-
-
-def items_following(bundle: Bundle, history: History) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Return what retrieval.transitions.following says of a history; nothing where the bundle cannot tell."""
-    if bundle.transitions is None:
-        return NO_ROWS, np.zeros(0, np.float32)
-    return following(bundle.transitions, history.wanted)
+    if weight is None or bundle.transitions is None:
+        return 0.0
+    return weight if head_weights is None else weight * float(head_weights.sum())
 
 
 def history_weights(bundle: Bundle, history: History) -> NDArray[np.float32]:

@@ -28,8 +28,8 @@ class Query:
     weights: NDArray[np.float32]  # [H] how much each event counts (retrieval.fold_in.event_weights)
     state: Callable[[], NDArray[np.float32]]  # -> [S], what the ranker makes of the whole history
     now: int  # the data set's clock
-    # -> [N] items that may come next, ascending, and how likely each is [N] (retrieval.transitions.following)
-    following: Callable[[], tuple[NDArray[np.int32], NDArray[np.float32]]]
+    # -> [N] items that may come next, ascending, and how likely each is [N] (see retrieval.transitions)
+    next_items: Callable[[], tuple[NDArray[np.int32], NDArray[np.float32]]]
     transition_weight: float = 0.0  # how much that counts in the ranker's scores
 
 
@@ -146,7 +146,7 @@ class TransitionSource:
     def find(self, query: Query, allowed: NDArray[np.bool_] | None, limit: int) -> Candidates:
         """See CandidateSource.find; scores are probabilities, equal ones by lower row."""
         _check_limit(limit)
-        rows, scores = query.following()
+        rows, scores = query.next_items()
         if allowed is not None:
             kept = allowed[rows]
             rows, scores = rows[kept], scores[kept]

@@ -52,7 +52,7 @@ def item_transitions(
     return SparseRows.from_rows(rows, size)
 
 
-def following(
+def next_items(
     transitions: SparseRows, history: NDArray[np.int32]
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Return the items that may come next after a history, ascending [N], and how likely each is [N].

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -27,3 +29,10 @@ def question_states(ranker: HybridRanker, holdout: Holdout) -> NDArray[np.float3
         found = ranker.in_context(ranker.states(torch.from_numpy(histories))[:, -1], *context)
         states[rows] = found.float().numpy()
     return states
+
+
+def ranker_scores(ranker: HybridRanker) -> Callable[[Holdout], NDArray[np.float32]]:
+    """Return what scores all items for the questions of a holdout, [Q, I+1], by a ranker on the CPU."""
+    with torch.no_grad():
+        items = ranker.item_vectors().float().numpy()
+    return lambda questions: question_states(ranker, questions) @ items.T

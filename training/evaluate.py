@@ -29,18 +29,17 @@ from engine.pipeline import (
     RecommendationPipeline,
     Visitor,
     default_head_weights,
-    items_following,
     query_vector,
     transition_weight,
 )
 from engine.policies import item_facts
 from engine.policy_files import PolicyFiles
-from ranking.transitions import transition_bonus
 from training import metrics
 from training.data.context import encoded_context
 from training.data.dataset import fingerprint
 from training.data.splits import Holdout, Protocol, Split, SplitOptions, load_split, split_as_trained
 from training.slices import DEFINITIONS, target_slices
+from training.transitions import bonuses
 
 SLATE_LENGTH = 50  # items that the pipeline is asked for
 LIST_LENGTH = 10  # of the lists that coverage, diversity and the like look at
@@ -251,13 +250,11 @@ def _ranking_scores(bundle: Bundle, questions: _Questions) -> NDArray[np.float32
     context = encoded_context(bundle.scorer.context, questions.events, questions.ends)
     everything = np.arange(1, bundle.catalog.num_items + 1)[None]
     weights = default_head_weights(bundle)
-    if weights is not None:
-        weights = np.repeat(weights, len(history), axis=0)
-    scores[:, 1:] = bundle.scorer.score(history, everything, context, weights)
-    if weight := transition_weight(bundle) * (1.0 if weights is None else float(weights[0].sum())):
-        for row, visitor_history in zip(scores, questions.visitor_histories, strict=True):
-            rows, probabilities = items_following(bundle, visitor_history)
-            row[rows] += transition_bonus(rows, rows, probabilities, weight)
+    repeated = None if weights is None else np.repeat(weights, len(history), axis=0)
+    scores[:, 1:] = bundle.scorer.score(history, everything, context, repeated)
+    if bundle.transitions is not None and (weight := transition_weight(bundle, weights)):
+        wanted = [visitor_history.wanted for visitor_history in questions.visitor_histories]
+        scores += np.float32(weight) * bonuses(bundle.transitions, wanted)
     return scores
 
 

@@ -24,6 +24,7 @@ from engine.pipeline import check_settings
 from engine.policies import check_policies
 from ranking.ranker import NEXT, HybridRanker
 from retrieval.item_index import IndexOptions
+from training.answers import ranker_scores
 from training.content import ContentOptions, encoder_name, write_content
 from training.data.dataset import Dataset
 from training.data.modules import RankingData, RetrievalData
@@ -42,7 +43,7 @@ from training.stages import (
     quiet_lightning,
     refit_stage,
 )
-from training.transitions import TransitionWeight, choose_transition_weight
+from training.transitions import TransitionWeight, best_weight
 
 EMBEDDINGS, CONTENT, CHOSEN = "embeddings.safetensors", "content.safetensors", "chosen.json"
 TRANSITION_WEIGHT = "transition_weight.json"
@@ -273,7 +274,7 @@ def train(
                 directory, split, run / EMBEDDINGS, run, settings, recipe["seed"], resume, content=content
             )
             if not is_weighed:
-                transitions = choose_transition_weight(ranker, split, pipeline["num_neighbours"])
+                transitions = best_weight(ranker_scores(ranker), split, pipeline["num_neighbours"])
                 transitions.write(run / TRANSITION_WEIGHT)
                 _say(
                     f"transitions: weight {transitions.weight:g}; val_ndcg@10 by weight "

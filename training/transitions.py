@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from engine.history import NEGATIVE_EVENT
-from ranking.ranker import HybridRanker
 from ranking.transitions import transition_bonus
 from retrieval.sparse import SparseRows
-from retrieval.transitions import following, item_transitions
-from training.answers import question_states
+from retrieval.transitions import item_transitions, next_items
 from training.data.interactions import Interactions
 from training.data.splits import Holdout, Split
 from training.metrics import mean_accuracy
@@ -57,26 +54,18 @@ def training_transitions(train: Interactions, k: int) -> SparseRows:
     return item_transitions(wanted.users, wanted.items, train.num_items, k)
 
 
-def bonuses(transitions: SparseRows, questions: Holdout) -> NDArray[np.float32]:
-    """Return what a weight of 1 adds to the scores of all items after the histories: [Q, I+1] float32."""
-    found = np.zeros((len(questions), len(transitions)), np.float32)
-    for row, (_, history, _) in zip(found, questions, strict=True):
-        items, probabilities = following(transitions, history.wanted)
-        row[items] = transition_bonus(items, items, probabilities, 1.0)
-    return found
-
-
-def choose_transition_weight(ranker: HybridRanker, split: Split, k: int) -> TransitionWeight:
-    """Return the weight that suits a ranker best; see best_weight.
+def bonuses(transitions: SparseRows, histories: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:
+    """Return what a weight of 1 adds to the scores of all items: [Q, I+1] float32.
 
     Args:
-        ranker: that has learned from `split.train`, on the CPU and in evaluation mode.
-        split: whose validation asks.
-        k: items that a row of the transitions keeps.
+        transitions: [I+1, I+1], of training_transitions.
+        histories: Q times the item rows of the events that were wanted, oldest first (History.wanted).
     """
-    with torch.no_grad():
-        items = ranker.item_vectors().float().numpy()
-    return best_weight(lambda questions: question_states(ranker, questions) @ items.T, split, k)
+    found = np.zeros((len(histories), len(transitions)), np.float32)
+    for row, history in zip(found, histories, strict=True):
+        items, probabilities = next_items(transitions, history)
+        row[items] = transition_bonus(items, items, probabilities, 1.0)
+    return found
 
 
 def best_weight(scores: Callable[[Holdout], NDArray[np.float32]], split: Split, k: int) -> TransitionWeight:
@@ -95,12 +84,14 @@ def best_weight(scores: Callable[[Holdout], NDArray[np.float32]], split: Split, 
     size = max(1, SCORES_AT_ONCE // len(transitions))
     for start in range(0, len(holdout), size):
         questions = holdout.take(np.arange(start, min(start + size, len(holdout))))
-        alone, added = scores(questions), bonuses(transitions, questions)
-        histories = [history.items for _, history, _ in questions]
+        histories = [history for _, history, _ in questions]
         targets = [target for _, _, target in questions]
+        alone = scores(questions)
+        added = bonuses(transitions, [history.wanted for history in histories])
+        seen = [history.items for history in histories]
         for weight in WEIGHTS:
             both = alone + np.float32(weight) * added
-            found = mean_accuracy(both, histories, targets, (10,), repeats=split.repeats)
+            found = mean_accuracy(both, seen, targets, (10,), repeats=split.repeats)
             sums[weight] += found[METRIC] * len(questions)
     metrics = {weight: total / len(holdout) for weight, total in sums.items()}
     best = max(WEIGHTS, key=lambda weight: (metrics[weight], -weight))

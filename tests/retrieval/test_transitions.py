@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from retrieval.transitions import LAST_EVENTS, following, item_transitions
+from retrieval.transitions import LAST_EVENTS, item_transitions, next_items
 
 USERS, ITEMS = np.array([1, 1, 1, 1, 2, 2], np.int32), np.array([1, 2, 3, 1, 1, 2], np.int32)
 
@@ -20,7 +20,7 @@ def test_worked_out():
     assert item_transitions(USERS, ITEMS, 4, k=1).row(1)[0].tolist() == [2]
     assert item_transitions(USERS, ITEMS, 4, k=1).row(1)[1].tolist() == pytest.approx([0.8])
 
-    items, probabilities = following(transitions, np.array([1, 2], np.int32))
+    items, probabilities = next_items(transitions, np.array([1, 2], np.int32))
     assert items.tolist() == [1, 2, 3]
     assert probabilities.tolist() == pytest.approx([2 / 9, 0.8 / 3, 4 / 9 + 0.2 / 3])
     assert probabilities.sum() == pytest.approx(1)
@@ -51,7 +51,7 @@ def test_the_last_events_are_asked_the_newest_most():
     for length in (1, LAST_EVENTS, 3 * LAST_EVENTS):
         history = np.array([1] * (length - 1) + [3], np.int32)
         weights = 1 / np.arange(1, min(length, LAST_EVENTS) + 1)
-        found = dict(zip(*(part.tolist() for part in following(transitions, history)), strict=True))
+        found = dict(zip(*(part.tolist() for part in next_items(transitions, history)), strict=True))
         assert found.pop(4) == pytest.approx(1 / weights.sum())
         assert found == ({2: pytest.approx(weights[1:].sum() / weights.sum())} if length > 1 else {})
 
@@ -61,4 +61,4 @@ def test_of_nothing_nothing_follows():
     transitions = item_transitions(nothing, nothing, 3, k=5)
     assert len(transitions) == 4
     for history in (nothing, np.array([2], np.int32)):
-        assert [len(part) for part in following(transitions, history)] == [0, 0]
+        assert [len(part) for part in next_items(transitions, history)] == [0, 0]

@@ -4,24 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from numpy.typing import NDArray
 
 from engine.history import NEGATIVE_EVENT
 from ranking.transitions import FLOOR
-from retrieval.transitions import following
+from retrieval.transitions import next_items
 from training import transitions
 from training.data.interactions import Interactions
 from training.data.splits import Holdout, Split
-from training.transitions import WEIGHTS, TransitionWeight, bonuses, choose_transition_weight
+from training.transitions import WEIGHTS, TransitionWeight, best_weight, bonuses
 
 NUM_ITEMS = 30
-
-
-class Ranker:
-    """One whose state is the item that it would show first."""
-
-    def item_vectors(self):
-        return torch.eye(NUM_ITEMS + 1)
 
 
 def split_of(target_of) -> Split:
@@ -40,12 +33,11 @@ def split_of(target_of) -> Split:
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, split: Split, shown_first: list[int]) -> TransitionWeight:
-    def states(ranker, holdout):
+    def scores(holdout: Holdout) -> NDArray[np.float32]:
         return np.eye(NUM_ITEMS + 1, dtype=np.float32)[[shown_first[int(user) - 1] for user in holdout.users]]
 
-    monkeypatch.setattr(transitions, "question_states", states)
     monkeypatch.setattr(transitions, "SCORES_AT_ONCE", 1000)  # several blocks
-    return choose_transition_weight(Ranker(), split, 10)
+    return best_weight(scores, split, 10)
 
 
 def test_a_ranker_that_knows_nothing_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,9 +58,9 @@ def test_a_ranker_that_knows_better_does_not(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_is_added() -> None:
     split = split_of(lambda last: last + 1)
     table = transitions.training_transitions(split.train, 10)
-    added = bonuses(table, split.test)
+    added = bonuses(table, [history.wanted for _, history, _ in split.test])
     assert added.shape == (200, NUM_ITEMS + 1)
-    items, probabilities = following(table, split.test.history(7).wanted)
+    items, probabilities = next_items(table, split.test.history(7).wanted)
     expected = np.zeros(NUM_ITEMS + 1)
     expected[items] = np.log(1 + probabilities / FLOOR)
     np.testing.assert_allclose(added[7], expected, rtol=1e-5)
