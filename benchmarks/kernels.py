@@ -92,7 +92,7 @@ def _noted(pipeline: RecommendationPipeline) -> Iterator[list[KernelCall]]:
     ]
     if bundle.ranker_index and bundle.scorer:
         kernels += [
-            ("search ranker vectors", bundle.ranker_index, "search"),
+            ("search ranker vectors", bundle.ranker_index, "rough_search"),
             ("ONNX state", bundle.scorer, "user_states"),
             ("ONNX scores", bundle.scorer, "score_states"),
         ]

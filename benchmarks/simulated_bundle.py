@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
+import json
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -78,12 +80,18 @@ class SimulatedShop:
 
     @property
     def name(self) -> str:
-        """Of its directory of bundles: equal names hold equal shops."""
+        """Of its directory of bundles: equal names hold equal shops, served alike."""
         users = self.num_users or min(2 * self.num_items, 200_000)
+        settings = json.dumps(asdict(self.pipeline), sort_keys=True).encode()
         return (
             f"{self.num_items}-items-{self.num_candidates}-candidates-{users}-users-{self.dim}-dim-"
-            f"seed-{self.seed}-format-{BUNDLE_FORMAT}"
+            f"seed-{self.seed}-format-{BUNDLE_FORMAT}-{hashlib.sha256(settings).hexdigest()[:6]}"
         )
+
+    @property
+    def pipeline(self) -> PipelineOptions:
+        """How it is served: as `trirank train` would have it, with transitions that count in the scores."""
+        return PipelineOptions(num_candidates=self.num_candidates, transition_weight=1.0)
 
 
 def simulated_bundle(root: Path, shop: SimulatedShop) -> Path:
@@ -107,7 +115,7 @@ def simulated_bundle(root: Path, shop: SimulatedShop) -> Path:
         "user_vectors": np.zeros((num_users + 1, shop.dim), np.float32),  # which serving does not search with
         "item_degrees": degrees.astype(np.float32),
     }
-    pipeline = asdict(PipelineOptions(num_candidates=shop.num_candidates))
+    pipeline = asdict(shop.pipeline)
     policies = pipeline.pop("policies")
     with tempfile.TemporaryDirectory() as folder:
         simulated_items(cluster, rng).write_parquet(Path(folder) / "items.parquet")

@@ -129,14 +129,31 @@ class ExactSearch:
         rows, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
         for start in range(0, len(queries), QUERIES_AT_ONCE):
             part = queries[start : start + QUERIES_AT_ONCE]
-            for number, upper in enumerate(self._upper_bounds(part), start):
+            for number, upper in enumerate(self._upper_bounds(part)[0], start):
                 near = self._candidates(upper, k, allowed)
                 products = self._vectors.products(near, queries[number])
                 rows[number], scores[number] = best(near, products, k)
         return rows, scores
 
-    def _upper_bounds(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return what no product can exceed: [B, I], each row in a unit of its own."""
+    def rough_search(
+        self, queries: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return what `search` does, but of the best by the 8-bit products, with these as scores.
+
+        A product is wrong by a few thousandths of the two lengths' product, so that what is missed lies at
+        the cut. For who scores the items again: of 10,000 among 100,000 in half the time.
+        """
+        rows, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
+        for start in range(0, len(queries), QUERIES_AT_ONCE):
+            part = queries[start : start + QUERIES_AT_ONCE]
+            upper, units = self._upper_bounds(part)
+            for number, products in enumerate(upper - self._lengths, start):
+                near, _ = self._first(products, k, allowed, 0.0)
+                rows[number], scores[number] = best(near, products[near] * units[number - start], k)
+        return rows, scores
+
+    def _upper_bounds(self, queries: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return what no product can exceed, [B, I], each row in a unit of its own, and these units, [B]."""
         lengths = np.linalg.norm(queries.astype(np.float64), axis=1)
         if lengths.max() * self._longest * 1.1 > np.finfo(np.float32).max:
             raise ValueError("an inner product is too large for float32; expected smaller query values")
@@ -149,26 +166,13 @@ class ExactSearch:
         held = (whole * scale[..., np.newaxis]).reshape(padded.shape)
         # A hundredth more, and D roundings of float32, for the arithmetic of the scan and of the products.
         w = 1.01 * (self._error + np.linalg.norm(padded - held, axis=1)) + padded.shape[1] * 2e-7
-        return self._run((held / w[:, np.newaxis]).astype(np.float32))
+        return self._run((held / w[:, np.newaxis]).astype(np.float32)), (w * lengths).astype(np.float32)
 
     def _candidates(
         self, upper: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None
     ) -> NDArray[np.int64]:
         """Return the items that may be among the best k: [N], ascending."""
-        step = max(1, len(upper) // SAMPLE, k // SAMPLED_BEST)
-        sample = upper[::step] if allowed is None else upper[::step][allowed[::step]]
-        share = k / step  # of the best k that the sample holds, with three standard deviations of luck
-        place = int(share + 3 * share**0.5) + 2
-        while True:
-            cut = np.float32(-np.inf)
-            if place < len(sample):
-                at = len(sample) - place
-                cut = np.partition(sample, at)[at] - np.float32(2 * self._mean_length)
-            near = upper >= cut
-            first = np.flatnonzero(near if allowed is None else near & allowed)
-            if len(first) >= k:
-                break
-            place *= 2
+        first, cut = self._first(upper, k, allowed, 2 * self._mean_length)
         bounds = upper[first]
         lower = bounds - 2 * self._lengths[first]
         floor = np.partition(lower, len(lower) - k)[len(lower) - k]  # k items have at least this score
@@ -176,6 +180,28 @@ class ExactSearch:
             return np.asarray(first[bounds >= floor])
         near = upper >= floor
         return np.flatnonzero(near if allowed is None else near & allowed)
+
+    def _first(
+        self, values: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None, margin: float
+    ) -> tuple[NDArray[np.int64], np.float32]:
+        """Return the items of at least some value, [N], ascending, and that value; N is at least k.
+
+        A sample tells where to cut: N is a little more than k, and what lies `margin` below.
+        """
+        step = max(1, len(values) // SAMPLE, k // SAMPLED_BEST)
+        sample = values[::step] if allowed is None else values[::step][allowed[::step]]
+        share = k / step  # of the best k that the sample holds, with three standard deviations of luck
+        place = int(share + 3 * share**0.5) + 2
+        while True:
+            cut = np.float32(-np.inf)
+            if place < len(sample):
+                at = len(sample) - place
+                cut = np.partition(sample, at)[at] - np.float32(margin)
+            near = values >= cut
+            first = np.flatnonzero(near if allowed is None else near & allowed)
+            if len(first) >= k:
+                return first, cut
+            place *= 2
 
     def _run(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
         products: NDArray[np.float32] = self._scan.run(None, {"queries": queries})[0]

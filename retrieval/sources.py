@@ -109,11 +109,14 @@ class SequenceSource:
         self._index = index
 
     def find(self, query: Query, allowed: NDArray[np.bool_] | None, limit: int) -> Candidates:
-        """See CandidateSource.find; scores are the ranker's. Nothing is found without a history."""
+        """See CandidateSource.find; scores are about the ranker's own, which scores the items again.
+
+        Nothing is found without a history.
+        """
         _check_limit(limit)
         if not len(query.items):
             return Candidates.none(self.name)
-        rows, scores = self._index.search(query.state()[np.newaxis], limit, allowed)
+        rows, scores = self._index.rough_search(query.state()[np.newaxis], limit, allowed)
         return Candidates(rows[0], scores[0], self.name)
 
 

@@ -74,11 +74,12 @@ DEFAULT_POLICIES: dict[str, Any] = {
 
 # Where a bundle's candidates come from unless the recipe says otherwise: chosen on the validation splits of
 # Amazon Beauty and Toys (benchmarks/results/README.md). The ranker's own search finds most of what it ranks
-# high; the others find what it has not learned. A share that a source cannot give goes to those before it.
+# high; the others find what it has not learned, the embedding nothing that they have not. A share that a
+# source cannot give goes to those before it.
 DEFAULT_SOURCES: list[dict[str, Any]] = [
-    {"source": "sequence", "quota": 0.75},
+    {"source": "sequence", "quota": 0.8},
     {"source": "transitions", "quota": 0.05},
-    {"source": "embedding", "quota": 0.05},
+    {"source": "embedding", "quota": 0.0},  # in place of sequence, where there is no ranker or it fails
     {"source": "neighbours", "quota": 0.05},
     {"source": "popular", "quota": 0.05},
     {"source": "fresh", "quota": 0.05},
@@ -121,7 +122,7 @@ def index_options(pipeline: dict[str, Any], source: str, *, has_ranker: bool) ->
 
     Without a k of its own it is tuned to what the source is asked for while all of them work (see
     RecommendationPipeline._find): the first one for all candidates, another for its share, but
-    LEAST_K at least.
+    LEAST_K at least, and one without a share, which stands in for others, for all.
 
     Args:
         pipeline: the recipe's settings.

@@ -54,10 +54,9 @@ def test_kernels_are_played_back_as_a_request_called_them(bundle: Bundle) -> Non
     requests = load.recommend_requests(bundle.path, 20, num_requests=3)
     recordings = kernels.record(bundle, requests)
     called = [call.kernel for call in recordings[0].calls]
-    assert sorted(called) == sorted(
-        ["ONNX state", "search ranker vectors", "search graph vectors", "ONNX scores", "rules"]
-    )
-    assert "search" not in vars(bundle.index)  # nothing is left behind
+    assert sorted(called) == sorted(["ONNX state", "search ranker vectors", "ONNX scores", "rules"])
+    assert bundle.ranker_index
+    assert "rough_search" not in vars(bundle.ranker_index)  # nothing is left behind
     times = kernels.play(recordings, 0.0)
     assert set(times) == set(called)
     assert all(len(values) == 1 and values[0] > 0 for values in times.values())

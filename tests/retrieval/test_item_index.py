@@ -175,6 +175,50 @@ def test_exact_search_of_a_large_catalog(k, order):
         assert scores[0].tolist() == products[expected].tolist()
 
 
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_rough_search_is_wrong_by_the_rounding_alone(data):
+    num_items, dim = data.draw(st.integers(1, 400)), data.draw(st.sampled_from([1, 3, 16, 40, 65, 130]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    vectors = rng.standard_normal((num_items + 1, dim)).astype(np.float32)
+    vectors[rng.random(num_items + 1) < 0.1] = 0
+    queries = (rng.standard_normal((3, dim)) * [[1e-9], [1], [1e9]]).astype(np.float32)
+    k = data.draw(st.integers(1, num_items))
+    allowed = data.draw(st.none() | st.just(rng.random(num_items + 1) < 0.7))
+
+    index = build(vectors, "exact")
+    rows, scores = index.rough_search(queries, k, allowed)
+    best_scores = index.search(queries, k, allowed)[1]
+    assert rows.shape == scores.shape == best_scores.shape
+    for query, found, found_scores, best in zip(queries, rows, scores, best_scores, strict=True):
+        assert len(set(found.tolist())) == len(found)
+        assert allowed is None or allowed[found].all()
+        assert (np.diff(found_scores) <= 0).all()
+        slack = 0.02 * np.linalg.norm(query) * np.linalg.norm(vectors, axis=1).max() + 1e-30
+        assert np.abs(found_scores - vectors[found] @ query).max(initial=0) <= slack
+        # The n-th best found is as good as the n-th best there is, but for the rounding.
+        assert (np.sort(vectors[found] @ query)[::-1] >= best - 2 * slack).all()
+
+
+def test_rough_search_misses_what_lies_at_the_cut():
+    rng = np.random.default_rng(4)
+    vectors = rng.standard_normal((20_001, 64)).astype(np.float32)
+    queries = rng.standard_normal((20, 64)).astype(np.float32)
+    index = build(vectors, "exact")
+    rough, right = index.rough_search(queries, 1000)[0], index.search(queries, 1000)[0]
+    assert (rough != right).any()  # it does not look twice
+    assert np.mean([np.isin(r, f).mean() for r, f in zip(right, rough, strict=True)]) > 0.98
+    assert all(np.isin(r[:900], f).all() for r, f in zip(right, rough, strict=True))
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"exact"}))
+def test_other_kinds_search_as_ever_where_rough_would_do(kind, catalog, built):
+    _, queries = catalog
+    rough, right = built[kind].rough_search(queries, 20), built[kind].search(queries, 20)
+    np.testing.assert_array_equal(rough[0], right[0])
+    np.testing.assert_array_equal(rough[1], right[1])
+
+
 def test_exact_search_answers_each_query_by_itself():
     rng = np.random.default_rng(3)
     vectors, queries = clustered(3000)
