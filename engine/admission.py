@@ -37,16 +37,17 @@ class ConcurrencyLimit:
 
     A gradient limit, as in Netflix's concurrency-limits (2018), after TCP Vegas (Brakmo and Peterson, 1994):
     when requests take longer than `tolerance` times what they take without a queue, they queue, and the limit
-    falls in proportion; otherwise it rises by its square root, the room for a burst. With limit L, latency t
-    and the latency without a queue t0, once per window:
+    falls in proportion; otherwise it rises by half its square root, the room for a burst. With limit L,
+    latency t and the latency without a queue t0, once per window:
 
-        L <- (1 - smoothing) L + smoothing (L clip(tolerance t0 / t, 1/2, 1) + sqrt(L))
+        L <- (1 - smoothing) L + smoothing (L clip(tolerance t0 / t, 1/2, 1) + sqrt(L) / 2)
 
-    Two things differ. t is the window's median, so that a few dear requests move nothing. t0 is no all-time
+    Three things differ. t is the window's median, so that a few dear requests move nothing. t0 is no all-time
     minimum but what requests take while at most `min_limit` are under way; when the load has allowed no such
     window for `probe_s`, or none ever, the limit stands at `min_limit` for one (BBR's ProbeRTT; Cardwell et
     al., 2016). The workers still have work then, so that a probe costs no throughput where min_limit is their
-    number.
+    number. And half the root: with all of it the limit of a single worker could never fall below 4, however
+    long requests take, and those of an overloaded machine take twice as long.
     """
 
     def __init__(
@@ -55,8 +56,9 @@ class ConcurrencyLimit:
         min_limit: int,
         initial: int | None = None,
         max_limit: int = 1000,
-        tolerance: float = 2.0,
+        tolerance: float = 2.5,
         smoothing: float = 0.2,
+        falling: float = 0.5,
         window_s: float = 0.1,
         window_requests: int = 20,
         probe_s: float = 30.0,
@@ -70,7 +72,8 @@ class ConcurrencyLimit:
             initial: the limit before anything was measured; twice min_limit where None.
             max_limit: the limit never exceeds this.
             tolerance: how many times its queue-free latency a request may take.
-            smoothing: how far one window moves the limit, 0 to 1.
+            smoothing: how far one window moves the limit up,
+            falling: and down, where every request of a queue is late: 0 to 1.
             window_s: a window lasts at least this long,
             window_requests: and until this many requests have ended.
             probe_s: see above.
@@ -87,6 +90,7 @@ class ConcurrencyLimit:
         self._max_limit = max_limit
         self._tolerance = tolerance
         self._smoothing = smoothing
+        self._falling = falling
         self._window_s = window_s
         self._window_requests = window_requests
         self._probe_s = probe_s
@@ -140,10 +144,11 @@ class ConcurrencyLimit:
         if self._unqueued_s is not None and not self._is_probing:
             median = statistics.median(self._latencies)
             gradient = min(1.0, max(0.5, self._tolerance * self._unqueued_s / max(median, 1e-9)))
-            wanted = self._limit * gradient + math.sqrt(self._limit)
+            wanted = self._limit * gradient + math.sqrt(self._limit) / 2
             # A limit that nobody comes near says nothing about what lies beyond it.
             if wanted < self._limit or self._peak * 2 >= self._limit:
-                self._limit += self._smoothing * (wanted - self._limit)
+                pace = self._falling if wanted < self._limit else self._smoothing
+                self._limit += pace * (wanted - self._limit)
                 self._limit = min(float(self._max_limit), max(float(self._min_limit), self._limit))
         self._begin_window()
 

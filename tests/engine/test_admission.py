@@ -124,20 +124,41 @@ def test_a_few_dear_requests_move_nothing() -> None:
     assert means[1] == pytest.approx(means[0], rel=0.25)
 
 
-def test_one_window_by_hand() -> None:
-    """L 4, t0 1 s, t 3 s: 0.8 * 4 + 0.2 * (4 * 2/3 + 2) = 4.1333."""
+@pytest.mark.parametrize(
+    ("took_s", "then"),
+    [
+        (3, 4 + 0.2 * (4 * 2.5 / 3 + 1 - 4)),  # it may take 2.5 s: less than it wants, more than it has
+        (4, 4 - 0.5 * (4 - (4 * 2.5 / 4 + 1))),
+        (20, 4 - 0.5 * (4 - (4 / 2 + 1))),  # no faster than this, whatever a window says
+    ],
+)
+def test_one_window_by_hand(took_s: float, then: float) -> None:
     now = [0.0]
     limit = ConcurrencyLimit(min_limit=2, window_requests=2, clock=lambda: now[0])
-    for begin in (0.0, 1.0):  # measures t0; nobody came near the limit, which stays
+    for begin in (0.0, 1.0):  # measures t0, 1 s; nobody came near the limit, which stays
         now[0] = begin
         with limit.admit():
             now[0] = begin + 1
     assert limit._limit == 4
     permits = [limit.admit() for _ in range(4)]
-    now[0] = 5.0
+    now[0] = 2.0 + took_s
     for permit in permits[2:]:
         permit.__exit__(None, None, None)
-    assert limit._limit == pytest.approx(4.133333)
+    assert limit._limit == pytest.approx(then)
+
+
+def test_the_limit_of_one_worker_falls_as_far_as_it_has_to() -> None:
+    """An overloaded machine: every request takes ten times what it took alone."""
+    now = [0.0]
+    limit = ConcurrencyLimit(min_limit=1, initial=8, clock=lambda: now[0])
+    lowest = limit.limit
+    for number in range(140):
+        permits = [limit.admit() for _ in range(1 if number < 20 else limit.limit)]
+        now[0] += 0.01 if number < 20 else 0.1
+        for permit in permits:
+            permit.__exit__(None, None, None)
+        lowest = min(lowest, limit.limit)
+    assert lowest <= 2
 
 
 def test_a_full_server() -> None:
