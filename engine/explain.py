@@ -121,6 +121,7 @@ def _items(title: str, items: list[tuple[int | None, pb.ScoredItem]]) -> Table:
         "retrieved",
         "ranked",
         "score",
+        "of it transitions",
         "relevance",
         "moves: rule, from > to",
         title=title,
@@ -139,6 +140,7 @@ def _items(title: str, items: list[tuple[int | None, pb.ScoredItem]]) -> Table:
             str(reasons.retrieval_place) if reasons.HasField("retrieval_place") else "",
             str(reasons.ranking_place) if reasons.HasField("ranking_place") else "",
             f"{reasons.ranking_score:.4g}" if reasons.HasField("ranking_score") else "",
+            f"{reasons.transition_score:.3g}" if reasons.transition_score else "",
             relevance,
             Text(moves_of(item)),
         )

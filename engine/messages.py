@@ -268,6 +268,7 @@ def _reasons(reasons: ItemReasons) -> pb.Reasons:
         retrieval_score=reasons.retrieval_score,
         ranking_place=reasons.ranking_place,
         ranking_score=reasons.ranking_score,
+        transition_score=reasons.transition_score,
         relevance=reasons.relevance,
         adjusted_relevance=reasons.adjusted_relevance,
         moves=[

@@ -241,7 +241,7 @@ class RecommendationPipeline:
         )
         slate = trace.run(
             "reranking",
-            lambda: self._rerank(ask, candidates, ranked, eligible, seen, limit, trace),
+            lambda: self._rerank(ask, query, candidates, ranked, eligible, seen, limit, trace),
             otherwise=lambda: ranked.items.take(slice(limit)),
             num_in=len(ranked.items),
         )
@@ -483,7 +483,7 @@ class RecommendationPipeline:
         if self.bundle.scorer:
             scores = self.bundle.scorer.score_states(query.state()[np.newaxis], items.rows[np.newaxis])[0]
             if query.transition_weight:
-                scores = scores + transition_bonus(items.rows, *query.next_items(), query.transition_weight)
+                scores = scores + self._gained(query, items.rows)
             return items.ordered_by(scores, num_kept)
         vectors, degrees = self.bundle.item_vectors, self.bundle.item_degrees
         vector = fold_in(vectors, degrees, query.items, query.weights)
@@ -491,9 +491,14 @@ class RecommendationPipeline:
             return items.ordered_by(vectors[items.rows] @ vector, num_kept)
         return Ranked.as_they_are(items, num_kept)
 
+    def _gained(self, query: Query, rows: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Return what it adds to items' scores that they have often come next, [N] float32."""
+        return transition_bonus(rows, *query.next_items(), query.transition_weight)
+
     def _rerank(
         self,
         ask: _Ask,
+        query: Query,
         candidates: ItemList,
         ranked: Ranked,
         eligible: NDArray[np.bool_],
@@ -521,7 +526,15 @@ class RecommendationPipeline:
             ask.request.now_ms,
             arranged.yields,
             exposure_of(ask.policy, arranged, self.bundle.catalog),
-            explanation(arranged, ask.filtered, candidates, ranked),
+            explanation(
+                arranged,
+                ask.filtered,
+                candidates,
+                ranked,
+                functools.partial(self._gained, query)
+                if self.bundle.scorer and "ranking" not in trace.degraded_stages
+                else None,
+            ),
         )
         order, num_ranked = arranged.order, len(ranked.items)
         if (order >= 0).all() and (order < num_ranked).all():

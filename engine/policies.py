@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +88,7 @@ class ItemReasons:
     retrieval_score: float | None  # on the scale of its source
     ranking_place: int | None
     ranking_score: float | None
+    transition_score: float | None  # of ranking_score: what transitions added
     relevance: float  # 0 to 1, by the ranking's scores alone
     adjusted_relevance: float
     moves: list[Move]
@@ -130,7 +131,11 @@ def _source(candidates: ItemList, place: int) -> str:
 
 
 def explanation(
-    arranged: Reranked, filtered: list[Filtered], candidates: ItemList, ranked: Ranked
+    arranged: Reranked,
+    filtered: list[Filtered],
+    candidates: ItemList,
+    ranked: Ranked,
+    gained: Callable[[NDArray[np.int32]], NDArray[np.float32]] | None,
 ) -> Explanation | None:
     """Return why a slate is what it is; None where its reasons were not worked out.
 
@@ -139,6 +144,7 @@ def explanation(
         filtered: what the filters did before.
         candidates: what retrieval found.
         ranked: what ranking made of it.
+        gained: of item rows, what transitions added to their scores; None where no ranker scored them.
     """
     reasons = arranged.reasons
     if reasons is None:
@@ -156,8 +162,19 @@ def explanation(
             _, ranking_score = place_and_score(ranked.reserve, row)
         source = "pin" if retrieval_place is None else _source(candidates, retrieval_place)
         relevance, adjusted = reasons.relevance[row]
+        transition_score = None
+        if gained is not None and ranking_score is not None:
+            transition_score = float(gained(np.array([row], np.int32))[0])
         items[row] = ItemReasons(
-            source, retrieval_place, retrieval_score, ranking_place, ranking_score, relevance, adjusted, moves
+            source=source,
+            retrieval_place=retrieval_place,
+            retrieval_score=retrieval_score,
+            ranking_place=ranking_place,
+            ranking_score=ranking_score,
+            transition_score=transition_score,
+            relevance=relevance,
+            adjusted_relevance=adjusted,
+            moves=moves,
         )
     filters = {one.rule for one in filtered}
     shown = set(arranged.rows.tolist())

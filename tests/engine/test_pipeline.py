@@ -174,6 +174,10 @@ def test_what_has_often_come_next_is_found_and_stands_higher(make_bundle: MakeBu
     assert trace.degraded_stages == []
     assert items.rows.tolist() == sorted(found, key=lambda row: -expected[row])[:10]
     np.testing.assert_allclose(items.scores, [expected[row] for row in items.rows.tolist()], rtol=1e-4)
+    explanation = pipeline.recommend(visitor, 10, explain=True)[1].arrangement.explanation
+    for row in items.rows.tolist():
+        gained = explanation.items[row].transition_score
+        assert gained == pytest.approx(expected[row] - ranker[row], rel=1e-4)
     asked = np.array(unseen, np.int32)
     ranked, _ = pipeline.rank(visitor, asked)
     assert ranked.rows.tolist() == sorted(unseen, key=lambda row: -expected[row])
@@ -183,6 +187,11 @@ def test_what_has_often_come_next_is_found_and_stands_higher(make_bundle: MakeBu
         without(pipeline, manifest=_with_settings(pipeline.bundle, transition_weight=None)),
     ):
         assert other.rank(visitor, asked)[0].rows.tolist() == by_ranker
+        reasons = other.recommend(visitor, 10, explain=True)[1].arrangement.explanation.items
+        assert {one.transition_score for one in reasons.values()} == {0.0}
+    unranked = without(pipeline, scorer=None, ranker_index=None)
+    reasons = unranked.recommend(visitor, 10, explain=True)[1].arrangement.explanation.items
+    assert {one.transition_score for one in reasons.values()} == {None}
 
 
 def _with_settings(bundle: Bundle, **settings: Any) -> dict[str, Any]:

@@ -184,6 +184,8 @@ def test_a_request_chooses_its_policy_and_asks_why(
         reasons = explanation.items[row]
         assert item.reasons.ranking_place == reasons.ranking_place
         assert item.reasons.ranking_score == pytest.approx(item.score)
+        assert item.reasons.HasField("transition_score")
+        assert item.reasons.transition_score == reasons.transition_score
         assert item.reasons.retrieval_place == reasons.retrieval_place
         assert [
             (move.rule, move.from_place, move.to_place if move.HasField("to_place") else None)

@@ -355,6 +355,7 @@ class Reasons(_message.Message):
     RELEVANCE_FIELD_NUMBER: _builtins.int
     ADJUSTED_RELEVANCE_FIELD_NUMBER: _builtins.int
     MOVES_FIELD_NUMBER: _builtins.int
+    TRANSITION_SCORE_FIELD_NUMBER: _builtins.int
     retrieval_place: _builtins.int
     retrieval_score: _builtins.float
     """On the scale of the item's source."""
@@ -363,6 +364,10 @@ class Reasons(_message.Message):
     relevance: _builtins.float
     """The ranking's score on a scale from 0, the worst ranked item, to 1, the best; and what rules made of it."""
     adjusted_relevance: _builtins.float
+    transition_score: _builtins.float
+    """Of ranking_score: what it gained because the item has often come after the visitor's last ones. Absent where
+    the ranker did not score it.
+    """
     @_builtins.property
     def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___Move]:
         """From the place in the ranking to the place on the slate, without a gap."""
@@ -377,10 +382,11 @@ class Reasons(_message.Message):
         relevance: _builtins.float = ...,
         adjusted_relevance: _builtins.float = ...,
         moves: _abc.Iterable[Global___Move] | None = ...,
+        transition_score: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ranking_place", b"_ranking_place", "_ranking_score", b"_ranking_score", "_retrieval_place", b"_retrieval_place", "_retrieval_score", b"_retrieval_score", "ranking_place", b"ranking_place", "ranking_score", b"ranking_score", "retrieval_place", b"retrieval_place", "retrieval_score", b"retrieval_score"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ranking_place", b"_ranking_place", "_ranking_score", b"_ranking_score", "_retrieval_place", b"_retrieval_place", "_retrieval_score", b"_retrieval_score", "_transition_score", b"_transition_score", "ranking_place", b"ranking_place", "ranking_score", b"ranking_score", "retrieval_place", b"retrieval_place", "retrieval_score", b"retrieval_score", "transition_score", b"transition_score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ranking_place", b"_ranking_place", "_ranking_score", b"_ranking_score", "_retrieval_place", b"_retrieval_place", "_retrieval_score", b"_retrieval_score", "adjusted_relevance", b"adjusted_relevance", "moves", b"moves", "ranking_place", b"ranking_place", "ranking_score", b"ranking_score", "relevance", b"relevance", "retrieval_place", b"retrieval_place", "retrieval_score", b"retrieval_score"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ranking_place", b"_ranking_place", "_ranking_score", b"_ranking_score", "_retrieval_place", b"_retrieval_place", "_retrieval_score", b"_retrieval_score", "_transition_score", b"_transition_score", "adjusted_relevance", b"adjusted_relevance", "moves", b"moves", "ranking_place", b"ranking_place", "ranking_score", b"ranking_score", "relevance", b"relevance", "retrieval_place", b"retrieval_place", "retrieval_score", b"retrieval_score", "transition_score", b"transition_score"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ranking_place: _TypeAlias = _typing.Literal["ranking_place"]  # noqa: Y015
     _WhichOneofArgType__ranking_place: _TypeAlias = _typing.Literal["_ranking_place", b"_ranking_place"]  # noqa: Y015
@@ -390,6 +396,8 @@ class Reasons(_message.Message):
     _WhichOneofArgType__retrieval_place: _TypeAlias = _typing.Literal["_retrieval_place", b"_retrieval_place"]  # noqa: Y015
     _WhichOneofReturnType__retrieval_score: _TypeAlias = _typing.Literal["retrieval_score"]  # noqa: Y015
     _WhichOneofArgType__retrieval_score: _TypeAlias = _typing.Literal["_retrieval_score", b"_retrieval_score"]  # noqa: Y015
+    _WhichOneofReturnType__transition_score: _TypeAlias = _typing.Literal["transition_score"]  # noqa: Y015
+    _WhichOneofArgType__transition_score: _TypeAlias = _typing.Literal["_transition_score", b"_transition_score"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ranking_place) -> _WhichOneofReturnType__ranking_place | None: ...
     @_typing.overload
@@ -398,6 +406,8 @@ class Reasons(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__retrieval_place) -> _WhichOneofReturnType__retrieval_place | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__retrieval_score) -> _WhichOneofReturnType__retrieval_score | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__transition_score) -> _WhichOneofReturnType__transition_score | None: ...
 
 Global___Reasons: _TypeAlias = Reasons  # noqa: Y015
 
