@@ -57,8 +57,7 @@ class ConcurrencyLimit:
         initial: int | None = None,
         max_limit: int = 1000,
         tolerance: float = 2.5,
-        smoothing: float = 0.2,
-        falling: float = 0.5,
+        smoothing: float = 0.5,
         window_s: float = 0.1,
         window_requests: int = 20,
         probe_s: float = 30.0,
@@ -72,8 +71,7 @@ class ConcurrencyLimit:
             initial: the limit before anything was measured; twice min_limit where None.
             max_limit: the limit never exceeds this.
             tolerance: how many times its queue-free latency a request may take.
-            smoothing: how far one window moves the limit up,
-            falling: and down, where every request of a queue is late: 0 to 1.
+            smoothing: how far one window moves the limit, 0 to 1.
             window_s: a window lasts at least this long,
             window_requests: and until this many requests have ended.
             probe_s: see above.
@@ -90,7 +88,6 @@ class ConcurrencyLimit:
         self._max_limit = max_limit
         self._tolerance = tolerance
         self._smoothing = smoothing
-        self._falling = falling
         self._window_s = window_s
         self._window_requests = window_requests
         self._probe_s = probe_s
@@ -147,8 +144,7 @@ class ConcurrencyLimit:
             wanted = self._limit * gradient + math.sqrt(self._limit) / 2
             # A limit that nobody comes near says nothing about what lies beyond it.
             if wanted < self._limit or self._peak * 2 >= self._limit:
-                pace = self._falling if wanted < self._limit else self._smoothing
-                self._limit += pace * (wanted - self._limit)
+                self._limit += self._smoothing * (wanted - self._limit)
                 self._limit = min(float(self._max_limit), max(float(self._min_limit), self._limit))
         self._begin_window()
 

@@ -127,7 +127,7 @@ def test_a_few_dear_requests_move_nothing() -> None:
 @pytest.mark.parametrize(
     ("took_s", "then"),
     [
-        (3, 4 + 0.2 * (4 * 2.5 / 3 + 1 - 4)),  # it may take 2.5 s: less than it wants, more than it has
+        (3, 4 + 0.5 * (4 * 2.5 / 3 + 1 - 4)),  # it may take 2.5 s: less than it wants, more than it has
         (4, 4 - 0.5 * (4 - (4 * 2.5 / 4 + 1))),
         (20, 4 - 0.5 * (4 - (4 / 2 + 1))),  # no faster than this, whatever a window says
     ],
