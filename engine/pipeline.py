@@ -520,21 +520,15 @@ class RecommendationPipeline:
         )
         arranged = self.reranker.slate(ask.policy, funnel, limit, ask.request, explain=ask.explain)
         trace.relaxed_rules = arranged.relaxed
+        is_scored = self.bundle.scorer is not None and "ranking" not in trace.degraded_stages
+        gained = functools.partial(self._gained, query) if is_scored else None
         trace.arrangement = Arrangement(
             ask.policy.name,
             ask.request.seed,
             ask.request.now_ms,
             arranged.yields,
             exposure_of(ask.policy, arranged, self.bundle.catalog),
-            explanation(
-                arranged,
-                ask.filtered,
-                candidates,
-                ranked,
-                functools.partial(self._gained, query)
-                if self.bundle.scorer and "ranking" not in trace.degraded_stages
-                else None,
-            ),
+            explanation(arranged, ask.filtered, candidates, ranked, gained),
         )
         order, num_ranked = arranged.order, len(ranked.items)
         if (order >= 0).all() and (order < num_ranked).all():

@@ -154,24 +154,22 @@ def explanation(
         found = np.flatnonzero(items.rows == row)
         return (int(found[0]) + 1, float(items.scores[found[0]])) if len(found) else (None, None)
 
+    gains = None if gained is None else gained(np.fromiter(reasons.moves, np.int32)).tolist()
     items = {}
-    for row, moves in reasons.moves.items():
+    for number, (row, moves) in enumerate(reasons.moves.items()):
         retrieval_place, retrieval_score = place_and_score(candidates, row)
         ranking_place, ranking_score = place_and_score(ranked.items, row)
         if ranking_place is None:
             _, ranking_score = place_and_score(ranked.reserve, row)
         source = "pin" if retrieval_place is None else _source(candidates, retrieval_place)
         relevance, adjusted = reasons.relevance[row]
-        transition_score = None
-        if gained is not None and ranking_score is not None:
-            transition_score = float(gained(np.array([row], np.int32))[0])
         items[row] = ItemReasons(
             source=source,
             retrieval_place=retrieval_place,
             retrieval_score=retrieval_score,
             ranking_place=ranking_place,
             ranking_score=ranking_score,
-            transition_score=transition_score,
+            transition_score=None if gains is None or ranking_score is None else gains[number],
             relevance=relevance,
             adjusted_relevance=adjusted,
             moves=moves,

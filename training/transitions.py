@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.history import NEGATIVE_EVENT
-from ranking.transitions import transition_bonus
+from ranking.transitions import transition_gain
 from retrieval.sparse import SparseRows
 from retrieval.transitions import item_transitions, next_items
 from training.data.interactions import Interactions
@@ -64,7 +64,7 @@ def bonuses(transitions: SparseRows, histories: Sequence[NDArray[np.int32]]) -> 
     found = np.zeros((len(histories), len(transitions)), np.float32)
     for row, history in zip(found, histories, strict=True):
         items, probabilities = next_items(transitions, history)
-        row[items] = transition_bonus(items, items, probabilities, 1.0)
+        row[items] = transition_gain(probabilities, 1.0)
     return found
 
 
