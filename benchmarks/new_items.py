@@ -8,11 +8,12 @@ normal. Histories are whole: who has touched a withheld item before has it in th
 
     chance            ten drawn at random
     text similarity   cosine of an item's text vector with the mean of those of the history
-    ranker            the ranker with content
-    no content        the ranker without: nothing tells withheld items apart, so this is chance
+    ranker            the ranker alone: nothing tells withheld items apart, so this is chance
+    content           a ranker that has learned to read what items are
 
-Beside them stands NDCG@10 of the questions for other items, all items ranked: what the ranker without content
-finds there, and the one with content.
+Both rankers also answer as they would be exported, where withheld items get the vectors of the trained ones
+most like them (training/new_items.py). Beside these stands what all items ranked give: recall@10 of the
+questions for withheld items, NDCG@10 of those for other items, and NDCG@10 of both together.
 """
 
 from __future__ import annotations
@@ -29,15 +30,18 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.full_ranking import Scores, question_metrics
-from benchmarks.quality_fusion import ranker_answers
 from engine.arguments import ArgumentParser
-from training.content import encoder_name, text_vectors
+from ranking.ranker import HybridRanker
+from training.answers import ranker_scores
+from training.content import content_features, encoder_name, text_vectors
 from training.data.dataset import Dataset
 from training.data.splits import Holdout, Split, load_split
+from training.new_items import give_new_items_vectors
 from training.stages import keep_freed_memory, quiet_lightning
 from training.train import EMBEDDINGS, build_parser, content_of, fit_ranking, fit_retrieval
 
 CUTOFF = 10
+RECALL, NDCG = f"recall@{CUTOFF}", f"ndcg@{CUTOFF}"
 
 
 def withhold(split: Split, share: float, seed: int) -> tuple[Split, NDArray[np.bool_]]:
@@ -126,32 +130,39 @@ def compare(
         raise ValueError("the catalog says nothing of its items, or content.encoder is none")
     fit_retrieval(directory, split, out, settings, seed, resume=True)
 
-    def recall(scores: Scores) -> float:
-        found = question_metrics(among(scores, withheld), asked, [f"recall@{CUTOFF}"], repeats=split.repeats)
-        return float(found[f"recall@{CUTOFF}"].mean())
+    def mean(name: str, scores: Scores, questions: Holdout) -> float:
+        found = question_metrics(scores, questions, [name], repeats=split.repeats)
+        return float(found[name].mean())
+
+    def figures(ranker: HybridRanker) -> dict[str, float]:
+        scores = ranker_scores(ranker)
+        return {
+            "recall": mean(RECALL, among(scores, withheld), asked),
+            "recall_of_all": mean(RECALL, scores, asked),
+            "others_ndcg": (of_others := mean(NDCG, scores, others)),
+            "ndcg": (len(asked) * mean(NDCG, scores, asked) + len(others) * of_others) / len(holdout),
+        }
 
     items = Dataset.open(directory).items.collect()
     texts = text_vectors(items, content_options, directory.resolve().parent / "text-vectors")
     rows: dict[str, dict[str, float]] = {
         "chance": {"recall": min(1.0, CUTOFF / int(withheld.sum()))},
-        "text similarity": {"recall": recall(text_similarity(texts))},
+        "text similarity": {"recall": mean(RECALL, among(text_similarity(texts), withheld), asked)},
     }
-    for name, file in (("ranker", content), ("no content", None)):
-        folder = out / name.replace(" ", "-")
-        done = folder / f"{part}.json"
+    features, degrees = content_features(items), split.train.item_counts().astype(np.float32)
+    for name, file in (("ranker", None), ("content", content)):
+        done = out / name / f"{part}.json"
         if not done.is_file():
             ranker, _ = fit_ranking(
-                directory, split, out / EMBEDDINGS, folder, settings, seed, resume=True, content=file
+                directory, split, out / EMBEDDINGS, out / name, settings, seed, resume=True, content=file
             )
-            found = question_metrics(
-                ranker_answers(ranker, others).scores, others, [f"ndcg@{CUTOFF}"], repeats=split.repeats
+            alone = figures(ranker)
+            give_new_items_vectors(
+                ranker.eval(), degrees, features, np.flatnonzero(withheld).astype(np.int32)
             )
-            row = {
-                "recall": recall(ranker_answers(ranker, asked).scores),
-                "others_ndcg": float(found[f"ndcg@{CUTOFF}"].mean()),
-            }
-            done.write_text(json.dumps(row) + "\n", encoding="utf-8")
-        rows[name] = json.loads(done.read_text(encoding="utf-8"))
+            found = {name: alone, f"{name}, exported": figures(ranker)}
+            done.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        rows |= json.loads(done.read_text(encoding="utf-8"))
     return {
         "data": data.info.name,
         "simulated": data.info.simulated,
@@ -207,11 +218,16 @@ def main(argv: list[str] | None = None) -> int:
         f"{results['num_questions']:,} questions of {results['part']} for them, texts by {results['encoder']}"
     )
     table.add_column("")
-    for heading in (f"recall@{CUTOFF} among withheld", f"other questions, ndcg@{CUTOFF}"):
+    headings = {
+        "recall": f"{RECALL} among withheld",
+        "recall_of_all": f"among all, {RECALL}",
+        "others_ndcg": f"other questions, {NDCG}",
+        "ndcg": f"all questions, {NDCG}",
+    }
+    for heading in headings.values():
         table.add_column(heading, justify="right")
     for name, row in results["rows"].items():
-        others = f"{row['others_ndcg']:.4f}" if "others_ndcg" in row else "-"
-        table.add_row(name, f"{row['recall']:.4f}", others)
+        table.add_row(name, *(f"{row[key]:.4f}" if key in row else "-" for key in headings))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     return 0
 

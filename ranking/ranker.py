@@ -153,6 +153,22 @@ class HybridRanker(nn.Module):
             vectors = vectors + self.content_projection(self.content_dropout(self.content_vectors[rows]))
         return vectors
 
+    @torch.no_grad()
+    def set_vectors(self, rows: Tensor, vectors: Tensor) -> None:
+        """Let `vectors` of items be these from now on, whatever graph and content say of them.
+
+        Args:
+            rows: [N] int64 item rows.
+            vectors: [N, D] float32.
+
+        Raises:
+            ValueError: in training, which leaves parts of a vector out at random.
+        """
+        if self.training:
+            raise ValueError("the ranker is in training mode; expected evaluation mode")
+        self.has_id[rows] = True
+        self.embedding.weight[rows] += vectors - self.vectors(rows)
+
     def all_vectors(self) -> Tensor:
         """Return `vectors` of every row, [I+2, D]: all that serving needs of them."""
         return self.vectors(torch.arange(self.num_items + 2, device=self.embedding.weight.device))

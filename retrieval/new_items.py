@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from retrieval.sparse import SparseRows, strongest
 
-NUM_LIKE = 20  # content neighbours whose vectors a new item gets the mean of
+NUM_LIKE = 20  # content neighbours whose vectors a new item gets the mean of,
+SHARPNESS = 4  # weighted by this power of their cosines; both chosen on validation (benchmarks/results)
 NUM_OF_LIKE_DEGREE = 100  # trained items whose norms say how long a new vector is to be
 
 
@@ -43,7 +44,9 @@ def content_vectors(
     new: NDArray[np.int32],
     num_like: int = NUM_LIKE,
 ) -> NDArray[np.float32]:
-    """Return vectors [N, D] of new items: the mean of the trained items most like each, weighted by cosine.
+    """Return vectors [N, D] of new items: the mean of the trained items most like each.
+
+    They are weighted by cosine ** SHARPNESS.
 
     The length is that of trained items of the fewest users (`of_like_norm`): a new item neither floods the
     inner-product search nor disappears from it. An item that is like no trained item gets the zero vector.
@@ -60,7 +63,7 @@ def content_vectors(
     for item in new:
         columns, cosines = items_having.weighted_sum(*features.row(item))
         trained = (item_degrees[columns] > 0) & (columns != item)
-        rows.append(strongest(columns[trained], cosines[trained], num_like))
+        rows.append(strongest(columns[trained], cosines[trained] ** SHARPNESS, num_like))
     vectors = SparseRows.from_rows(rows, len(item_vectors)).product(item_vectors)
     return of_like_norm(vectors, np.zeros(len(new), np.float32), item_vectors, item_degrees)
 

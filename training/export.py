@@ -38,11 +38,11 @@ from ranking.ranker import HybridRanker
 from retrieval.fold_in import fold_in
 from retrieval.item_index import DEFAULT_K, EXACT_KINDS, TUNING_QUERIES, IndexOptions, ItemIndex
 from retrieval.neighbours import item_neighbours
-from retrieval.new_items import content_vectors
 from training.content import content_embedding, content_features
 from training.data.dataset import Dataset
 from training.data.interactions import Interactions
 from training.data.splits import SplitData
+from training.new_items import give_new_items_vectors, new_items, with_new_items
 from training.quantization import MAX_SCORE_DIFFERENCE, Precision, quantize
 from training.transitions import training_transitions
 
@@ -305,7 +305,8 @@ def export_bundle(
         dataset: the data set directory, for the catalog.
         data: its events, and a split whose `train` is what the model has learned from.
         vectors: item_vectors [I+1, D], user_vectors [U+1, D] and item_degrees [I+1] of stage one.
-        ranker: of stage two; None where the data has no order to learn from.
+        ranker: of stage two; it is left on the CPU, in float32 and in evaluation mode, with vectors of new
+            items (training/new_items.py). None where the data has no order to learn from.
         pipeline: the fields of training.train.PipelineOptions, but for the policies.
         policies: what a file of policies holds (reranking/policy.py).
         training: the protocol ("strict" or "refit") and the epochs of each stage, for the record.
@@ -317,11 +318,14 @@ def export_bundle(
     """
     items, train = dataset.items.collect(), data.split.train
     clock = int(train.timestamps.max(initial=0)) if data.info.time == "unix" else 0
+    features, degrees = content_features(items), vectors["item_degrees"]
+    new = new_items(items, degrees, clock)
     vectors = vectors | {
-        "item_vectors": with_new_items(items, vectors["item_vectors"], vectors["item_degrees"], clock),
-        "content_vectors": content_embedding(content_features(items)),
+        "item_vectors": with_new_items(vectors["item_vectors"], degrees, features, new),
+        "content_vectors": content_embedding(features),
     }
-
+    if ranker is not None:
+        give_new_items_vectors(ranker.float().cpu().eval(), degrees, features, new)
     of_graph, of_ranker = (
         index_options(pipeline, source, has_ranker=ranker is not None) for source in ("embedding", "sequence")
     )
@@ -387,33 +391,6 @@ def export_bundle(
         }
 
     return write_bundle(root, fill, lambda bundle: verify_bundle(bundle, ranker, data))
-
-
-def with_new_items(
-    items: pl.DataFrame,
-    item_vectors: NDArray[np.float32],
-    item_degrees: NDArray[np.float32],
-    clock: int,
-) -> NDArray[np.float32]:
-    """Return the item vectors [I+1, D], those of items without a training edge made from their content.
-
-    The ranker is not trained on these: they are for search, for folding in and for likeness alone. An item
-    that goes on sale after the clock gets none, so that search does not offer it.
-
-    Args:
-        items: the data set's items, in row order.
-        item_vectors: [I+1, D] float32, of stage one.
-        item_degrees: [I+1] float32.
-        clock: time of the newest training event; 0 where the data has no times.
-    """
-    is_new = item_degrees == 0
-    is_new[0] = False
-    if clock and "available_from" in items.columns:
-        is_new[1:] &= items["available_from"].fill_null(0).to_numpy() <= clock
-    new = np.flatnonzero(is_new).astype(np.int32)
-    completed = item_vectors.copy()
-    completed[new] = content_vectors(item_vectors, item_degrees, content_features(items), new)
-    return completed
 
 
 def recent_popularity(train: Interactions, window_days: float | None) -> NDArray[np.int64]:

@@ -91,9 +91,15 @@ def test_what_is_known_of_new_items_finds_them(directory, tmp_path, capsys):
     assert figures["num_withheld"] == 40
     assert rows["chance"]["recall"] == pytest.approx(0.25)
     assert rows["text similarity"]["recall"] > 0.8
-    assert rows["ranker"]["recall"] > 0.8
-    assert rows["no content"]["recall"] == pytest.approx(0.25, abs=0.1)
+    assert rows["content"]["recall"] > 0.8
+    assert rows["ranker"]["recall"] == pytest.approx(0.25, abs=0.1)
+    for name in ("ranker, exported", "content, exported"):
+        assert rows[name]["recall"] > 0.8
+        assert 0 < rows[name]["recall_of_all"] < rows[name]["recall"]
     assert rows["ranker"]["others_ndcg"] > 0
+    of_withheld = figures["num_questions"] / (figures["num_questions"] + figures["num_others"])
+    for row in list(rows.values())[2:]:
+        assert (1 - of_withheld) * row["others_ndcg"] <= row["ndcg"]
     shown = capsys.readouterr().out
     assert "40 items withheld" in shown
     assert "texts by lsa" in shown

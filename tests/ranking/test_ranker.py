@@ -267,6 +267,22 @@ def test_an_item_without_events_has_no_random_vector(with_graph, with_content):
     assert not torch.allclose(changed.item_vectors()[3], expected)
 
 
+@all_kinds
+@torch.no_grad()
+def test_vectors_can_be_set_whatever_is_known_of_an_item(with_graph, with_content):
+    is_trained = torch.arange(NUM_ITEMS + 1) != 3  # and item 5 is trained
+    model = ranker(with_graph, with_content=with_content, is_trained=is_trained)
+    before = model.all_vectors().clone()
+    wanted = torch.randn(2, DIM)
+    model.set_vectors(torch.tensor([5, 3]), wanted)
+    after = model.all_vectors()
+    torch.testing.assert_close(after[[5, 3]], wanted)
+    others = [row for row in range(NUM_ITEMS + 2) if row not in (3, 5)]
+    assert torch.equal(after[others], before[others])
+    with pytest.raises(ValueError, match="training mode; expected evaluation mode"):
+        model.train().set_vectors(torch.tensor([1]), wanted[:1])
+
+
 @torch.no_grad()
 def test_vectors_are_the_same_on_both_sides():
     model = ranker(with_content=True, is_trained=torch.arange(NUM_ITEMS + 1) != 5)

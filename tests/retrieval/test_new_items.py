@@ -29,9 +29,10 @@ def test_content_vectors_by_hand():
     )
     new = np.array([5, 6], np.int32)
     vectors = content_vectors(VECTORS, DEGREES, features, new)
-    # The direction of .8 (3, 0) + .6 (0, 3). All four trained items are examples: the median of their
+    # The direction of .8^4 (3, 0) + .6^4 (0, 3). All four trained items are examples: the median of their
     # lengths 3, 3, 6, 6 is 4.5.
-    np.testing.assert_allclose(vectors, [[4.5 * 0.8, 4.5 * 0.6], [0, 0]], rtol=1e-6)
+    length = np.hypot(0.8**4, 0.6**4)
+    np.testing.assert_allclose(vectors, [[4.5 * 0.8**4 / length, 4.5 * 0.6**4 / length], [0, 0]], rtol=1e-6)
     nearest = content_vectors(VECTORS, DEGREES, features, new, num_like=1)
     np.testing.assert_allclose(nearest, [[4.5, 0], [0, 0]], rtol=1e-6)
 

@@ -21,7 +21,6 @@ from training.export import (
     export_ranker,
     index_options,
     recent_popularity,
-    with_new_items,
     write_index,
 )
 
@@ -351,18 +350,6 @@ def test_features_are_words_and_names_apart_by_column():
     assert sets[5] < sets[1]
     only_ids = content_features(ITEMS.select("item_id"))
     assert (len(only_ids), only_ids.num_columns) == (6, 0)
-
-
-def test_new_items_get_the_vector_of_their_like_once_they_are_on_sale():
-    vectors = np.array([[0, 0], [2, 0], [0, 2], [0, 0], [0, 0], [0, 0]], np.float32)
-    degrees = np.array([0, 3, 3, 0, 0, 0], np.float32)
-    completed = with_new_items(ITEMS, vectors, degrees, clock=10)
-    np.testing.assert_array_equal(completed[:3], vectors[:3])
-    assert completed[3].tolist() == [0, 0]  # like no trained item
-    assert completed[4, 0] > completed[4, 1] > 0  # mostly like a, a little like b
-    np.testing.assert_allclose(np.linalg.norm(completed[4]), 2, rtol=1e-6)
-    assert completed[5].tolist() == [0, 0]  # goes on sale at 11
-    assert with_new_items(ITEMS, vectors, degrees, clock=0)[5].any()  # no clock, no future
 
 
 def test_popularity_of_the_last_days():
