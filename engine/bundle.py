@@ -55,6 +55,7 @@ from safetensors.numpy import save_file
 
 from engine.catalog import Catalog
 from engine.history import BundleHistoryStore, History, HistoryStore, flat_histories
+from engine.ids import strings
 from engine.mapped_arrays import map_arrays
 from ranking.onnx_scorer import OnnxScorer, Provider
 from retrieval.item_index import EXACT_KINDS, ItemIndex
@@ -495,7 +496,7 @@ def _users(path: Path, num_items: int, *, has_histories: bool) -> BundleHistoryS
         },
     )
     events = History(arrays["items"], arrays["event_types"], arrays["timestamps"])
-    ids = table["user_id"].to_list()
+    ids = strings(table["user_id"])
     return _open(
         path / HISTORIES,
         lambda file: BundleHistoryStore(ids, arrays["history_begins"], events, num_items),

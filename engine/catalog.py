@@ -11,6 +11,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from engine.ids import rows_by_id, strings
+
 # The columns of catalog.parquet: those of a data set's items.parquet, and how often training saw each item.
 # Only item_id has to be there.
 CATALOG_SCHEMA: dict[str, pl.DataType] = {
@@ -60,8 +62,8 @@ class Catalog:
                 raise ValueError(f"column {column!r} is {items.schema[column]}; expected {expected}")
 
         self.num_items = items.height
-        self.ids: list[str] = ["", *items["item_id"].fill_null("").to_list()]
-        self.titles: list[str] = ["", *items["title"].fill_null("").to_list()]
+        self.ids: list[str] = ["", *strings(items["item_id"].fill_null(""))]
+        self.titles: list[str] = ["", *strings(items["title"].fill_null(""))]
         self.prices = _column(items["price"], np.nan, np.float64)
         self.margins = _column(items["margin"], np.nan, np.float64)
         self.available_from = _column(items["available_from"], 0, np.int64)
@@ -77,7 +79,7 @@ class Catalog:
             field: ["", *self._groups[field].replace("", None).drop_nulls().unique().sort()]
             for field in ("brand", "seller_id")
         }
-        self._row_of = {item_id: row for row, item_id in enumerate(self.ids) if row}
+        self._row_of = rows_by_id(self.ids[1:])
         if "" in self._row_of:
             raise ValueError("the catalog has an item without an item_id; every item needs one")
         if len(self._row_of) != self.num_items:

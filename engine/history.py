@@ -13,6 +13,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from engine.ids import rows_by_id, strings
+
 # The vocabulary of event types, in the order of their codes (uint8).
 EVENT_TYPES = ("interaction", "view", "click", "wishlist", "cart", "remove_from_cart", "purchase", "rating")
 EVENT_CODE = {name: code for code, name in enumerate(EVENT_TYPES)}
@@ -93,7 +95,7 @@ class BundleHistoryStore:
             events: all events, user after user.
             num_items: I.
         """
-        self._row_of = {user_id: row for row, user_id in enumerate(user_ids, start=1)}
+        self._row_of = rows_by_id(user_ids)
         if len(self._row_of) != len(user_ids) or None in self._row_of or "" in self._row_of:
             raise ValueError("user_id is repeated or missing; expected every user once, with an id")
         items = events.items
@@ -111,7 +113,7 @@ class BundleHistoryStore:
     def from_table(cls, users: pl.DataFrame, num_items: int) -> BundleHistoryStore:
         """Take a table with the columns of USERS_SCHEMA."""
         begins, events = flat_histories(users)
-        return cls(users["user_id"].to_list(), begins, events, num_items)
+        return cls(strings(users["user_id"]), begins, events, num_items)
 
     def __len__(self) -> int:
         return len(self._row_of)

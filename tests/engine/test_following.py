@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import gc
 import shutil
+import sys
 import weakref
-from collections.abc import Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import engine.following
 from engine.auth import KeyFile, create_key, remove_key
 from engine.bundle import PIN, Bundle, BundleError, bundle_to_serve, bundles_in, pin_bundle, write_bundle
 from engine.event_store import MemoryEventStore, UserEvent
 from engine.following import follow_bundles, follow_keys, follow_policies, prepared
+from engine.pacing import paced
 from engine.pipeline import RecommendationPipeline
 from engine.policy_files import PolicyFiles
 from protos.trirank.v1 import recommender_pb2 as pb
@@ -80,6 +83,35 @@ def test_a_new_bundle_takes_over_and_the_old_one_is_freed(publish: Publish, serv
                 gc.enable()
 
     asyncio.run(scene())
+
+
+def test_a_bundle_is_opened_and_tried_out_with_pauses(
+    publish: Publish, served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[float] = []
+
+    @contextmanager
+    def noted(share: float) -> Iterator[None]:
+        shares.append(share)
+        with paced(share):
+            yield
+
+    def opened(path: Path) -> Bundle:
+        assert sys.getprofile() is not None
+        return Bundle.load(path)
+
+    monkeypatch.setattr(engine.following, "paced", noted)
+
+    async def scene() -> None:
+        first = publish(num_items=40)
+        pipeline = RecommendationPipeline(Bundle.load(first))
+        async with served(pipeline) as shop, following(follow_bundles, shop, first.parent, opened):
+            second = publish(num_items=50)
+            await shop.until(lambda: shop.service.pipeline.bundle.version == second.name)
+
+    asyncio.run(scene())
+    assert shares == [engine.following.OPENING_SHARE] * 2
+    assert sys.getprofile() is None
 
 
 def damage(path: Path) -> None:
