@@ -32,6 +32,9 @@ class RejectedError(Exception):
         return (("grpc-retry-pushback-ms", str(math.ceil(self.retry_after_s * 1000))),)
 
 
+BURST = 2  # times the limit
+
+
 class ConcurrencyLimit:
     """A limit on the requests under way that follows the latency measured.
 
@@ -48,6 +51,9 @@ class ConcurrencyLimit:
     al., 2016). The workers still have work then, so that a probe costs no throughput where min_limit is their
     number. And half the root: with all of it the limit of a single worker could never fall below 4, however
     long requests take, and those of an overloaded machine take twice as long.
+
+    Arrivals come in bursts, and a server that has no queue now and then is not overloaded: for `burst_s`
+    after such a moment BURST times the limit may come in. An overloaded one has no such moments.
     """
 
     def __init__(
@@ -61,6 +67,7 @@ class ConcurrencyLimit:
         window_s: float = 0.1,
         window_requests: int = 20,
         probe_s: float = 30.0,
+        burst_s: float = 0.1,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
@@ -74,7 +81,8 @@ class ConcurrencyLimit:
             smoothing: how far one window moves the limit, 0 to 1.
             window_s: a window lasts at least this long,
             window_requests: and until this many requests have ended.
-            probe_s: see above.
+            probe_s: see above,
+            burst_s: too.
             clock: seconds.
             rng: of the retry hints.
         """
@@ -96,6 +104,8 @@ class ConcurrencyLimit:
         self._unqueued_s: float | None = None  # t0
         self._measured_at = clock()  # when t0 was
         self._is_probing = False
+        self._burst_s = burst_s
+        self._no_queue_at = clock()
         self._num_admitted = self._num_rejected = self._peak = 0  # of this window
         self._begin_window()
 
@@ -106,13 +116,17 @@ class ConcurrencyLimit:
 
     def admit(self) -> Permit:
         """Let a request in, to be used in a `with` block. Raises RejectedError where there is no room."""
-        if self.in_flight >= self.limit:
+        now = self._clock()
+        if self.in_flight < self._min_limit and not self._is_probing:
+            self._no_queue_at = now
+        is_burst = now - self._no_queue_at < self._burst_s and not self._is_probing
+        if self.in_flight >= min(self.limit * (BURST if is_burst else 1), self._max_limit):
             self._num_rejected += 1
             raise RejectedError("the server is at its limit", self._retry_after_s(), is_from_limit=True)
         self.in_flight += 1
         self._num_admitted += 1
         self._peak = max(self._peak, self.in_flight)
-        return Permit(self, self._clock(), queued=self.in_flight > self._min_limit)
+        return Permit(self, now, queued=self.in_flight > self._min_limit)
 
     def _release(self, began: float, queued: bool, counts: bool) -> None:
         self.in_flight -= 1

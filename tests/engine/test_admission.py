@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import random
 from collections import deque
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.admission import ConcurrencyLimit, Permit, RateLimit, RateLimiter, RejectedError
+from engine.admission import BURST, ConcurrencyLimit, Permit, RateLimit, RateLimiter, RejectedError
 
 SERVICE_S = 0.008
 NUM_WORKERS = 2
@@ -162,8 +163,10 @@ def test_the_limit_of_one_worker_falls_as_far_as_it_has_to() -> None:
 
 
 def test_a_full_server() -> None:
-    limit = ConcurrencyLimit(min_limit=1, clock=lambda: 0.0, rng=random.Random(0))
+    now = [0.0]
+    limit = ConcurrencyLimit(min_limit=1, clock=lambda: now[0], rng=random.Random(0))
     with limit.admit(), limit.admit() as last:
+        now[0] = 1.0  # not a burst any more
         hints = []
         for _ in range(200):
             with pytest.raises(RejectedError, match="the server is at its limit") as caught:
@@ -177,6 +180,40 @@ def test_a_full_server() -> None:
     ((key, value),) = caught.value.metadata
     assert key == "grpc-retry-pushback-ms"
     assert 0 < int(value) <= 7500
+
+
+def test_a_burst_may_exceed_the_limit_for_a_moment() -> None:
+    now = [0.0]
+    limit = ConcurrencyLimit(min_limit=1, initial=3, burst_s=0.1, clock=lambda: now[0])
+
+    def admitted(num_asked: int) -> list[Permit]:
+        permits = []
+        for _ in range(num_asked):
+            with contextlib.suppress(RejectedError):
+                permits.append(limit.admit())
+        return permits
+
+    now[0] = 5.0  # nobody was here
+    burst = admitted(10)
+    assert len(burst) == BURST * 3
+    for permit in burst[2:]:
+        permit.release(counts=False)
+    now[0] = 5.09
+    burst = burst[:2] + admitted(2)
+    assert len(burst) == 4
+    now[0] = 5.11  # the queue has been there for too long
+    assert not admitted(1)
+    burst.pop().release(counts=False)
+    assert not admitted(1)
+    burst.pop().release(counts=False)
+    burst += admitted(1)
+    assert len(burst) == 3
+    for permit in burst:
+        permit.release(counts=False)
+    assert len(admitted(10)) == BURST * 3  # there was no queue for a moment
+
+    limit = ConcurrencyLimit(min_limit=1, initial=3, max_limit=4, clock=lambda: now[0])
+    assert len(admitted(10)) == 4
 
 
 def test_what_was_cancelled_is_not_measured() -> None:
