@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ranking.context import ContextTable
+from ranking.dropout import Dropout
 from ranking.encoders.sequence_encoder import DistanceBias, causal_mask
 
 
@@ -37,7 +38,7 @@ class GraphCrossAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.scale = dim**-0.5
 
     def forward(self, states: Tensor, items: Tensor, graph_vectors: Tensor, fold_weights: Tensor) -> Tensor:

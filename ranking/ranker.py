@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ranking.context import ContextTable
+from ranking.dropout import Dropout
 from ranking.fusion import ContextFusion, GraphCrossAttention, HeadQueries
 
 NO_CONTEXT = ContextTable()
@@ -115,12 +116,12 @@ class HybridRanker(nn.Module):
             self.register_buffer("fold_weights", torch.cat([weights, weights.new_zeros(1)]))
             self.fusion = GraphCrossAttention(self.history_length + 1, dim, graph_vectors.shape[1], dropout)
             self.item_projection = _projection(graph_vectors.shape[1], dim)
-            self.graph_dropout = nn.Dropout(dropout)
+            self.graph_dropout = Dropout(dropout)
         self.content_projection: nn.Linear | None = None
         if content_vectors is not None:
             self.register_buffer("content_vectors", _unit_scale(content_vectors))
             self.content_projection = _projection(content_vectors.shape[1], dim)
-            self.content_dropout = nn.Dropout(content_dropout)
+            self.content_dropout = Dropout(content_dropout)
         may_be_new = torch.zeros(num_items + 2, dtype=torch.bool)
         if content_vectors is not None:
             may_be_new[1:-1] = content_vectors[1:].any(dim=1)

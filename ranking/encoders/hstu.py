@@ -15,6 +15,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ranking.dropout import Dropout
 from ranking.encoders.sequence_encoder import DistanceBias, SequenceEncoder, split_heads
 
 
@@ -50,7 +51,7 @@ class _Block(nn.Module):
         self.distance = DistanceBias(max_length, num_heads)
         self.attention_norm = nn.LayerNorm(dim)
         self.out = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.scale = 1.0 / max_length
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ranking.dropout import Dropout
 from ranking.encoders.sequence_encoder import DistanceBias, SequenceEncoder, split_heads
 
 
@@ -53,7 +54,7 @@ class _Block(nn.Module):
         self.attention_out = nn.Linear(dim, dim)
         self.feed_forward_norm = nn.LayerNorm(dim)
         self.feed_forward = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
         query, key, value = (

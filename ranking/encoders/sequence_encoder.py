@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ranking.dropout import Dropout
+
 
 class SequenceEncoder(nn.Module):
     """History -> one hidden state per position, each of which sees only itself and what came before.
@@ -43,7 +45,7 @@ class SequenceEncoder(nn.Module):
         self.max_length = max_length
         self.position = nn.Embedding(max_length, dim)
         nn.init.normal_(self.position.weight, std=dim**-0.5)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(
             make_block(max_length, dim, num_heads, dropout) for _ in range(num_blocks)
         )

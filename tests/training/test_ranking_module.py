@@ -4,8 +4,8 @@ from pathlib import Path
 
 import lightning as L
 import pytest
-from torch import nn
 
+from ranking.dropout import Dropout
 from ranking.encoders.sasrec import SASRec
 from training.data.modules import RankingData
 from training.data.simulator import ShopConfig, write_dataset
@@ -28,7 +28,7 @@ def test_dropout_never_rises_with_the_density() -> None:
 def dropouts_of(module: RankingModule, data: RankingData) -> set[float]:
     trainer = L.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, fast_dev_run=1)
     trainer.fit(module, datamodule=data)
-    return {part.p for part in module.ranker.modules() if isinstance(part, nn.Dropout)}
+    return {part.p for part in module.ranker.modules() if isinstance(part, Dropout)}
 
 
 def test_one_dropout_for_the_whole_ranker(tmp_path: Path) -> None:
