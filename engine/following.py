@@ -10,10 +10,11 @@ import asyncio
 import contextlib
 import ctypes
 import logging
+import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import ParamSpec, Protocol, TypeVar
+from typing import ParamSpec, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 POLL_S = 1.0  # how often files are looked at
 TRIAL_HISTORIES = (0, 1, 2, 5, 20, 100)  # events
 OPENING_SHARE = 0.15  # of a processor, that opening and trying out a bundle may use
+OPENING_TIMEOUT_S = 900.0  # a million items take a minute
 WAIT_S, NUM_WAITS = 0.1, 100  # for requests of a bundle that was replaced
 
 
@@ -139,22 +141,52 @@ async def follow_bundles(
 
 
 async def _swap(service: Service, path: Path, open_bundle: Callable[[Path], Bundle]) -> None:
-    bundle = await asyncio.to_thread(_beside_requests, open_bundle, path)
-    while True:
-        policies, events = service.policies, service.pipeline.events
-        pipeline = await asyncio.to_thread(_beside_requests, prepared, bundle, policies, events)
-        if service.policies is policies:  # no other policies came meanwhile
-            break
+    try:
+        async with asyncio.timeout(OPENING_TIMEOUT_S):
+            bundle = await _beside_requests(open_bundle, path)
+            while True:
+                policies, events = service.policies, service.pipeline.events
+                pipeline = await _beside_requests(prepared, bundle, policies, events)
+                if service.policies is policies:  # no other policies came meanwhile
+                    break
+    except TimeoutError:
+        raise BundleError(
+            f"{path}: it was not opened and did not answer trial requests within {OPENING_TIMEOUT_S:g} s"
+        ) from None
     before = service.pipeline.bundle.version
     service.use(pipeline)
     service.metrics.bundle_swaps.labels("swapped").inc()
     logger.info("bundle %s is served instead of %s", bundle.version, before)
 
 
-def _beside_requests(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Do what takes most of a second with 100,000 items: in one go, requests would take thrice as long."""
-    with paced(OPENING_SHARE):
-        return work(*args, **kwargs)
+async def _beside_requests(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Do what takes most of a second with 100,000 items: in one go, requests would take thrice as long.
+
+    In a thread that nobody waits for when the process ends, because the work of a bad bundle may hang.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[R] = loop.create_future()
+
+    def tell(result: R | None, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(cast(R, result))
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            with paced(OPENING_SHARE):
+                result = work(*args, **kwargs)
+        except BaseException as raised:  # noqa: BLE001  # it is raised again where it is waited for
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
+            loop.call_soon_threadsafe(tell, result, error)
+
+    threading.Thread(target=run, name="opening", daemon=True).start()
+    return await done
 
 
 async def _give_memory_back(before: weakref.ref[RecommendationPipeline]) -> None:

@@ -1,8 +1,8 @@
 """Ids as Python objects, made a few at a time: a server opens a bundle beside the requests that it answers.
 
-Whoever makes a hundred thousand objects at once keeps the interpreter's lock for tens of milliseconds, and a
-request, which needs the lock again and again, waits 5 ms and more each time. So the lock is given away after
-each part, which takes less than a millisecond.
+Whoever makes a hundred thousand objects at once keeps the interpreter's lock for tens of milliseconds, and
+requests, which need it again and again, wait. So it is given away after each part, which takes less than a
+millisecond.
 """
 
 from __future__ import annotations

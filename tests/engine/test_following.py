@@ -6,6 +6,7 @@ import asyncio
 import gc
 import shutil
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -112,6 +113,38 @@ def test_a_bundle_is_opened_and_tried_out_with_pauses(
     asyncio.run(scene())
     assert shares == [engine.following.OPENING_SHARE] * 2
     assert sys.getprofile() is None
+
+
+def test_a_bundle_that_hangs_is_refused_and_the_next_one_is_served(
+    publish: Publish, served: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.following, "OPENING_TIMEOUT_S", 0.5)
+    let_go = threading.Event()
+    is_bad = threading.Event()
+
+    def opened(path: Path) -> Bundle:
+        if is_bad.is_set():
+            let_go.wait()
+        return Bundle.load(path)
+
+    async def scene() -> None:
+        first = publish(num_items=40)
+        pipeline = RecommendationPipeline(Bundle.load(first))
+        async with served(pipeline) as shop, following(follow_bundles, shop, first.parent, opened):
+            is_bad.set()
+            publish(num_items=50)
+            await shop.until(lambda: shop.value("bundle_swaps_total", result="refused") == 1)
+            assert (await shop.recommend()).trace.bundle_version == first.name
+            is_bad.clear()
+            monkeypatch.setattr(engine.following, "OPENING_TIMEOUT_S", 60.0)
+            good = publish(num_items=60)
+            await shop.until(lambda: shop.service.pipeline.bundle.version == good.name)
+            let_go.set()
+            await asyncio.sleep(0.3)
+            assert shop.service.pipeline.bundle.version == good.name
+
+    asyncio.run(scene())
+    assert "was not opened and did not answer trial requests within 0.5 s" in caplog.text
 
 
 def damage(path: Path) -> None:
