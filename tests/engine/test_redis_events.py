@@ -149,7 +149,7 @@ def test_redis_goes_away_and_comes_back(tmp_path: Path) -> None:
     assert record(store, before) == Recorded(1, 0)
     server.stop()
     assert record(store, during, before) == Recorded(2, 0, is_delayed=True)
-    with pytest.raises(StoreUnavailableError, match="Redis (did|does) not answer"):
+    with pytest.raises(StoreUnavailableError, match=r"Redis (did|does) not answer"):
         store.recent("ann")
     assert store.has_undelivered
     store.close()
