@@ -32,6 +32,7 @@ from rich.table import Table
 from benchmarks.full_ranking import Scores, question_metrics
 from engine.arguments import ArgumentParser
 from ranking.ranker import HybridRanker
+from retrieval.new_items import like_items
 from training.answers import ranker_scores
 from training.content import content_features, encoder_name, text_vectors
 from training.data.dataset import Dataset
@@ -130,26 +131,28 @@ def compare(
         raise ValueError("the catalog says nothing of its items, or content.encoder is none")
     fit_retrieval(directory, split, out, settings, seed, resume=True)
 
-    def mean(name: str, scores: Scores, questions: Holdout) -> float:
-        found = question_metrics(scores, questions, [name], repeats=split.repeats)
-        return float(found[name].mean())
+    def means(scores: Scores, questions: Holdout) -> dict[str, float]:
+        found = question_metrics(scores, questions, [RECALL, NDCG], repeats=split.repeats)
+        return {name: float(values.mean()) for name, values in found.items()}
 
     def figures(ranker: HybridRanker) -> dict[str, float]:
         scores = ranker_scores(ranker)
+        of_all, of_others = means(scores, asked), means(scores, others)[NDCG]
         return {
-            "recall": mean(RECALL, among(scores, withheld), asked),
-            "recall_of_all": mean(RECALL, scores, asked),
-            "others_ndcg": (of_others := mean(NDCG, scores, others)),
-            "ndcg": (len(asked) * mean(NDCG, scores, asked) + len(others) * of_others) / len(holdout),
+            "recall": means(among(scores, withheld), asked)[RECALL],
+            "recall_of_all": of_all[RECALL],
+            "others_ndcg": of_others,
+            "ndcg": (len(asked) * of_all[NDCG] + len(others) * of_others) / len(holdout),
         }
 
     items = Dataset.open(directory).items.collect()
     texts = text_vectors(items, content_options, directory.resolve().parent / "text-vectors")
     rows: dict[str, dict[str, float]] = {
         "chance": {"recall": min(1.0, CUTOFF / int(withheld.sum()))},
-        "text similarity": {"recall": mean(RECALL, among(text_similarity(texts), withheld), asked)},
+        "text similarity": {"recall": means(among(text_similarity(texts), withheld), asked)[RECALL]},
     }
-    features, degrees = content_features(items), split.train.item_counts().astype(np.float32)
+    new, degrees = np.flatnonzero(withheld).astype(np.int32), split.train.item_counts().astype(np.float32)
+    like = like_items(degrees, content_features(items), new)
     for name, file in (("ranker", None), ("content", content)):
         done = out / name / f"{part}.json"
         if not done.is_file():
@@ -157,9 +160,7 @@ def compare(
                 directory, split, out / EMBEDDINGS, out / name, settings, seed, resume=True, content=file
             )
             alone = figures(ranker)
-            give_new_items_vectors(
-                ranker.eval(), degrees, features, np.flatnonzero(withheld).astype(np.int32)
-            )
+            give_new_items_vectors(ranker.eval(), degrees, new, like)
             found = {name: alone, f"{name}, exported": figures(ranker)}
             done.write_text(json.dumps(found) + "\n", encoding="utf-8")
         rows |= json.loads(done.read_text(encoding="utf-8"))

@@ -37,26 +37,19 @@ def tfidf(
     return SparseRows.from_entries(rows, columns, values / lengths[rows], num_items + 1, num_features)
 
 
-def content_vectors(
-    item_vectors: NDArray[np.float32],
+def like_items(
     item_degrees: NDArray[np.float32],
     features: SparseRows,
     new: NDArray[np.int32],
     num_like: int = NUM_LIKE,
-) -> NDArray[np.float32]:
-    """Return vectors [N, D] of new items: the mean of the trained items most like each.
-
-    They are weighted by cosine ** SHARPNESS.
-
-    The length is that of trained items of the fewest users (`of_like_norm`): a new item neither floods the
-    inner-product search nor disappears from it. An item that is like no trained item gets the zero vector.
+) -> SparseRows:
+    """Return the trained items most like each new item, [N, I+1], weighted by cosine ** SHARPNESS.
 
     Args:
-        item_vectors: [I+1, D] float32.
-        item_degrees: [I+1] float32; 0 where training never saw the item, and its vector is not used.
+        item_degrees: [I+1] float32; 0 where training never saw the item.
         features: [I+1, F], rows of length 1 (`tfidf`).
         new: [N] item rows.
-        num_like: how many items the mean is over, at most.
+        num_like: how many items a row has, at most.
     """
     items_having = features.transposed()
     rows = []
@@ -64,8 +57,25 @@ def content_vectors(
         columns, cosines = items_having.weighted_sum(*features.row(item))
         trained = (item_degrees[columns] > 0) & (columns != item)
         rows.append(strongest(columns[trained], cosines[trained] ** SHARPNESS, num_like))
-    vectors = SparseRows.from_rows(rows, len(item_vectors)).product(item_vectors)
-    return of_like_norm(vectors, np.zeros(len(new), np.float32), item_vectors, item_degrees)
+    return SparseRows.from_rows(rows, len(item_degrees))
+
+
+def content_vectors(
+    item_vectors: NDArray[np.float32], item_degrees: NDArray[np.float32], like: SparseRows
+) -> NDArray[np.float32]:
+    """Return vectors [N, D] of new items: the weighted mean of the trained items most like each.
+
+    The length is that of trained items of the fewest users (`of_like_norm`): a new item neither floods the
+    inner-product search nor disappears from it. An item that is like no trained item gets the zero vector.
+
+    Args:
+        item_vectors: [I+1, D] float32.
+        item_degrees: [I+1] float32.
+        like: [N, I+1], of `like_items`.
+    """
+    return of_like_norm(
+        like.product(item_vectors), np.zeros(len(like), np.float32), item_vectors, item_degrees
+    )
 
 
 def first_event_vectors(

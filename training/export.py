@@ -38,6 +38,7 @@ from ranking.ranker import HybridRanker
 from retrieval.fold_in import fold_in
 from retrieval.item_index import DEFAULT_K, EXACT_KINDS, TUNING_QUERIES, IndexOptions, ItemIndex
 from retrieval.neighbours import item_neighbours
+from retrieval.new_items import like_items
 from training.content import content_embedding, content_features
 from training.data.dataset import Dataset
 from training.data.interactions import Interactions
@@ -320,12 +321,13 @@ def export_bundle(
     clock = int(train.timestamps.max(initial=0)) if data.info.time == "unix" else 0
     features, degrees = content_features(items), vectors["item_degrees"]
     new = new_items(items, degrees, clock)
+    like = like_items(degrees, features, new)
     vectors = vectors | {
-        "item_vectors": with_new_items(vectors["item_vectors"], degrees, features, new),
+        "item_vectors": with_new_items(vectors["item_vectors"], degrees, new, like),
         "content_vectors": content_embedding(features),
     }
     if ranker is not None:
-        give_new_items_vectors(ranker.float().cpu().eval(), degrees, features, new)
+        give_new_items_vectors(ranker.float().cpu().eval(), degrees, new, like)
     of_graph, of_ranker = (
         index_options(pipeline, source, has_ranker=ranker is not None) for source in ("embedding", "sequence")
     )

@@ -37,25 +37,25 @@ def new_items(items: pl.DataFrame, item_degrees: NDArray[np.float32], clock: int
 def with_new_items(
     item_vectors: NDArray[np.float32],
     item_degrees: NDArray[np.float32],
-    features: SparseRows,
     new: NDArray[np.int32],
+    like: SparseRows,
 ) -> NDArray[np.float32]:
     """Return stage one's item vectors [I+1, D] with those of the new items.
 
     Args:
         item_vectors: [I+1, D] float32.
         item_degrees: [I+1] float32.
-        features: [I+1, F], of training.content.content_features.
         new: [N], of `new_items`.
+        like: [N, I+1], of retrieval.new_items.like_items.
     """
     completed = item_vectors.copy()
-    completed[new] = content_vectors(item_vectors, item_degrees, features, new)
+    completed[new] = content_vectors(item_vectors, item_degrees, like)
     return completed
 
 
 @torch.no_grad()
 def give_new_items_vectors(
-    ranker: HybridRanker, item_degrees: NDArray[np.float32], features: SparseRows, new: NDArray[np.int32]
+    ranker: HybridRanker, item_degrees: NDArray[np.float32], new: NDArray[np.int32], like: SparseRows
 ) -> None:
     """Let a trained ranker score the new items, and read them in a history, by the trained ones like them.
 
@@ -65,10 +65,10 @@ def give_new_items_vectors(
     Args:
         ranker: on the CPU and in evaluation mode; it is changed.
         item_degrees: [I+1] float32.
-        features: [I+1, F], of training.content.content_features.
         new: [N], of `new_items`.
+        like: [N, I+1], of retrieval.new_items.like_items.
     """
-    vectors = content_vectors(ranker.item_vectors().float().numpy(), item_degrees, features, new)
+    vectors = content_vectors(ranker.item_vectors().float().numpy(), item_degrees, like)
     is_like_any = vectors.any(axis=1)
     ranker.set_vectors(
         torch.from_numpy(new[is_like_any]).long(), torch.from_numpy(RANKER_SCALE * vectors[is_like_any])

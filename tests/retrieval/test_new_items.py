@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from retrieval.new_items import content_vectors, first_event_vectors, of_like_norm, tfidf
+from retrieval.new_items import content_vectors, first_event_vectors, like_items, of_like_norm, tfidf
 from retrieval.sparse import SparseRows
 
 #                    row 0   1       2       3       4       5 (new)  6 (new)
@@ -28,18 +28,19 @@ def test_content_vectors_by_hand():
         np.array([1, 2, 5, 5, 6]), np.array([0, 1, 0, 1, 2]), np.array([1, 1, 0.8, 0.6, 1]), 7, 3
     )
     new = np.array([5, 6], np.int32)
-    vectors = content_vectors(VECTORS, DEGREES, features, new)
+    vectors = content_vectors(VECTORS, DEGREES, like_items(DEGREES, features, new))
     # The direction of .8^4 (3, 0) + .6^4 (0, 3). All four trained items are examples: the median of their
     # lengths 3, 3, 6, 6 is 4.5.
     length = np.hypot(0.8**4, 0.6**4)
     np.testing.assert_allclose(vectors, [[4.5 * 0.8**4 / length, 4.5 * 0.6**4 / length], [0, 0]], rtol=1e-6)
-    nearest = content_vectors(VECTORS, DEGREES, features, new, num_like=1)
+    nearest = content_vectors(VECTORS, DEGREES, like_items(DEGREES, features, new, num_like=1))
     np.testing.assert_allclose(nearest, [[4.5, 0], [0, 0]], rtol=1e-6)
 
 
 def test_new_items_are_no_example_for_each_other():
     features = SparseRows.from_entries(np.array([5, 6]), np.array([0, 0]), np.array([1, 1]), 7, 1)
-    assert not content_vectors(VECTORS, DEGREES, features, np.array([5, 6], np.int32)).any()
+    like = like_items(DEGREES, features, np.array([5, 6], np.int32))
+    assert not content_vectors(VECTORS, DEGREES, like).any()
 
 
 def test_first_event_vectors_by_hand():

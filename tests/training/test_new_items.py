@@ -9,6 +9,7 @@ from engine.bundle import RANKER_SCORES, RANKER_STATE
 from ranking.encoders.sasrec import SASRec
 from ranking.onnx_scorer import OnnxScorer
 from ranking.ranker import HybridRanker
+from retrieval.new_items import like_items
 from training.content import content_features
 from training.export import export_ranker
 from training.new_items import RANKER_SCALE, give_new_items_vectors, new_items, with_new_items
@@ -34,7 +35,8 @@ def test_what_is_on_sale_and_has_no_event_is_new():
 
 def test_stage_one_gives_them_the_vector_of_their_like():
     vectors = np.array([[0, 0], [2, 0], [0, 2], [0, 0], [0, 0], [0, 0]], np.float32)
-    completed = with_new_items(vectors, DEGREES, FEATURES, np.array([3, 4], np.int32))
+    new = np.array([3, 4], np.int32)
+    completed = with_new_items(vectors, DEGREES, new, like_items(DEGREES, FEATURES, new))
     np.testing.assert_array_equal(completed[:3], vectors[:3])
     assert completed[3].tolist() == [0, 0]  # like no trained item
     assert completed[4, 0] > completed[4, 1] > 0  # mostly like a, a little like b
@@ -53,7 +55,8 @@ def test_the_ranker_scores_them_by_their_like_and_so_does_its_export(tmp_path, w
         is_trained=torch.from_numpy(DEGREES > 0),
     ).eval()
     before = ranker.item_vectors().detach().numpy().copy()
-    give_new_items_vectors(ranker, DEGREES, FEATURES, np.array([3, 4, 5], np.int32))
+    new = np.array([3, 4, 5], np.int32)
+    give_new_items_vectors(ranker, DEGREES, new, like_items(DEGREES, FEATURES, new))
     after = ranker.item_vectors().detach().numpy()
     np.testing.assert_array_equal(after[:4], before[:4])  # trained, or like no trained item
     lengths = np.linalg.norm(after, axis=1)
