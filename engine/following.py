@@ -13,8 +13,9 @@ import logging
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
-from typing import ParamSpec, Protocol, TypeVar, cast
+from typing import ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
@@ -164,29 +165,20 @@ async def _beside_requests(work: Callable[P, R], *args: P.args, **kwargs: P.kwar
 
     In a thread that nobody waits for when the process ends, because the work of a bad bundle may hang.
     """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[R] = loop.create_future()
-
-    def tell(result: R | None, error: BaseException | None) -> None:
-        if done.cancelled():
-            return
-        if error is not None:
-            done.set_exception(error)
-        else:
-            done.set_result(cast(R, result))
+    done: Future[R] = Future()
+    done.set_running_or_notify_cancel()
 
     def run() -> None:
-        result, error = None, None
         try:
             with paced(OPENING_SHARE):
                 result = work(*args, **kwargs)
-        except BaseException as raised:  # noqa: BLE001  # it is raised again where it is waited for
-            error = raised
-        with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
-            loop.call_soon_threadsafe(tell, result, error)
+        except BaseException as error:  # noqa: BLE001  # it is raised again where it is waited for
+            done.set_exception(error)
+        else:
+            done.set_result(result)
 
     threading.Thread(target=run, name="opening", daemon=True).start()
-    return await done
+    return await asyncio.wrap_future(done)
 
 
 async def _give_memory_back(before: weakref.ref[RecommendationPipeline]) -> None:
