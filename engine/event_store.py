@@ -72,6 +72,9 @@ class EventStore(Protocol):
     def recent(self, user_id: str) -> Sequence[UserEvent]:
         """Return the newest events of a user, oldest first. Raises StoreUnavailableError."""
 
+    def user_ids(self) -> Iterable[str] | None:
+        """Return who has events now; None where others record too, and nobody can be ruled out."""
+
     def close(self) -> None:
         """Finish what was begun, and give everything back."""
 
@@ -181,6 +184,10 @@ class MemoryEventStore:
         """See EventStore; never raises."""
         return self._recent.get(user_id)
 
+    def user_ids(self) -> Iterable[str]:
+        """See EventStore."""
+        return [user_id for user_id, _ in self._recent.users()]
+
     def close(self) -> None:
         """See EventStore."""
 
@@ -266,6 +273,10 @@ class LocalEventStore:
     def recent(self, user_id: str) -> Sequence[UserEvent]:
         """See EventStore; never raises."""
         return self._recent.get(user_id)
+
+    def user_ids(self) -> Iterable[str]:
+        """See EventStore; for before the first event is recorded."""
+        return [user_id for user_id, _ in self._recent.users()]
 
     def close(self) -> None:
         """See EventStore."""

@@ -163,6 +163,9 @@ class RedisEventStore:
                 found.append((event.timestamp, int(number), event))
         return [event for *_, event in sorted(found)[-self._max_per_user :]]
 
+    def user_ids(self) -> None:
+        """See EventStore: other machines record in the same Redis."""
+
     def deliver(self) -> int:
         """Send what was buffered; return how many batches that were. Raises StoreUnavailableError."""
         with self._buffering:

@@ -10,8 +10,8 @@ So the answer is that of a full float32 search: the 8 bits decide what is looked
 
 The bound. With x = x' + r and q = q' + s, where x' and q' are what 8 bits can hold, q.x - q'.x' = q.r + s.x',
 which Cauchy and Schwarz keep below (|q| c + |s|) |x'| for c = max |r| / |x'| over all vectors. Call that
-w |x'|. The scan is given q'/w as its query and |x'| as its bias, so it returns upper bounds in units of w;
-these minus 2 |x'| are lower bounds.
+w |x'|. The scan is given q'/w as its query, so that its products are in units of w, and these plus and minus
+|x'| are upper and lower bounds.
 
 Shape legend: B queries, D dimension, I items, N rows of a part of them.
 """
@@ -67,7 +67,7 @@ class StoredVectors:
 class ExactSearch:
     """Finds the items with the largest inner products; several threads may search at once.
 
-    Holds 2 bytes a number (onnxruntime keeps the codes beside the copy that its kernel packs) and 12 bytes an
+    Holds 2 bytes a number (onnxruntime keeps the codes beside the copy that its kernel packs) and 8 bytes an
     item, in this process's own memory: 150 MB for a million items of 64 numbers.
     """
 
@@ -108,7 +108,7 @@ class ExactSearch:
             self._error = max(self._error, float((error / length).max()))
         self._mean_length = float(self._lengths.mean())
         self._longest = float(self._lengths.max())
-        self._scan = _open_scan(codes, scales, self._lengths, num_threads)
+        self._scan = _open_scan(codes, scales, num_threads)
         self._check(codes, scales)
 
     def search(
@@ -129,8 +129,8 @@ class ExactSearch:
         rows, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
         for start in range(0, len(queries), QUERIES_AT_ONCE):
             part = queries[start : start + QUERIES_AT_ONCE]
-            for number, upper in enumerate(self._upper_bounds(part)[0], start):
-                near = self._candidates(upper, k, allowed)
+            for number, rough in enumerate(self._rough_products(part)[0], start):
+                near = self._candidates(rough + self._lengths, k, allowed)
                 products = self._vectors.products(near, queries[number])
                 rows[number], scores[number] = best(near, products, k)
         return rows, scores
@@ -146,14 +146,18 @@ class ExactSearch:
         rows, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
         for start in range(0, len(queries), QUERIES_AT_ONCE):
             part = queries[start : start + QUERIES_AT_ONCE]
-            upper, units = self._upper_bounds(part)
-            for number, products in enumerate(upper - self._lengths, start):
-                near, _ = self._first(products, k, allowed, 0.0)
-                rows[number], scores[number] = best(near, products[near] * units[number - start], k)
+            for number, (rough, unit) in enumerate(zip(*self._rough_products(part), strict=True), start):
+                near, _ = self._first(rough, k, allowed, 0.0)
+                rows[number], scores[number] = best(near, rough[near] * unit, k)
         return rows, scores
 
-    def _upper_bounds(self, queries: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return what no product can exceed, [B, I], each row in a unit of its own, and these units, [B]."""
+    def _rough_products(
+        self, queries: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return the 8-bit products, [B, I], each row in a unit of its own, and these units, [B].
+
+        In this unit a product is wrong by at most the vector's length in 8 bits.
+        """
         lengths = np.linalg.norm(queries.astype(np.float64), axis=1)
         if lengths.max() * self._longest * 1.1 > np.finfo(np.float32).max:
             raise ValueError("an inner product is too large for float32; expected smaller query values")
@@ -211,7 +215,7 @@ class ExactSearch:
         """Compare the scan with NumPy on large sums: kernels without 32-bit sums saturate."""
         whole = codes[:1024].astype(np.float32) - 128
         query = np.where(whole[0] < 0, -1, 1).astype(np.float32)
-        expected = np.einsum("nbd,bd,nb->n", whole, query, scales[:1024]) + self._lengths[:1024]
+        expected = np.einsum("nbd,bd,nb->n", whole, query, scales[:1024])
         found = self._run(query.reshape(1, -1))[0, :1024]
         if (np.abs(found - expected) > 1e-4 * query.size**0.5 * self._lengths[:1024]).any():
             raise RuntimeError(
@@ -252,19 +256,16 @@ def _to_8_bits(x: NDArray[np.floating]) -> tuple[NDArray[np.float32], NDArray[np
 
 
 def _open_scan(
-    codes: NDArray[np.uint8],
-    scales: NDArray[np.float32],
-    bias: NDArray[np.float32],
-    num_threads: int,
+    codes: NDArray[np.uint8], scales: NDArray[np.float32], num_threads: int
 ) -> onnxruntime.InferenceSession:
-    """Return the product `queries [B, blocks*block] @ codes.T * scales + bias`: [B, I] float32."""
+    """Return the product `queries [B, blocks*block] @ codes.T * scales`: [B, I] float32."""
     from onnx import TensorProto, helper, numpy_helper
 
     num_items, blocks, block = codes.shape
-    arrays: dict[str, NDArray[Any]] = {"codes": codes, "scales": scales.reshape(-1), "bias": bias}
+    arrays: dict[str, NDArray[Any]] = {"codes": codes, "scales": scales.reshape(-1)}
     node = helper.make_node(
         "MatMulNBits",
-        ["queries", "codes", "scales", "", "", "bias"],
+        ["queries", "codes", "scales"],
         ["products"],
         domain="com.microsoft",
         K=blocks * block,

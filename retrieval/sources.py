@@ -8,6 +8,7 @@ Shape legend: I items, H events of a history, N items of a list, D and S dimensi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -222,12 +223,21 @@ def merge(parts: Sequence[Candidates], quotas: Sequence[float], limit: int) -> M
         return Merged(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int16))
     rows = np.concatenate([part.rows[kept] for part, kept in zip(parts, chosen, strict=True)])
     scores = np.concatenate([part.scores[kept] for part, kept in zip(parts, chosen, strict=True)])
-    source_of = np.repeat(np.arange(len(parts), dtype=np.int16), [len(kept) for kept in chosen])
-    place = np.concatenate(
-        [np.arange(1, len(kept) + 1) / max(quota, 1e-9) for kept, quota in zip(chosen, quotas, strict=True)]
-    )
-    order = np.argsort(place, kind="stable")
-    return Merged(rows[order], scores[order], source_of[order])
+    order, source_of = _interleaved(tuple(map(len, chosen)), tuple(quotas))
+    return Merged(rows[order], scores[order], source_of)
+
+
+@functools.lru_cache(maxsize=32)  # most requests get as many items of each source
+def _interleaved(
+    lengths: tuple[int, ...], quotas: tuple[float, ...]
+) -> tuple[NDArray[np.int64], NDArray[np.int16]]:
+    """Return in which order lists that stand one behind the other are to be read, [M], and whose each is."""
+    places = [np.arange(1, n + 1) / max(quota, 1e-9) for n, quota in zip(lengths, quotas, strict=True)]
+    order = np.argsort(np.concatenate(places), kind="stable")
+    source_of = np.repeat(np.arange(len(lengths), dtype=np.int16), lengths)[order]
+    for array in (order, source_of):
+        array.setflags(write=False)  # it is handed out again
+    return order, source_of
 
 
 def shares_of(quotas: Sequence[float], limit: int) -> list[int]:

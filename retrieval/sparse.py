@@ -83,10 +83,14 @@ class SparseRows:
             sums = np.bincount(columns, values, minlength=self.num_columns)
             touched = np.flatnonzero(sums)
             return touched.astype(np.int32), sums[touched].astype(np.float32)
-        touched, where = np.unique(columns, return_inverse=True)
-        sums = np.bincount(where, values, minlength=len(touched))
-        kept = sums != 0
-        return touched[kept].astype(np.int32), sums[kept].astype(np.float32)
+        if not len(columns):  # reduceat takes no empty array
+            return np.zeros(0, np.int32), np.zeros(0, np.float32)
+        order = np.argsort(columns)
+        sorted_columns = columns[order]
+        firsts = np.flatnonzero(np.diff(sorted_columns, prepend=-1))
+        found = np.add.reduceat(values[order], firsts, dtype=np.float64)
+        kept = found != 0
+        return sorted_columns[firsts][kept], found[kept].astype(np.float32)
 
     def product(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the matrix product with vectors [C, D]: [R, D] float32."""

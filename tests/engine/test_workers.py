@@ -57,6 +57,45 @@ def test_a_store_through_a_socket(tmp_path: Path) -> None:
     server.close()
 
 
+def test_nobody_is_asked_about_who_has_no_events(tmp_path: Path) -> None:
+    asked = []
+
+    class Noting(MemoryEventStore):
+        def recent(self, user_id: str) -> Sequence[UserEvent]:
+            asked.append(user_id)
+            return super().recent(user_id)
+
+    owned = Noting()
+    owned.record([UserEvent("1", "of old", "x")])
+    server = EventServer(owned, tmp_path / "events")
+    first, second = SharedEventStore(tmp_path / "events"), SharedEventStore(tmp_path / "events")
+    users = ["new ü", *(f"user {number}" for number in range(1000))]
+    assert not any(first.recent(user) for user in users)
+    assert asked == []
+    second.record([UserEvent("1", "new ü", "y")]).result(WAIT_S)
+    for store in (first, second, SharedEventStore(tmp_path / "events")):
+        assert [event.item_id for event in store.recent("new ü")] == ["y"]
+        assert [event.item_id for event in store.recent("of old")] == ["x"]
+        assert not any(store.recent(user) for user in users[1:])
+        store.close()
+    assert set(asked) == {"new ü", "of old"}
+    server.close()
+
+
+def test_a_store_that_others_record_in_is_always_asked(tmp_path: Path) -> None:
+    class OfMany(MemoryEventStore):
+        def user_ids(self) -> None:
+            pass
+
+    owned = OfMany()
+    server, store = EventServer(owned, tmp_path / "events"), SharedEventStore(tmp_path / "events")
+    assert store.recent("ann") == []
+    owned.record([UserEvent("1", "ann", "x")])  # as another machine does
+    assert [event.event_id for event in store.recent("ann")] == ["1"]
+    store.close()
+    server.close()
+
+
 def test_a_store_that_is_not_there_and_comes_back(tmp_path: Path) -> None:
     store = SharedEventStore(tmp_path / "events", timeout_s=0.2)
     for _ in range(2):
@@ -67,6 +106,9 @@ def test_a_store_that_is_not_there_and_comes_back(tmp_path: Path) -> None:
 
     class Slow(MemoryEventStore):
         num_asked = 0
+
+        def user_ids(self) -> None:  # so that everybody is asked about
+            pass
 
         def recent(self, user_id: str) -> Sequence[UserEvent]:
             self.num_asked += 1
