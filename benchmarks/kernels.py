@@ -1,32 +1,36 @@
 """What a request cannot do without: its kernels, each called by itself with what a real request passes.
 
 Requests are recorded and played back. A pipeline answers some users while every call of an index's search, of
-the ONNX graphs and of the rules is noted with its arguments; then these calls are made again, request by
-request in their order, and nothing else. So the caches are as warm, or as cold, as in a request, and filters
-cost what they cost. To these comes an empty gRPC call of like sizes through the server's own stack, grpc.aio,
-in a process of its own.
+the sparse look-ups of two candidate sources, of the ONNX graphs and of the rules is noted with its arguments;
+then these calls are made again, request by request in their order, and nothing else. So the caches are as
+warm, or as cold, as in a request, and filters cost what they cost. To these comes an empty gRPC call of like
+sizes through the server's own stack, grpc.aio, in a process of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+import engine.pipeline
 from engine.bundle import Bundle
 from engine.deadline import Budget
 from engine.messages import MAX_MESSAGE_BYTES
 from engine.pipeline import RecommendationPipeline
 from engine.server import recommend
 from protos.trirank.v1 import recommender_pb2 as pb
+from retrieval.sources import NeighbourSource
 
 ECHO = "/trirank.benchmarks.Echo/Echo"
 ECHO_KERNEL = "gRPC echo"
@@ -88,7 +92,11 @@ def _noted(pipeline: RecommendationPipeline) -> Iterator[list[KernelCall]]:
     bundle = pipeline.bundle
     kernels: list[tuple[str, Any, str]] = [
         ("search graph vectors", bundle.index, "search"),
+        ("transitions", engine.pipeline, "next_items"),
         ("rules", pipeline.reranker, "slate"),
+    ]
+    kernels += [
+        ("neighbours", source, "find") for source in pipeline.sources if isinstance(source, NeighbourSource)
     ]
     if bundle.ranker_index and bundle.scorer:
         kernels += [
@@ -107,13 +115,10 @@ def _noted(pipeline: RecommendationPipeline) -> Iterator[list[KernelCall]]:
 
         return noted
 
-    for kernel, owner, method in kernels:
-        setattr(owner, method, noting(kernel, getattr(owner, method)))
-    try:
+    with contextlib.ExitStack() as noted:
+        for kernel, owner, method in kernels:
+            noted.enter_context(mock.patch.object(owner, method, noting(kernel, getattr(owner, method))))
         yield calls
-    finally:
-        for _, owner, method in kernels:
-            delattr(owner, method)  # the class's own shows again
 
 
 @contextmanager

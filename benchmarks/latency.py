@@ -8,9 +8,9 @@ The table has a cell for each size of the catalog, number of candidates and numb
 a server (`trirank serve`) in processes of its own on the same machine:
 
 1. kernels and one client, in turns of a few seconds. The kernels of real requests, played back alone
-   (benchmarks/kernels.py): index searches, ONNX, rules, an empty gRPC call. Then whole requests, one after
-   the other, from request bytes to response bytes. The ratio is that of the medians: whole request / sum of
-   kernels.
+   (benchmarks/kernels.py): index searches, sparse look-ups, ONNX, rules, an empty gRPC call. Then whole
+   requests, one after the other, from request bytes to response bytes. The ratio is that of the medians:
+   whole request / sum of kernels.
 2. open-loop load (benchmarks/load.py) at rising rates until the server saturates; then three times the best
    goodput, and half of it right behind, to see how soon the server recovers.
 

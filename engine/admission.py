@@ -62,7 +62,7 @@ class ConcurrencyLimit:
         min_limit: int,
         initial: int | None = None,
         max_limit: int = 1000,
-        tolerance: float = 2.5,
+        tolerance: float = 2.0,
         smoothing: float = 0.5,
         window_s: float = 0.1,
         window_requests: int = 20,

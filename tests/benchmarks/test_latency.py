@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import engine.pipeline
 from benchmarks import kernels, latency, load
 from benchmarks.simulated_bundle import SimulatedShop, simulated_bundle, simulated_events
 from engine.bundle import Bundle
 from engine.pipeline import RecommendationPipeline
+from retrieval.transitions import next_items
 
 SHOP = SimulatedShop(num_items=600, num_candidates=60, num_users=200, dim=16)
 
@@ -54,9 +56,11 @@ def test_kernels_are_played_back_as_a_request_called_them(bundle: Bundle) -> Non
     requests = load.recommend_requests(bundle.path, 20, num_requests=3)
     recordings = kernels.record(bundle, requests)
     called = [call.kernel for call in recordings[0].calls]
-    assert sorted(called) == sorted(["ONNX state", "search ranker vectors", "ONNX scores", "rules"])
+    searches = ["search ranker vectors", "transitions", "neighbours"]
+    assert sorted(called) == sorted(["ONNX state", *searches, "ONNX scores", "rules"])
     assert bundle.ranker_index
     assert "rough_search" not in vars(bundle.ranker_index)  # nothing is left behind
+    assert engine.pipeline.next_items is next_items
     times = kernels.play(recordings, 0.0)
     assert set(times) == set(called)
     assert all(len(values) == 1 and values[0] > 0 for values in times.values())

@@ -111,7 +111,8 @@ def test_what_requests_take_is_measured_again_under_load(factor: float) -> None:
     assert p99 <= 0.05 * factor
     before = [limit for now, limit in changed.limits if 5 <= now < 10]
     after = [limit for now, limit in changed.limits if now >= 60]
-    assert sum(after) / len(after) == pytest.approx(sum(before) / len(before), rel=0.2)
+    # So few at once that one more or less is a third; without a new t0 they would differ fourfold.
+    assert 0.5 <= (sum(after) / len(after)) / (sum(before) / len(before)) <= 2
 
 
 def test_a_few_dear_requests_move_nothing() -> None:
@@ -128,8 +129,8 @@ def test_a_few_dear_requests_move_nothing() -> None:
 @pytest.mark.parametrize(
     ("took_s", "then"),
     [
-        (3, 4 + 0.5 * (4 * 2.5 / 3 + 1 - 4)),  # it may take 2.5 s: less than it wants, more than it has
-        (4, 4 - 0.5 * (4 - (4 * 2.5 / 4 + 1))),
+        (2.5, 4 + 0.5 * (4 * 2 / 2.5 + 1 - 4)),  # it may take 2 s: less than it wants, more than it has
+        (3, 4 - 0.5 * (4 - (4 * 2 / 3 + 1))),
         (20, 4 - 0.5 * (4 - (4 / 2 + 1))),  # no faster than this, whatever a window says
     ],
 )
