@@ -1,11 +1,12 @@
 """What a server does when the world is unkind, with a real server and an open-loop load:
 
-    python -m benchmarks.faults swaps bundles/beauty --rate 60 --times 20
+    python -m benchmarks.faults swaps bundles/beauty --share 0.6 --times 20
     python -m benchmarks.faults crashes bundles/beauty --times 20
     python -m benchmarks.faults soak bundles/beauty --minutes 30 --rate 50
 
 `swaps` publishes one bundle after another under load: failed calls, p99 while a bundle takes over against p99
-before, and the memory at the end against that before. `crashes` kills the server while events are recorded,
+before, and the memory when the last one has taken over against that before. With --share the load is a share
+of what the server can do at most, which is found first. `crashes` kills the server while events are recorded,
 starts it again and asks for each acknowledged event: how many are lost, and how long until it answers.
 `soak` goes on for long, with a constant load, events, a new bundle now and then and messages that are none:
 what grows (memory, latency), and what fails.
@@ -37,16 +38,49 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import linregress
 
-from benchmarks.load import METHOD, Load, Outcome, arrivals_at, offer_to, percentile, recommend_requests, rss
+from benchmarks.load import (
+    DRAIN_S,
+    METHOD,
+    Load,
+    Outcome,
+    Result,
+    arrivals_at,
+    measure,
+    offer_to,
+    percentile,
+    recommend_requests,
+    rss,
+    sweep,
+)
 from benchmarks.server_process import running_server
 from engine.arguments import ArgumentParser
 from engine.bundle import MANIFEST, bundles_in, manifest_checksum, resolve_bundle
-from engine.client import RecommenderClient
+from engine.client import RecommenderClient, visitor
 from protos.trirank.v1 import recommender_pb2 as pb
 
 CHUNK_S = 10.0  # of a soak's load that is sent and looked at in one go
+RATE_S = 4.0  # of each rate that is tried to find out what a server can do
+GROWTH = 1.25  # of these rates
+TAKE_OVER_S = 120.0  # at most, for the last bundle
+SETTLE_S = 3.0  # for the memory of the one before it to be given back
 
 stderr = Console(stderr=True, highlight=False)
+
+
+def saturation(bundle: Path, options: Sequence[str]) -> float:
+    """Return the best goodput of rising rates: answers a second within the objective of benchmarks.load."""
+    requests = recommend_requests(bundle, 50)
+    offered = Load(seconds=RATE_S, warm_up_s=RATE_S / 4)
+    with running_server(bundle, options) as (address, _):
+
+        def measure_at(rate: float, after: float | None) -> Result:
+            result = measure(address, requests, rate, offered)
+            stderr.print(f"{rate:.0f} calls/s: goodput {result.goodput_per_s:.0f}")
+            time.sleep(DRAIN_S)
+            return result
+
+        found = sweep(measure_at, start_rate=60, growth=GROWTH, max_rate=10_000, overload=None)
+    return max(result.goodput_per_s for result in found)
 
 
 def swaps(
@@ -67,23 +101,25 @@ def swaps(
     arrivals = arrivals_at(rate, seconds, np.random.default_rng(0))
     with tempfile.TemporaryDirectory(prefix="bundles-", dir=bundle.parent) as folder:
         root = Path(folder)
-        copy_of(bundle, root, 0)
+        newest = copy_of(bundle, root, 0)
         with running_server(root, options) as (address, pid):
             published: list[float] = []
             memory: list[int] = []
             begin = time.perf_counter()
 
             def publish() -> None:
+                nonlocal newest
                 for number in range(1, times + 1):
                     time.sleep(max(0.0, begin + number * interval_s - time.perf_counter()))
                     memory.append(rss(pid))
                     published.append(time.perf_counter() - begin)
-                    copy_of(bundle, root, number)
+                    newest = copy_of(bundle, root, number)
 
             publisher = threading.Thread(target=publish, daemon=True)
             publisher.start()
             outcomes = asyncio.run(offer_to(address, requests, arrivals, load))
             publisher.join()
+            _wait_until_served(address, newest.name)
             memory.append(rss(pid))
     return (
         {"calls": len(outcomes)}
@@ -93,6 +129,17 @@ def swaps(
             "rss_mb_after": memory[-1] / 1e6,
         }
     )
+
+
+def _wait_until_served(address: str, version: str) -> None:
+    """Wait for a bundle to take over, and for the memory of the one before it; ValueError if it does not."""
+    ends = time.perf_counter() + TAKE_OVER_S
+    with RecommenderClient(address, timeout_s=10.0) as client:
+        while client.recommend(visitor(""), limit=1).trace.bundle_version != version:
+            if time.perf_counter() > ends:
+                raise ValueError(f"bundle {version} has not taken over within {TAKE_OVER_S:g} s")
+            time.sleep(0.2)
+    time.sleep(SETTLE_S)
 
 
 def _swaps(outcomes: Sequence[Outcome], published: Sequence[float], interval_s: float) -> dict[str, Any]:
@@ -336,6 +383,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("bundle", type=Path, help="A bundle, or a directory of bundles: the newest one.")
     parser.add_argument("--times", type=int, default=20, help="Bundles to publish, or kills.")
     parser.add_argument("--rate", type=float, default=50.0, help="swaps, soak: calls a second.")
+    parser.add_argument(
+        "--share",
+        type=float | None,
+        default=None,
+        help="swaps: of the most it can answer, not --rate.",
+    )
     parser.add_argument("--minutes", type=float, default=30.0, help="soak: how long.")
     parser.add_argument("--seconds", type=float, default=5.0, help="Between two swaps, or before a kill.")
     parser.add_argument("--serve_options", type=list[str], default=[], help="More options of trirank serve.")
@@ -344,9 +397,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         bundle = resolve_bundle(options.bundle)
         words = options.serve_options
+        if options.share is not None and not 0 < options.share <= 1:
+            raise ValueError(f"share is {options.share}; expected above 0, up to 1")
         if options.fault == "swaps":
-            result = swaps(
-                bundle, rate=options.rate, times=options.times, interval_s=options.seconds, options=words
+            most = saturation(bundle, words) if options.share else None
+            rate = options.share * most if most else options.rate
+            result = {"saturation_per_s": most, "rate": rate} | swaps(
+                bundle, rate=rate, times=options.times, interval_s=options.seconds, options=words
             )
         elif options.fault == "soak":
             result = soak(

@@ -201,20 +201,22 @@ class _Screen(Worth):
         end = min(begin + self.rule.screen, page.limit)
         num_pairs = max((end - begin) * (end - begin - 1) / 2, 1)
         weight = np.float32((1 - self.rule.relevance_weight) / num_pairs)
+        weighed = self.directions * weight
+        is_free = not penalty.any()  # as on most screens
         likeness = np.zeros_like(self.gain)  # to the items of the screen, weighed
         chosen = [pick for place, pick in page.pins.items() if begin <= place < end]
         num_pinned = len(chosen)
         for pick in chosen:
-            likeness += np.dot(self.directions, self.directions[pick] * weight, out=self.product)
+            likeness += np.dot(self.directions, weighed[pick], out=self.product)
         left = np.where(self.value > -np.inf, self.gain, np.float32(-np.inf))
         for _ in range(min(end - begin - num_pinned, int(np.count_nonzero(left > -np.inf)))):
             np.multiply(left, self.discount[len(chosen)], out=self.value)
             self.value -= likeness
-            np.subtract(self.value, penalty, out=self.product)
-            pick = int(self.product.argmax())
+            wanted = self.value if is_free else np.subtract(self.value, penalty, out=self.product)
+            pick = int(wanted.argmax())
             chosen.append(pick)
             left[pick] = -np.inf
-            likeness += np.dot(self.directions, self.directions[pick] * weight, out=self.product)
+            likeness += np.dot(self.directions, weighed[pick], out=self.product)
         of_screen = chosen[num_pinned:]
         np.multiply(left, self.discount[end - begin - 1], out=self.value)  # who would have been next
         self.value -= likeness

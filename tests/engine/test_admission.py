@@ -111,8 +111,8 @@ def test_what_requests_take_is_measured_again_under_load(factor: float) -> None:
     assert p99 <= 0.05 * factor
     before = [limit for now, limit in changed.limits if 5 <= now < 10]
     after = [limit for now, limit in changed.limits if now >= 60]
-    # So few at once that one more or less is a third; without a new t0 they would differ fourfold.
-    assert 0.5 <= (sum(after) / len(after)) / (sum(before) / len(before)) <= 2
+    # So few at once that one more or less is a third.
+    assert 0.75 <= (sum(after) / len(after)) / (sum(before) / len(before)) <= 2
 
 
 def test_a_few_dear_requests_move_nothing() -> None:

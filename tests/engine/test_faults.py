@@ -26,6 +26,22 @@ def test_swaps(bundle_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not list(bundle_path.parent.glob("bundles-*"))
 
 
+def test_swaps_at_a_share_of_what_the_server_can_do(
+    bundle_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RATE_S", 0.5), ("GROWTH", 8.0), ("DRAIN_S", 0.1), ("SETTLE_S", 0.1)):
+        monkeypatch.setattr(f"benchmarks.faults.{name}", value)
+    ask = ["swaps", str(bundle_path), "--times", "1", "--seconds", "2", "--share", "0.1", "--json"]
+    assert main(ask) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["swaps"] == 1
+    assert result["saturation_per_s"] > 10
+    assert result["rate"] == pytest.approx(0.1 * result["saturation_per_s"])
+    assert result["calls"] == pytest.approx(4 * result["rate"], abs=2)  # two parts of two seconds
+    assert main([*ask, "--share", "1.5"]) == 2
+    assert "share is 1.5; expected above 0, up to 1" in capsys.readouterr().err
+
+
 def test_crashes(bundle_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["crashes", str(bundle_path), "--times", "1", "--seconds", "0.3", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
