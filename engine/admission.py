@@ -67,7 +67,7 @@ class ConcurrencyLimit:
         window_s: float = 0.1,
         window_requests: int = 20,
         probe_s: float = 30.0,
-        burst_s: float = 0.1,
+        burst_s: float = 0.5,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
