@@ -295,17 +295,23 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         scope = contextvars.copy_context()
         job = self._pool.submit(scope.run, _begin, call, pipeline, request, budget)
         self._jobs[job] = time.monotonic()
-        job.add_done_callback(lambda done: loop.call_soon_threadsafe(self._give_back, permit, done))
+        # One call into the loop for both, as each wakes its thread, which the worker's then waits for.
+        is_done = loop.create_future()
+        job.add_done_callback(lambda done: loop.call_soon_threadsafe(self._give_back, permit, done, is_done))
         try:
-            return await asyncio.wrap_future(job)  # cancelled with it while it waits for a thread
+            await is_done
         except asyncio.CancelledError:
+            job.cancel()  # where it still waits for a thread
             budget.cancel()
             raise
+        return job.result()
 
-    def _give_back(self, permit: Permit, job: Future[Any]) -> None:
+    def _give_back(self, permit: Permit, job: Future[Any], is_done: asyncio.Future[None]) -> None:
         """Only answers say what a request takes: what failed, or was cut off, would mislead the limit."""
         del self._jobs[job]
         permit.release(counts=not job.cancelled() and job.exception() is None)
+        if not is_done.done():
+            is_done.set_result(None)
 
     async def _record(
         self, request: pb.RecordEventsRequest, context: pb_grpc._ServicerContext
