@@ -25,7 +25,7 @@ from engine.bundle import MANIFEST, Bundle, bundle_to_serve, bundles_in, pin_bun
 from engine.commands import DEFAULT_ADDRESS, fail, stderr, stdout
 from engine.event_log import EventLog, LogInUseError
 from engine.event_store import EventStore, LocalEventStore, MemoryEventStore
-from engine.following import log_policies, prepared
+from engine.following import give_large_blocks_back, log_policies, prepared
 from engine.policy_files import PolicyFiles
 from engine.response_cache import ResponseCache
 from engine.server import serve as run_server
@@ -196,6 +196,7 @@ def _serve(args: Any, argv: list[str], closing: contextlib.ExitStack) -> bool:
         _serve_from_many(args, argv, closing)
         return True
     address, metrics_address = (worker.address, worker.metrics) if worker else (args.address, args.metrics)
+    give_large_blocks_back()
     open_bundle = functools.partial(Bundle.load, num_threads=args.num_threads, provider=args.provider)
     bundle = open_bundle(bundle_to_serve(args.bundle))
     if bundle.scorer is not None:
