@@ -53,7 +53,8 @@ class ConcurrencyLimit:
     long requests take, and those of an overloaded machine take twice as long.
 
     Arrivals come in bursts, and a server that has no queue now and then is not overloaded: for `burst_s`
-    after such a moment BURST times the limit may come in. An overloaded one has no such moments.
+    after such a moment BURST times the limit may come in. An overloaded one has such moments too, by chance,
+    but it refuses: for `calm_s` after a refusal there are no bursts.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class ConcurrencyLimit:
         window_requests: int = 20,
         probe_s: float = 30.0,
         burst_s: float = 0.5,
+        calm_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
@@ -82,7 +84,8 @@ class ConcurrencyLimit:
             window_s: a window lasts at least this long,
             window_requests: and until this many requests have ended.
             probe_s: see above,
-            burst_s: too.
+            burst_s: too,
+            calm_s: too.
             clock: seconds.
             rng: of the retry hints.
         """
@@ -104,8 +107,9 @@ class ConcurrencyLimit:
         self._unqueued_s: float | None = None  # t0
         self._measured_at = clock()  # when t0 was
         self._is_probing = False
-        self._burst_s = burst_s
+        self._burst_s, self._calm_s = burst_s, calm_s
         self._no_queue_at = clock()
+        self._refused_at = -math.inf
         self._num_admitted = self._num_rejected = self._peak = 0  # of this window
         self._begin_window()
 
@@ -119,9 +123,11 @@ class ConcurrencyLimit:
         now = self._clock()
         if self.in_flight < self._min_limit and not self._is_probing:
             self._no_queue_at = now
-        is_burst = now - self._no_queue_at < self._burst_s and not self._is_probing
+        is_burst = now - self._no_queue_at < self._burst_s and now - self._refused_at >= self._calm_s
+        is_burst = is_burst and not self._is_probing
         if self.in_flight >= min(self.limit * (BURST if is_burst else 1), self._max_limit):
             self._num_rejected += 1
+            self._refused_at = now
             raise RejectedError("the server is at its limit", self._retry_after_s(), is_from_limit=True)
         self.in_flight += 1
         self._num_admitted += 1

@@ -183,16 +183,31 @@ def test_a_full_server() -> None:
     assert 0 < int(value) <= 7500
 
 
+def admitted_to(limit: ConcurrencyLimit, num_asked: int) -> list[Permit]:
+    permits = []
+    for _ in range(num_asked):
+        with contextlib.suppress(RejectedError):
+            permits.append(limit.admit())
+    return permits
+
+
+def test_who_has_just_refused_takes_no_bursts() -> None:
+    now = [0.0]
+    limit = ConcurrencyLimit(min_limit=1, initial=3, burst_s=0.1, calm_s=1.0, clock=lambda: now[0])
+    for at_s, expected in ((5.0, BURST * 3), (5.5, 3), (6.4, 3), (7.5, BURST * 3)):
+        now[0] = at_s  # nobody is here: the queue is empty
+        permits = admitted_to(limit, 10)
+        assert len(permits) == expected
+        for permit in permits:
+            permit.release(counts=False)
+
+
 def test_a_burst_may_exceed_the_limit_for_a_moment() -> None:
     now = [0.0]
-    limit = ConcurrencyLimit(min_limit=1, initial=3, burst_s=0.1, clock=lambda: now[0])
+    limit = ConcurrencyLimit(min_limit=1, initial=3, burst_s=0.1, calm_s=0.0, clock=lambda: now[0])
 
     def admitted(num_asked: int) -> list[Permit]:
-        permits = []
-        for _ in range(num_asked):
-            with contextlib.suppress(RejectedError):
-                permits.append(limit.admit())
-        return permits
+        return admitted_to(limit, num_asked)
 
     now[0] = 5.0  # nobody was here
     burst = admitted(10)
