@@ -43,11 +43,10 @@ from benchmarks.load import (
     METHOD,
     Load,
     Outcome,
-    Result,
     arrivals_at,
-    measure,
     offer_to,
     percentile,
+    rate_by_rate,
     recommend_requests,
     rss,
     sweep,
@@ -72,13 +71,7 @@ def saturation(bundle: Path, options: Sequence[str]) -> float:
     requests = recommend_requests(bundle, 50)
     offered = Load(seconds=RATE_S, warm_up_s=RATE_S / 4)
     with running_server(bundle, options) as (address, _):
-
-        def measure_at(rate: float, after: float | None) -> Result:
-            result = measure(address, requests, rate, offered)
-            stderr.print(f"{rate:.0f} calls/s: goodput {result.goodput_per_s:.0f}")
-            time.sleep(DRAIN_S)
-            return result
-
+        measure_at = rate_by_rate(address, requests, offered, pause_s=DRAIN_S)
         found = sweep(measure_at, start_rate=60, growth=GROWTH, max_rate=10_000, overload=None)
     return max(result.goodput_per_s for result in found)
 

@@ -115,9 +115,9 @@ def _noted(pipeline: RecommendationPipeline) -> Iterator[list[KernelCall]]:
 
         return noted
 
-    with contextlib.ExitStack() as noted:
+    with contextlib.ExitStack() as patches:
         for kernel, owner, method in kernels:
-            noted.enter_context(mock.patch.object(owner, method, noting(kernel, getattr(owner, method))))
+            patches.enter_context(mock.patch.object(owner, method, noting(kernel, getattr(owner, method))))
         yield calls
 
 

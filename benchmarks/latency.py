@@ -172,16 +172,9 @@ def sweep(
         objective_ms=settings.objective_ms,
         seed=settings.seed,
     )
-
-    def measure_at(rate_per_s: float, after_per_s: float | None) -> load.Result:
-        result = load.measure(address, requests, rate_per_s, offered, server_pid=pid, after_per_s=after_per_s)
-        stderr.print(f"  {rate_per_s:.0f} calls/s: goodput {result.goodput_per_s:.0f}")
-        time.sleep(load.DRAIN_S / 2)
-        return result
-
     start = 0.5 * 1000 / whole_ms * num_processes
     return load.sweep(
-        measure_at,
+        load.rate_by_rate(address, requests, offered, server_pid=pid, pause_s=load.DRAIN_S / 2),
         start_rate=start,
         growth=settings.growth,
         max_rate=start * settings.growth**MAX_RATES,

@@ -258,6 +258,20 @@ def sweep(
     return results
 
 
+def rate_by_rate(
+    address: str, requests: Sequence[bytes], load: Load, *, server_pid: int | None = None, pause_s: float
+) -> Callable[[float, float | None], Result]:
+    """Return what `sweep` measures with: `measure`, a line on stderr, and a pause before the next rate."""
+
+    def measure_at(rate_per_s: float, after_per_s: float | None) -> Result:
+        result = measure(address, requests, rate_per_s, load, server_pid=server_pid, after_per_s=after_per_s)
+        stderr.print(f"{rate_per_s:.0f} calls/s: goodput {result.goodput_per_s:.0f}")
+        time.sleep(pause_s)
+        return result
+
+    return measure_at
+
+
 def is_saturated(result: Result) -> bool:
     """Return whether a rate was more than the server can do."""
     return result.goodput_per_s < SATURATED_AT * result.offered_per_s
@@ -315,15 +329,8 @@ def main(argv: list[str] | None = None) -> int:
         bundle = resolve_bundle(options.bundle)
         requests = recommend_requests(bundle, options.limit, seed=load.seed)
         with _server(bundle, options.address, options.serve_options) as (address, pid):
-
-            def measure_at(rate_per_s: float, after_per_s: float | None) -> Result:
-                result = measure(address, requests, rate_per_s, load, server_pid=pid, after_per_s=after_per_s)
-                stderr.print(f"{rate_per_s:.0f} calls/s: goodput {result.goodput_per_s:.0f}")
-                time.sleep(DRAIN_S)
-                return result
-
             results = sweep(
-                measure_at,
+                rate_by_rate(address, requests, load, server_pid=pid, pause_s=DRAIN_S),
                 start_rate=options.start_rate,
                 growth=options.growth,
                 max_rate=options.max_rate,

@@ -46,12 +46,16 @@ class _Marks:
 
     def add(self, user_id: str) -> None:
         """Mark a user; for one thread at a time."""
-        byte, bit = divmod(zlib.crc32(user_id.encode()) % (8 * MARKS_BYTES), 8)
+        byte, bit = _byte_and_bit(user_id)
         self._bits[byte] |= 1 << bit
 
     def __contains__(self, user_id: str) -> bool:
-        byte, bit = divmod(zlib.crc32(user_id.encode()) % (8 * MARKS_BYTES), 8)
+        byte, bit = _byte_and_bit(user_id)
         return bool(self._bits[byte] >> bit & 1)
+
+
+def _byte_and_bit(user_id: str) -> tuple[int, int]:
+    return divmod(zlib.crc32(user_id.encode()) % (8 * MARKS_BYTES), 8)
 
 
 def _marks_path(path: str | Path) -> str:
