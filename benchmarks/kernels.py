@@ -2,9 +2,12 @@
 
 Requests are recorded and played back. A pipeline answers some users while every call of an index's search, of
 the sparse look-ups of two candidate sources, of the ONNX graphs and of the rules is noted with its arguments;
-then these calls are made again, request by request in their order, and nothing else. So the caches are as
-warm, or as cold, as in a request, and filters cost what they cost. To these comes an empty gRPC call of like
-sizes through the server's own stack, grpc.aio, in a process of its own.
+then these calls are made again, request by request in their order, and nothing else, so that filters cost
+what they cost. To these comes an empty gRPC call of like sizes through the server's own stack, grpc.aio, in a
+process of its own.
+
+A loop that never waits finds its core awake and its caches warm; a server does not. What that costs shows a
+bare server of the same stack, in a process of its own: a call of it makes a request's kernel calls.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -26,6 +30,7 @@ from numpy.typing import NDArray
 import engine.pipeline
 from engine.bundle import Bundle
 from engine.deadline import Budget
+from engine.following import give_large_blocks_back
 from engine.messages import MAX_MESSAGE_BYTES
 from engine.pipeline import RecommendationPipeline
 from engine.server import recommend
@@ -53,9 +58,8 @@ class Recording(NamedTuple):
     response_bytes: int
 
 
-def record(bundle: Bundle, requests: Sequence[bytes]) -> list[Recording]:
+def record(pipeline: RecommendationPipeline, requests: Sequence[bytes]) -> list[Recording]:
     """Return the kernels' calls of some requests (serialized RecommendRequests)."""
-    pipeline = RecommendationPipeline(bundle)
     recordings = []
     for data in requests:
         with _noted(pipeline) as calls:
@@ -122,10 +126,17 @@ def _noted(pipeline: RecommendationPipeline) -> Iterator[list[KernelCall]]:
 
 
 @contextmanager
-def running_echo(response_bytes: int) -> Iterator[tuple[str, int]]:
-    """Run a grpc.aio server that answers every call with so many bytes; yield its address and process id."""
+def running_echo(response_bytes: int, bundle: Path | None = None) -> Iterator[tuple[str, int]]:
+    """Run a grpc.aio server that answers every call with so many bytes; yield its address and process id.
+
+    Args:
+        response_bytes: of an answer.
+        bundle: makes it the bare server of the module's docstring. What it is asked with are serialized
+            RecommendRequests; when one comes for the first time, its kernels' calls are recorded.
+    """
+    command = [sys.executable, "-m", "benchmarks.kernels", str(response_bytes)]
     server = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.kernels", str(response_bytes)], stdout=subprocess.PIPE, text=True
+        [*command, str(bundle)] if bundle else command, stdout=subprocess.PIPE, text=True
     )
     try:
         assert server.stdout is not None
@@ -135,11 +146,20 @@ def running_echo(response_bytes: int) -> Iterator[tuple[str, int]]:
         server.wait(timeout=60)
 
 
-async def serve_echo(response_bytes: int, on_ready: Callable[[str], None]) -> None:
-    """Answer calls of ECHO with a fixed response until cancelled."""
+async def serve_echo(
+    response_bytes: int, on_ready: Callable[[str], None], bundle: Path | None = None
+) -> None:
+    """Answer calls of ECHO until cancelled; see running_echo."""
     answer = bytes(response_bytes)
+    pipeline = RecommendationPipeline(Bundle.load(bundle)) if bundle else None
+    recordings: dict[bytes, Recording] = {}
 
     async def echo(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        if pipeline is not None:
+            if request not in recordings:
+                (recordings[request],) = record(pipeline, [request])
+            for call in recordings[request].calls:
+                call.function(*call.args, **call.keywords)
         return answer
 
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)])
@@ -182,5 +202,13 @@ def summed(times: dict[str, list[float]]) -> NDArray[np.float64]:
     return np.asarray(np.sum(list(times.values()), axis=0))
 
 
+def main(response_bytes: str, bundle: str = "") -> None:
+    """Run the server of running_echo."""
+    path = Path(bundle) if bundle else None
+    if path:
+        give_large_blocks_back()  # as `trirank serve` does
+    asyncio.run(serve_echo(int(response_bytes), lambda address: print(address, flush=True), path))
+
+
 if __name__ == "__main__":
-    asyncio.run(serve_echo(int(sys.argv[1]), lambda address: print(address, flush=True)))
+    main(*sys.argv[1:])

@@ -8,9 +8,9 @@ The table has a cell for each size of the catalog, number of candidates and numb
 a server (`trirank serve`) in processes of its own on the same machine:
 
 1. kernels and one client, in turns of a few seconds. The kernels of real requests, played back alone
-   (benchmarks/kernels.py): index searches, sparse look-ups, ONNX, rules, an empty gRPC call. Then whole
-   requests, one after the other, from request bytes to response bytes. The ratio is that of the medians:
-   whole request / sum of kernels.
+   (benchmarks/kernels.py): index searches, sparse look-ups, ONNX, rules, an empty gRPC call. Calls of a bare
+   server, which makes a request's kernel calls and nothing else. Then whole requests, one after the other,
+   from request bytes to response bytes. The ratio is that of the medians: whole request / sum of kernels.
 2. open-loop load (benchmarks/load.py) at rising rates until the server saturates; then three times the best
    goodput, and half of it right behind, to see how soon the server recovers.
 
@@ -47,6 +47,7 @@ from benchmarks.server_process import running_server
 from engine.arguments import ArgumentParser
 from engine.bundle import Bundle, resolve_bundle
 from engine.client import RecommenderClient, visitor
+from engine.pipeline import RecommendationPipeline
 from protos.trirank.v1 import recommender_pb2 as pb
 
 WARM_UP = 50
@@ -108,24 +109,28 @@ def measure_cell(bundle_path: Path, cell: Cell, settings: Settings) -> dict[str,
     requests = load.recommend_requests(bundle_path, settings.limit, seed=settings.seed)
     options = ["--num_processes", str(cell.num_processes), *settings.serve_options]
     bundle = Bundle.load(bundle_path)
-    recordings = kernels.record(bundle, requests[:NUM_RECORDED])
+    recordings = kernels.record(RecommendationPipeline(bundle), requests[:NUM_RECORDED])
     response_bytes = round(float(np.mean([one.response_bytes for one in recordings])))
     kernels.play(recordings, settings.turn_s / 4)
     kernel_ms: dict[str, list[float]] = {}
     echo_ms: list[float] = []
+    bare_ms: list[float] = []
     whole_ms: list[float] = []
     stage_ms: dict[str, list[float]] = {}
     one_client: list[dict[str, float | None]] = []
     with (
         running_server(bundle_path, options) as (address, pid),
         kernels.running_echo(response_bytes) as (echo_address, _),
+        kernels.running_echo(response_bytes, bundle_path) as (bare_address, _),
     ):
         kernels.call_times(address, load.METHOD, requests[-WARM_UP:], settings.turn_s / 4)
+        for request in requests[:NUM_RECORDED]:
+            kernels.call_times(bare_address, kernels.ECHO, [request], 0.0)
         for turn in range(settings.turns):
             _merge(kernel_ms, kernels.play(recordings, settings.turn_s))
-            echo_ms += kernels.call_times(
-                echo_address, kernels.ECHO, requests[:NUM_RECORDED], settings.turn_s / 2
-            )[0]
+            asked_with = requests[:NUM_RECORDED], settings.turn_s / 2
+            echo_ms += kernels.call_times(echo_address, kernels.ECHO, *asked_with)[0]
+            bare_ms += kernels.call_times(bare_address, kernels.ECHO, *asked_with)[0]
             with load.watched(pid) as usage:
                 asked = requests[turn * NUM_RECORDED :] + requests[: turn * NUM_RECORDED]
                 times, responses = kernels.call_times(address, load.METHOD, asked, settings.turn_s)
@@ -145,6 +150,7 @@ def measure_cell(bundle_path: Path, cell: Cell, settings: Settings) -> dict[str,
         "kernels": {name: percentiles(values) for name, values in kernel_ms.items()}
         | {kernels.ECHO_KERNEL: percentiles(echo_ms)},
         "sum_of_kernels": percentiles(sums.tolist()) | {"p50": floor},
+        "bare_server": percentiles(bare_ms),
         "whole": percentiles(whole_ms),
         "ratio": float(np.median(whole_ms)) / floor,
         "stages": {name: percentiles(values) for name, values in stage_ms.items()},
@@ -312,11 +318,12 @@ def tables(result: dict[str, Any]) -> list[Table]:
     unloaded = Table(
         title=f"one client, ms, {result['machine']}",
         caption="kernels: medians of each played back alone; sum: their p50 and the echo's; "
-        "ratio: p50 of the whole call / sum",
+        "bare server: p50 of a call that makes the kernels' calls alone; ratio: p50 of the whole call / sum",
     )
     names = list(dict.fromkeys(name for one in result["cells"] for name in one["kernels"]))
     where = ["items", "candidates", "processes"]
-    headings = [*where, *names, "sum", "whole p50", "p90", "p99", "p99.9", "ratio", "cores", "RSS MB"]
+    whole = ["whole p50", "p90", "p99", "p99.9", "ratio", "cores", "RSS MB"]
+    headings = [*where, *names, "sum", "bare server", *whole]
     loaded = Table(
         title=f"open-loop load, {result['machine']}",
         caption=f"sustained: all answered, p99 within {result['settings']['objective_ms']:g} ms; cores: the "
@@ -342,6 +349,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
             *cell,
             *(_figure(one["kernels"].get(name, {}).get("p50")) for name in names),
             _figure(one["sum_of_kernels"]["p50"]),
+            _figure(one["bare_server"]["p50"]),
             *(_figure(one["whole"][name]) for name in load.PERCENTILES),
             _figure(one["ratio"]),
             _figure(one["server_cores"]),

@@ -12,6 +12,20 @@ from collections.abc import Callable, Mapping
 STAGE_SHARES = {"filtering": 0.05, "retrieval": 0.35, "ranking": 0.3, "reranking": 0.1, "reply": 0.2}
 
 
+def _parts_of(shares: Mapping[str, float]) -> dict[str, float]:
+    """Return, of what is left when a stage begins, the part that is its own."""
+    if not shares or min(shares.values()) <= 0:
+        raise ValueError(f"shares are {dict(shares)}; expected a number above 0 for each stage")
+    stages = list(shares)
+    return {
+        stage: shares[stage] / sum(shares[later] for later in stages[place:])
+        for place, stage in enumerate(stages)
+    }
+
+
+PARTS = _parts_of(STAGE_SHARES)
+
+
 class AbandonedError(Exception):
     """Nobody waits for the answer any more: no further stage begins."""
 
@@ -22,7 +36,7 @@ class Budget:
     def __init__(
         self,
         total_s: float | None,
-        shares: Mapping[str, float] = STAGE_SHARES,
+        shares: Mapping[str, float] | None = None,
         *,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -30,20 +44,13 @@ class Budget:
 
         Args:
             total_s: until the caller gives up; None for a caller who waits for ever.
-            shares: of each stage, in their order, all above 0.
+            shares: of each stage, in their order, all above 0; STAGE_SHARES where None.
             clock: seconds.
         """
-        if not shares or min(shares.values()) <= 0:
-            raise ValueError(f"shares are {dict(shares)}; expected a number above 0 for each stage")
         self._clock = clock
         self._ends = math.inf if total_s is None else clock() + total_s
         self._is_cancelled = False
-        # Of what is left when a stage begins, the part that is its own.
-        stages = list(shares)
-        self._parts = {
-            stage: shares[stage] / sum(shares[later] for later in stages[place:])
-            for place, stage in enumerate(stages)
-        }
+        self._parts = PARTS if shares is None else _parts_of(shares)
 
     def cancel(self) -> None:
         """Note that nobody waits for the answer any more: all time is up."""

@@ -41,6 +41,7 @@ OPENING_SHARE = 0.15  # of a processor, that opening and trying out a bundle may
 OPENING_TIMEOUT_S = 900.0  # a million items take a minute
 WAIT_S, NUM_WAITS = 0.1, 100  # for requests of a bundle that was replaced
 LARGE_BYTES = 4 << 20
+KEPT_BYTES = 32 << 20  # what a request of a million items has at once, and more
 
 
 class Service(Protocol):
@@ -186,12 +187,16 @@ def give_large_blocks_back() -> None:
     """Have glibc's malloc return blocks of LARGE_BYTES and more when they are freed; elsewhere do nothing.
 
     It would raise its own threshold to the largest block ever freed, and from then on keep a bundle's
-    arrays, with holes, in its heaps: 10 to 15 MB more after each swap of 100,000 items. A request's own
-    arrays are smaller, and stay there: to get them from the system would cost it the clearing of each page.
+    arrays, with holes, in its heaps: 10 to 15 MB more after each swap of 100,000 items.
+
+    A request's own arrays are smaller, and stay there, up to KEPT_BYTES: to get them from the system anew
+    would cost each request the clearing of their pages, several ms with a million items.
     """
-    mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     with contextlib.suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).mallopt(mmap_threshold, LARGE_BYTES)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, LARGE_BYTES)
+        libc.mallopt(trim_threshold, KEPT_BYTES)  # or it would be 128 KB, and no longer follow
 
 
 async def _give_memory_back(before: weakref.ref[RecommendationPipeline]) -> None:

@@ -226,15 +226,18 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         except asyncio.CancelledError:
             is_late = context.time_remaining() == 0
             code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
-            self._observe(method, code, "", began_s, None, metadata)
+            self._observe(method, code, "", began_s, time.perf_counter(), None, metadata)
             raise
         except Exception as error:
             code, message, reason, hints = _refusal(error)
-            self._observe(method, code, reason, began_s, None, metadata)
+            self._observe(method, code, reason, began_s, time.perf_counter(), None, metadata)
             context.set_trailing_metadata((*named, *hints))
             await context.abort(code, message)
             raise AssertionError("abort always raises") from error
-        self._observe(method, grpc.StatusCode.OK, "", began_s, trace, metadata)
+        # Once the answer is on its way: gRPC sends it before the loop comes to this.
+        asyncio.get_running_loop().call_soon(
+            self._observe, method, grpc.StatusCode.OK, "", began_s, time.perf_counter(), trace, metadata
+        )
         return response
 
     def _check_caller(self, role: str, metadata: Metadata, peer: str) -> None:
@@ -335,13 +338,13 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         code: grpc.StatusCode,
         reason: str,
         began_s: float,
+        ended_s: float,
         trace: Trace | None,
         metadata: Metadata,
     ) -> None:
         if reason:
             self.metrics.observe_refusal(method, code.name, reason)
             return
-        ended_s = time.perf_counter()
         stages = (
             []
             if trace is None

@@ -5,6 +5,7 @@ Spans need the extra `otel` and a tracer provider that the program around us has
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -102,6 +103,10 @@ class Metrics:
         )
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
+        # A request looks up a dozen series by their labels: as long as it takes to count in them.
+        self._requests_of = functools.cache(self.requests.labels)
+        self._seconds_of = functools.cache(self.request_seconds.labels)
+        self._stage_seconds_of = functools.cache(self.stage_seconds.labels)
 
     def observe_request(
         self,
@@ -111,16 +116,16 @@ class Metrics:
         stages: Iterable[StageTime] = (),
     ) -> None:
         """Note a request that was answered, and its stages."""
-        self.requests.labels(method, code).inc()
-        self.request_seconds.labels(method).observe(duration_s)
+        self._requests_of(method, code).inc()
+        self._seconds_of(method).observe(duration_s)
         for stage in stages:
-            self.stage_seconds.labels(stage.stage).observe(stage.ended_s - stage.began_s)
+            self._stage_seconds_of(stage.stage).observe(stage.ended_s - stage.began_s)
             if stage.is_degraded:
                 self.degraded.labels(stage.stage).inc()
 
     def observe_refusal(self, method: str, code: str, reason: str) -> None:
         """Note a request that was refused without work; its latency would only hide that of the others."""
-        self.requests.labels(method, code).inc()
+        self._requests_of(method, code).inc()
         self.rejected.labels(reason).inc()
 
     def serve(self, port: int, address: str = "127.0.0.1") -> tuple[int, Callable[[], None]]:

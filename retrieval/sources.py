@@ -9,6 +9,7 @@ Shape legend: I items, H events of a history, N items of a list, D and S dimensi
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -242,8 +243,8 @@ def _interleaved(
 
 def shares_of(quotas: Sequence[float], limit: int) -> list[int]:
     """Return how many of `limit` items each source gives, as long as it has them."""
-    shares: list[int] = np.diff(np.round(np.cumsum([0.0, *quotas]) * limit)).astype(np.int64).tolist()
-    return shares
+    ends = [0, *(round(total * limit) for total in itertools.accumulate(quotas))]
+    return [end - begin for begin, end in itertools.pairwise(ends)]
 
 
 def _take(rows: NDArray[np.int32], taken: NDArray[np.bool_], count: int) -> NDArray[np.int64]:
