@@ -14,8 +14,8 @@ a server (`trirank serve`) in processes of its own on the same machine:
 2. open-loop load (benchmarks/load.py) at rising rates until the server saturates; then three times the best
    goodput, and half of it right behind, to see how soon the server recovers.
 
-Bundles are made where they are missing (benchmarks/simulated_bundle.py). A cell takes about 40 s beside the
-server's start; the whole table of 18 cells with its bundles about half an hour. Finished cells are kept in
+Bundles are made where they are missing (benchmarks/simulated_bundle.py). A cell takes about a minute beside
+the server's start; the whole table of 18 cells with its bundles over half an hour. Finished cells are kept in
 --out: the same command goes on where it was interrupted. The generator shares the machine with the server and
 its processor time is given; with two cores it takes what the server could use.
 
@@ -78,7 +78,7 @@ class Settings:
     turns: int = 3
     turn_s: float = 2.0
     rate_s: float = 4.0
-    growth: float = 1.4
+    growth: float = 1.2
     objective_ms: float = 50.0
     dim: int = 64
     serve_options: tuple[str, ...] = ()
