@@ -77,9 +77,10 @@ def _serve_parser() -> ArgumentParser:
     )
     add(
         "--num_workers",
-        type=int | None,
-        default=None,
-        help="requests that each process works on at once (default: the cores, shared by the processes)",
+        type=int,
+        default=1,
+        help="requests that each process works on at once; several wait for the interpreter's lock, so that "
+        "cores are better used by --num_processes",
     )
     add("--num_threads", type=int, default=1, help="threads of the ranker, and of an index, for one request")
     add(
@@ -170,8 +171,6 @@ def _serve_parser() -> ArgumentParser:
 
 def _serve(args: Any, argv: list[str], closing: contextlib.ExitStack) -> bool:
     """Return whether nothing is left that would keep the process from ending."""
-    if args.num_workers is None:
-        args.num_workers = max(1, (os.cpu_count() or 1) // max(1, args.num_processes))
     for name in ("num_workers", "num_threads", "num_processes"):
         if args[name] < 1:
             raise ValueError(f"{name} is {args[name]}; expected at least 1")
@@ -195,6 +194,9 @@ def _serve(args: Any, argv: list[str], closing: contextlib.ExitStack) -> bool:
     if args.num_processes > 1 and worker is None and not args.check:
         _serve_from_many(args, argv, closing)
         return True
+    num_cores = os.cpu_count() or 1
+    if worker is None and num_cores > 1:
+        logger.info("one process, %d cores: --num_processes %d would use them", num_cores, num_cores)
     address, metrics_address = (worker.address, worker.metrics) if worker else (args.address, args.metrics)
     give_large_blocks_back()
     open_bundle = functools.partial(Bundle.load, num_threads=args.num_threads, provider=args.provider)
