@@ -13,12 +13,14 @@ only keep equal keys apart, and there are none.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
 import os
 import re
 import secrets
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -112,19 +114,27 @@ class KeyFile:
 
     def load(self) -> ApiKeys:
         """Read the keys. Raises KeyFileError."""
-        self._loaded = self._stamp()  # before reading: what changes meanwhile counts as a change
-        return ApiKeys.load(self.path)
+        stamp = self._stamp()  # before reading: what changes meanwhile counts as a change
+        self._loaded = None
+        try:
+            keys = ApiKeys.load(self.path)
+        except KeyFileError as error:
+            if not isinstance(error.__cause__, OSError):  # a file that cannot be read now may be later
+                self._loaded = stamp
+            raise
+        self._loaded = stamp
+        return keys
 
     def changed(self) -> bool:
-        """Return whether the file was written, replaced or taken away since the last load."""
+        """Return whether the file was written, replaced or taken away since the last load, or not read."""
         return self._stamp() != self._loaded
 
     def _stamp(self) -> object:
         try:
-            stat = self.path.stat()
+            found = self.path.stat()
         except OSError as error:
             return type(error).__name__
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+        return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
 def presented_key(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
@@ -208,12 +218,17 @@ def _read(path: Path) -> list[ApiKey]:
 
 
 def _write(path: Path, keys: Iterable[ApiKey]) -> None:
-    """Replace the file at once, readable by its owner alone."""
+    """Replace the file at once: a new one readable by its owner alone, another as the old one was."""
     entries = [{name: value for name, value in asdict(key).items() if value is not None} for key in keys]
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, draft = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)  # mode 0600
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            if path.exists():  # the server that reads it may be another user than who changes it
+                before = path.stat()
+                with contextlib.suppress(PermissionError):
+                    os.fchown(descriptor, before.st_uid, before.st_gid)
+                    os.fchmod(descriptor, stat.S_IMODE(before.st_mode))
             json.dump({"keys": entries}, stream, indent=2, ensure_ascii=False)
             stream.write("\n")
             stream.flush()

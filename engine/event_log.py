@@ -147,8 +147,9 @@ class EventLog:
 
     def _end_segment(self) -> None:
         if self._segment is not None:
-            os.close(self._segment)
-            self._segment = None
+            # Forgotten first: `close` closes also where it fails, and the number may be another file's then.
+            segment, self._segment = self._segment, None
+            os.close(segment)
             if not self._segment_bytes:
                 self._segment_path.unlink()
 

@@ -17,7 +17,7 @@ import time
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -169,16 +169,20 @@ class MemoryEventStore:
         """Begin with nothing; the arguments are those of LocalEventStore."""
         self._recent = RecentEvents(max_per_user, max_events)
         self._clock = clock
-        self._adding = threading.Lock()
+        # A back-fill of a thousand old events takes a quarter of a second: not on the event loop.
+        self._adding = ThreadPoolExecutor(1, thread_name_prefix="events")
 
     def record(self, events: Sequence[UserEvent]) -> Future[Recorded]:
-        """See EventStore; the future is done."""
-        future: Future[Recorded] = Future()
+        """See EventStore."""
+        try:
+            return self._adding.submit(self._add, list(events))
+        except RuntimeError as error:
+            raise StoreUnavailableError("the event store is closed") from error
+
+    def _add(self, events: Sequence[UserEvent]) -> Recorded:
         now_ms = round(self._clock() * 1000)
-        with self._adding:
-            num_new = sum(self._recent.add(self._recent.timed(event, now_ms)) for event in events)
-        future.set_result(Recorded(num_new, len(events) - num_new))
-        return future
+        num_new = sum(self._recent.add(self._recent.timed(event, now_ms)) for event in events)
+        return Recorded(num_new, len(events) - num_new)
 
     def recent(self, user_id: str) -> Sequence[UserEvent]:
         """See EventStore; never raises."""
@@ -190,6 +194,7 @@ class MemoryEventStore:
 
     def close(self) -> None:
         """See EventStore."""
+        self._adding.shutdown()
 
 
 class LocalEventStore:
@@ -305,7 +310,11 @@ class LocalEventStore:
             else:
                 for (_, future), outcome in zip(batches, outcomes, strict=True):
                     future.set_result(outcome)
-                self._compact_where_due()
+                try:
+                    self._compact_where_due()
+                except Exception:  # such as no descriptor left: this thread must go on
+                    self._compacts_again_at = self._monotonic() + COMPACT_AGAIN_S
+                    logger.exception("the event log could not be compacted; it goes on growing")
 
     def _taken_at_once(self) -> Iterator[tuple[Sequence[UserEvent], Future[Recorded]] | None]:
         while True:

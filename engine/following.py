@@ -63,8 +63,18 @@ class Service(Protocol):
 async def follow_policies(
     service: Service, policies: PolicyFiles, hangup: asyncio.Event, poll_s: float = POLL_S
 ) -> None:
-    """Load policies again whenever their files change, and at once when `hangup` is set, for ever."""
-    async for _ in _changes(policies.changed, hangup, poll_s):
+    """Load policies again whenever their files change, and at once when `hangup` is set, for ever.
+
+    Those that are refused are tried again when another bundle has taken over, which they may fit.
+    """
+    refused_by: object = None
+    said = ""
+
+    def due() -> bool:
+        return policies.changed() or (refused_by is not None and service.pipelines is not refused_by)
+
+    async for _ in _changes(due, hangup, poll_s):
+        before = service.pipelines
         try:
             loaded = await asyncio.to_thread(policies.load)
             while True:
@@ -77,24 +87,35 @@ async def follow_policies(
                     break
             service.pipelines, service.policies = after, loaded
         except (PolicyError, OSError) as error:
-            logger.error("the policies in use stay: %s", error)
+            refused_by = before
+            said = _say_once(f"the policies in use stay: {error}", said)
         except Exception:
             logger.exception("the policies in use stay")
         else:
+            refused_by, said = None, ""
             log_policies(service.pipeline, str(policies.path))
 
 
 async def follow_keys(service: Service, keys: KeyFile, hangup: asyncio.Event, poll_s: float = POLL_S) -> None:
     """Load API keys again whenever their file changes, and at once when `hangup` is set, for ever."""
+    said = ""
     async for _ in _changes(keys.changed, hangup, poll_s):
         try:
             service.keys = await asyncio.to_thread(keys.load)
         except KeyFileError as error:
-            logger.error("the API keys in use stay: %s", error)
+            said = _say_once(f"the API keys in use stay: {error}", said)
         except Exception:
             logger.exception("the API keys in use stay")
         else:
+            said = ""
             logger.info("API keys of %s: %d", keys.path, len(service.keys))
+
+
+def _say_once(message: str, said: str) -> str:
+    """Log an error unless it was what was said last: what cannot be read is tried again every second."""
+    if message != said:
+        logger.error("%s", message)
+    return message
 
 
 async def follow_bundles(

@@ -154,6 +154,9 @@ def _handler(channel: grpc.aio.Channel, method: MethodDescriptor) -> Handler:
         except (json_format.ParseError, ValueError) as error:  # not JSON, not UTF-8, or not these fields
             return _refusal(400, "INVALID_ARGUMENT", str(error))
         metadata = [(name, request.headers[name]) for name in HEADERS if name in request.headers]
+        for name, value in metadata:
+            if not (value.isascii() and value.isprintable()):  # gRPC takes no other
+                return _refusal(400, "INVALID_ARGUMENT", f"{name} is not of printable ASCII characters")
         try:
             response = await ask(message, timeout=timeout_s, metadata=metadata)
         except grpc.aio.AioRpcError as error:

@@ -21,6 +21,7 @@ from engine.trace import Trace, VisitorKind
 from protos.trirank.v1 import recommender_pb2 as pb
 
 MAX_EXCLUDED = 10_000
+MAX_HISTORY = 100_000  # events of a visitor
 MAX_FILTER_VALUES = 1_000
 MAX_CONTEXT_KEYS = 64
 MAX_OVERRIDES = 64
@@ -58,6 +59,9 @@ def read_visitor(visitor: pb.Visitor) -> tuple[str, list[Event]]:
     if user_id and not user_id.strip():
         raise InvalidRequestError("visitor.user_id", user_id, "an id, or nothing for an unknown visitor")
     _check_length("visitor.user_id", user_id)
+    if len(visitor.history) > MAX_HISTORY:
+        allowed = f"at most {MAX_HISTORY}, such as the newest"
+        raise InvalidRequestError("number of events in visitor.history", len(visitor.history), allowed)
     events = []
     for place, event in enumerate(visitor.history):
         field = f"visitor.history[{place}]"

@@ -57,10 +57,14 @@ def serve(argv: list[str]) -> int:
     except (ValueError, OSError) as error:  # such as a BundleError, a PolicyError, an AddressError
         return fail(str(error), 2)
     if not have_ended:
-        logger.error("a worker has not come back from its request; the process ends without it")
-        logging.shutdown()
-        os._exit(1)  # the interpreter would wait for it, for ever
+        _end_without_workers()
     return 0
+
+
+def _end_without_workers() -> None:
+    logger.error("a worker has not come back from its request; the process ends without it")
+    logging.shutdown()
+    os._exit(1)  # the interpreter would wait for it, for ever
 
 
 def _serve_parser() -> ArgumentParser:
@@ -258,6 +262,8 @@ def _serve(args: Any, argv: list[str], closing: contextlib.ExitStack) -> bool:
         share=args.share,
         cache=ResponseCache(args.cache_s) if args.cache_s else None,
         reuse_port=worker is not None,
+        # One of several is started again by who watches them, and a probe would ask any of them.
+        give_up=_end_without_workers if worker else None,
     )
     del pipeline
     sys.setswitchinterval(SWITCH_INTERVAL_S)

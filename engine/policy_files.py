@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from reranking.policy import Policies, load_policies, policy_files
+from reranking.policy import Policies, PolicyError, load_policies, policy_files
 
 
 class PolicyFiles:
@@ -17,18 +17,24 @@ class PolicyFiles:
 
     def load(self) -> Policies:
         """Read the policies; PolicyError or OSError where that cannot be done."""
-        self._loaded = self._stamp()  # before reading: what changes meanwhile counts as a change
-        self.current = load_policies(self.path)
+        stamp = self._stamp()  # before reading: what changes meanwhile counts as a change
+        self._loaded = None
+        try:
+            self.current = load_policies(self.path)
+        except PolicyError:
+            self._loaded = stamp
+            raise
+        self._loaded = stamp
         return self.current
 
     def changed(self) -> bool:
-        """Return whether a file was written, replaced, added or taken away since the last load."""
+        """Return whether a file was changed, added or taken away since the last load, or not read then."""
         return self._stamp() != self._loaded
 
     def _stamp(self) -> object:
         try:
             return [
-                (file.name, stat.st_mtime_ns, stat.st_size, stat.st_ino)
+                (file.name, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino)
                 for file in policy_files(self.path)
                 for stat in [file.stat()]
             ]

@@ -18,8 +18,10 @@ from typing import Any, TypeVar
 
 from engine.event_log import EventLog
 from engine.event_store import Recorded, StoreUnavailableError, UserEvent, decode, encode
+from engine.telemetry import LimitedLog
 
 logger = logging.getLogger(__name__)
+seldom = LimitedLog(logger)
 
 T = TypeVar("T")
 
@@ -115,6 +117,7 @@ class RedisEventStore:
         except ModuleNotFoundError as error:
             raise ValueError(NO_PACKAGE) from error
         self._errors: tuple[type[Exception], ...] = (redis.RedisError, OSError)
+        self._refusal: type[Exception] = redis.ResponseError  # Redis is there, and does not do what is asked
         self._redis: Any = redis.Redis.from_url(
             url,
             socket_timeout=timeout_s,
@@ -208,9 +211,11 @@ class RedisEventStore:
         now_ms = round(self._clock() * 1000)  # "just now" is now, not when they are delivered
         timed = [event._replace(timestamp=event.timestamp or now_ms) for event in events]
         with self._buffering:
-            if self._buffer.num_bytes > self._max_buffer_bytes:
-                raise StoreUnavailableError("Redis does not answer, and the buffer for its events is full")
             try:
+                if self._buffer.num_bytes > self._max_buffer_bytes:
+                    raise StoreUnavailableError(
+                        "Redis does not answer, and the buffer for its events is full"
+                    )
                 self._buffer.append([encode(timed)])
             except OSError as error:
                 raise StoreUnavailableError(
@@ -241,6 +246,10 @@ class RedisEventStore:
             self._asked_again_at = now + self._retry_s
         try:
             answer = call()
+        except self._refusal as error:  # a full memory, say: reads go on
+            self._asked_again_at = NEVER
+            seldom.warning(f"Redis refuses: {error}")
+            raise StoreUnavailableError(f"Redis refuses: {error}") from error
         except self._errors as error:
             self._asked_again_at = self._monotonic() + self._retry_s
             logger.warning("Redis does not answer: %s", error)

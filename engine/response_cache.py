@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections import OrderedDict
@@ -38,15 +39,15 @@ class ResponseCache:
     def key(
         pipeline: RecommendationPipeline, request: pb.RecommendRequest, visitor: Visitor
     ) -> tuple[Hashable, ...]:
-        """Return what an answer depends on, but for the clock."""
+        """Return what an answer depends on, but for the clock: as digests, as a history may be megabytes."""
         history = visitor.history
-        return (
-            pipeline.number,
+        parts = (
             request.SerializeToString(deterministic=True),
             history.items.tobytes(),
             history.event_types.tobytes(),
             history.timestamps.tobytes(),
         )
+        return (pipeline.number, *(hashlib.blake2b(part, digest_size=16).digest() for part in parts))
 
     def get(self, key: Hashable) -> pb.RecommendResponse | None:
         """Return an answer, not to be changed; None where there is none, or it is too old."""
@@ -57,7 +58,13 @@ class ResponseCache:
     def put(self, key: Hashable, answer: pb.RecommendResponse) -> None:
         """Keep an answer."""
         with self._lock:
+            now = self._clock()
             self._answers.pop(key, None)
-            self._answers[key] = (self._clock(), answer)
-            if len(self._answers) > self._max_entries:
+            self._answers[key] = (now, answer)
+            while len(self._answers) > self._max_entries or self._is_too_old(now):
                 self._answers.popitem(last=False)
+
+    def _is_too_old(self, now: float) -> bool:
+        """Return whether the oldest answer is."""
+        made_at, _ = next(iter(self._answers.values()))
+        return now - made_at >= self._max_age_s

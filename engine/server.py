@@ -166,9 +166,9 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
             self._shadow.close()
 
     @property
-    def num_in_pool(self) -> int:
-        """Requests that a worker has, or that wait for one."""
-        return len(self._jobs)
+    def is_idle(self) -> bool:
+        """Whether no thread has a request, the shadow's neither, and none waits for one."""
+        return not self._jobs and not (self._shadow and self._shadow.is_asking)
 
     def num_stuck(self, stuck_s: float) -> int:
         """Return how many workers have been at one request for that long. Any thread may ask."""
@@ -565,6 +565,7 @@ async def serve(
     share: float = 0.0,
     cache: ResponseCache | None = None,
     reuse_port: bool = False,
+    give_up: Callable[[], None] | None = None,
 ) -> bool:
     """Answer requests until SIGTERM or SIGINT, then finish what is under way.
 
@@ -591,6 +592,7 @@ async def serve(
         share: of the users whom the pipeline OTHER answers.
         cache: of slates; None to make each anew.
         reuse_port: whether other servers may listen on the same port.
+        give_up: called when no worker comes back any more; None to say so to those who ask for the health.
 
     Raises:
         AddressError: the address is taken, or is none.
@@ -655,7 +657,7 @@ async def serve(
             for name in (health.OVERALL_HEALTH, SERVICE):
                 await servicer.set(name, STATUSES.SERVING if is_serving else STATUSES.NOT_SERVING)
 
-        followers.append(asyncio.create_task(watch_workers(service, num_workers, say)))
+        followers.append(asyncio.create_task(watch_workers(service, num_workers, say, give_up=give_up)))
 
         def hang_up() -> None:
             for hangup in hangups:
@@ -675,6 +677,6 @@ async def serve(
             follower.cancel()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(END_S):
-                while service.num_in_pool:
+                while not service.is_idle:
                     await asyncio.sleep(0.01)
-        return service.num_in_pool == 0
+        return service.is_idle

@@ -52,6 +52,7 @@ class Shadow:
         self._metrics = metrics
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="shadow", initializer=_yield_to_others)
         self._room = threading.Semaphore(MAX_WAITING)
+        self.is_asking = False  # whether the thread is at a request now
 
     def offer(self, ask: Callable[[], pb.RecommendResponse], shown: pb.RecommendResponse) -> None:
         """Ask later, and compare with what was shown; leave it out where too many wait."""
@@ -61,11 +62,12 @@ class Shadow:
         self._pool.submit(self._compare, ask, shown)
 
     def close(self) -> None:
-        """Give the thread back; what waits is left out."""
-        self._pool.shutdown(cancel_futures=True)
+        """Leave out what waits, and do not wait for what is under way, which may hang (see is_asking)."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _compare(self, ask: Callable[[], pb.RecommendResponse], shown: pb.RecommendResponse) -> None:
         began_s = time.perf_counter()
+        self.is_asking = True
         try:
             answer = ask()
         except Exception as error:  # noqa: BLE001  # whatever it is, it is the shadow's alone
@@ -73,6 +75,7 @@ class Shadow:
             self._metrics.shadow.labels("failed").inc()
             return
         finally:
+            self.is_asking = False
             self._room.release()
         self._metrics.shadow.labels("degraded" if answer.trace.degraded_stages else "answered").inc()
         self._metrics.shadow_seconds.observe(time.perf_counter() - began_s)

@@ -30,6 +30,7 @@ async def watch_workers(
     num_workers: int,
     say: Callable[[bool], Awaitable[None]],
     *,
+    give_up: Callable[[], None] | None = None,
     stuck_s: float | None = None,
     poll_s: float = POLL_S,
 ) -> None:
@@ -39,6 +40,7 @@ async def watch_workers(
         service: whose workers.
         num_workers: how many it has.
         say: called with False once none is left, with True once there is one again.
+        give_up: called after it once none is left.
         stuck_s: see STUCK_S, which None takes.
         poll_s: seconds between two looks.
     """
@@ -50,4 +52,6 @@ async def watch_workers(
             logger.error("%d of %d workers do not come back from a request", num_stuck, num_workers)
         if (num_stuck >= num_workers) != (before >= num_workers):
             await say(num_stuck < num_workers)
+            if num_stuck >= num_workers and give_up is not None:
+                give_up()
         before = num_stuck

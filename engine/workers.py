@@ -1,8 +1,8 @@
 """Several servers on one port: the system deals them the connections (SO_REUSEPORT; Linux 3.9).
 
-One process of Python runs Python on one core. So `trirank serve --processes N` starts N servers and watches
-over them: it restarts one that ends by itself, passes signals on, and keeps the recorded events, which the
-servers ask it for (engine/shared_events.py). They end when it ends, however that may be.
+One process of Python runs Python on one core. So `trirank serve --num_processes N` starts N servers and
+watches over them: it restarts one that ends by itself, passes signals on, and keeps the recorded events,
+which the servers ask it for (engine/shared_events.py). They end when it ends, however that may be.
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ class Worker(NamedTuple):
 
 class WorkerError(ValueError):
     """A worker that could not start; its own message stands in the log."""
+
+
+class _EndedError(Exception):
+    """SIGTERM or SIGINT before the servers were ready."""
 
 
 def told() -> Worker | None:
@@ -103,18 +107,26 @@ def supervise(
             )
 
         signals: list[int] = []
+        is_ready = False
 
         def note(number: int, frame: FrameType | None) -> None:
             signals.append(number)
+            if number != signal.SIGHUP and not is_ready:
+                raise _EndedError  # out of the wait for the workers
 
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, note)
-        workers = [start(number) for number in range(num_workers)]
+        workers: list[subprocess.Popen[str]] = []
         try:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, note)
+            workers.extend(start(number) for number in range(num_workers))
             said = [_said(worker) for worker in workers]
+            is_ready = True
             on_ready(said[0] | ({"metrics": [one["metrics"] for one in said]} if metrics else {}))
             _watch(workers, start, signals)
+        except _EndedError:
+            logger.info("ended before all servers were ready")
         finally:
+            is_ready = True  # once is enough
             for worker in workers:
                 worker.terminate()
             for worker in workers:

@@ -1,7 +1,8 @@
 """The ways to find candidates, and how their findings become one list.
 
-A source is one small class with a name and `find`; the pipeline asks several, each for as many items as are
-wanted in all, and merges by quota. A new source is a class like these and a line in engine/pipeline.py.
+A source is one small class with a name and `find`; the pipeline asks several, until one has given as many
+items as are wanted in all, and then the others for their shares, and merges by quota. A new source is a class
+like these and a line in engine/sources.py.
 
 Shape legend: I items, H events of a history, N items of a list, D and S dimensions.
 """

@@ -204,7 +204,12 @@ def requirements() -> list[str]:
 def test_the_image_has_all_that_serving_imports_and_no_torch() -> None:
     """What these modules load comes from the listed packages or from what those depend on."""
     modules = "engine.cli, engine.operating, engine.server, engine.telemetry, engine.redis_events, redis"
-    program = f"import sys, {modules}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    program = f"""
+import sys, numpy, {modules}
+from retrieval.exact_search import ExactSearch, StoredVectors
+ExactSearch(StoredVectors(numpy.ones((3, 16), numpy.float32).reshape(-1).view(numpy.uint8), 16))
+print(*{{name.split('.')[0] for name in sys.modules}})
+"""
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     of_module = importlib.metadata.packages_distributions()

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from engine.admission import RateLimit
-from engine.auth import KEY, ApiKeys, KeyFileError, create_key, presented_key, remove_key
+from engine.auth import KEY, ApiKeys, KeyFile, KeyFileError, create_key, presented_key, remove_key
 
 
 def test_a_key_is_found_and_nothing_else_is(tmp_path: Path) -> None:
@@ -107,6 +108,38 @@ def test_bad_files(tmp_path: Path, content: object, message: str) -> None:
         ApiKeys.load(path)
     with pytest.raises(KeyFileError, match="cannot be read"):
         ApiKeys.load(tmp_path / "missing.json")
+
+
+def test_a_changed_file_can_be_read_by_who_could_before(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    key = create_key(file, "a")
+    file.chmod(0o640)
+    create_key(file, "b")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    remove_key(file, key.split("_")[1])
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+
+
+def test_a_file_that_could_not_be_read_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_key(tmp_path / "keys.json", "a")
+    keys = KeyFile(tmp_path / "keys.json")
+    with monkeypatch.context() as patch:
+
+        def refused(path: Path, **options: object) -> str:
+            raise PermissionError(f"not {path.name}")
+
+        patch.setattr(Path, "read_text", refused)
+        with pytest.raises(KeyFileError, match=r"not keys\.json"):
+            keys.load()
+        assert keys.changed()
+    assert len(keys.load()) == 1
+    assert not keys.changed()
+    keys.path.chmod(0o640)  # what stands between the server and the file, as a rule
+    assert keys.changed()
+    keys.path.write_text("{")
+    with pytest.raises(KeyFileError, match="cannot be read"):
+        keys.load()
+    assert not keys.changed()  # it is wrong until somebody changes it
 
 
 def test_a_bad_role_changes_nothing(tmp_path: Path) -> None:

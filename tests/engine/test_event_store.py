@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from engine.catalog import Catalog
+from engine.event_log import EventLog
 from engine.event_store import (
     LocalEventStore,
     MemoryEventStore,
@@ -324,6 +325,45 @@ def test_a_snapshot_that_does_not_fit_is_left_for_a_while(
     again.close()
 
 
+def test_a_compaction_that_cannot_begin_does_not_end_the_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_descriptors(log: EventLog) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    target = store(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(EventLog, "num_bytes", property(no_descriptors))
+        for number in range(3):
+            assert record(target, UserEvent(f"e{number}", "u", "x")) == Recorded(1, 0)
+    assert "Too many open files" in caplog.text
+    target.close()
+
+
+def test_a_descriptor_that_fails_to_close_is_not_written_to_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = EventLog(tmp_path)
+    log.append([b"one"])
+    with monkeypatch.context() as patch:
+
+        def closed_and_fails(descriptor: int, close: Callable[[int], None] = os.close) -> None:
+            close(descriptor)
+            raise OSError(errno.EIO, "Input/output error")
+
+        patch.setattr(os, "close", closed_and_fails)
+        with pytest.raises(OSError, match="Input/output"):
+            log.rotate()
+    with (tmp_path / "other").open("wb", buffering=0) as other:  # takes the number of the descriptor
+        log.append([b"two"])
+        other.write(b"other")
+    assert (tmp_path / "other").read_bytes() == b"other"
+    log.close()
+    again = EventLog(tmp_path)
+    assert list(again.replay()) == [b"one", b"two"]
+    again.close()
+
+
 class AgainstAList(RuleBasedStateMachine):
     """Whatever is recorded, repeated, compacted and reopened: the state is what a plain list says."""
 
@@ -543,10 +583,12 @@ def test_merging_is_what_a_loop_does(seed: int) -> None:
 def test_events_in_memory_alone() -> None:
     target = MemoryEventStore(max_per_user=2, clock=lambda: 1.0)
     late, early = UserEvent("e1", "ann", "x", "view", 2000), UserEvent("e2", "ann", "y", "view", 500)
-    assert target.record([late, early, late]).result(0) == Recorded(2, 1)
+    assert target.record([late, early, late]).result(WAIT_S) == Recorded(2, 1)
     assert target.recent("ann") == (early, late)
     assert target.recent("bob") == ()
     now = UserEvent("e3", "ann", "z")  # not before her newest
-    assert target.record([now]).result(0) == Recorded(1, 0)
+    assert target.record([now]).result(WAIT_S) == Recorded(1, 0)
     assert target.recent("ann") == (late, now._replace(timestamp=2000))
     target.close()
+    with pytest.raises(StoreUnavailableError, match="closed"):
+        target.record([now])

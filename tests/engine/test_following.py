@@ -54,7 +54,7 @@ def test_a_new_bundle_takes_over_and_the_old_one_is_freed(publish: Publish, serv
     async def scene() -> None:
         first = publish(num_items=40)
         store = MemoryEventStore()
-        store.record([UserEvent("1", "stranger", "item-44", "view", 7)])
+        store.record([UserEvent("1", "stranger", "item-44", "view", 7)]).result(60)
         gone = []
 
         def opened() -> RecommendationPipeline:
@@ -221,6 +221,30 @@ def test_served_policies_go_along_and_refuse_what_they_do_not_fit(
 
     asyncio.run(scene())
     assert "deny: brand is 'brand 5'" in caplog.text
+
+
+def test_policies_that_fit_the_next_bundle_alone_wait_for_it(
+    publish: Publish, served: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scene() -> None:
+        first = publish(num_items=5)  # has no brand 5
+        (tmp_path / "policies.yaml").write_text("policies: {any: {rules: []}}")
+        files = PolicyFiles(tmp_path / "policies.yaml")
+        pipeline = prepared(Bundle.load(first), files.load())
+        async with (
+            served(pipeline, policies=files.current) as shop,
+            following(follow_bundles, shop, first.parent, Bundle.load),
+            following(follow_policies, shop, files),
+        ):
+            files.path.write_text(POLICIES)
+            await shop.until(lambda: "the policies in use stay" in caplog.text)
+            second = publish(num_items=40)
+            await shop.until(lambda: "home" in shop.service.policies.by_name)
+            answer = await shop.recommend()
+            assert (answer.trace.bundle_version, answer.arrangement.policy) == (second.name, "home")
+
+    asyncio.run(scene())
+    assert caplog.text.count("the policies in use stay") == 1
 
 
 def test_the_pinned_bundle_is_served_until_it_is_not(publish: Publish, served: Any) -> None:

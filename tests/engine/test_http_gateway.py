@@ -73,14 +73,16 @@ def test_refusals(server_address: str) -> None:
             await ask("POST", "/v1/recommend", json={"limmit": 5}),
             await ask("POST", "/v1/recommend", json={}, headers={"x-timeout-ms": "soon"}),
             await ask("POST", "/v1/similar-items", json={"item_id": "🤷"}),
+            await ask("POST", "/v1/recommend", json={}, headers={"authorization": "Bearer ключ"}),
         ]
 
     answers = through(server_address, work)
-    assert [status for status, _ in answers] == [400, 400, 400, 400, 400, 404]
+    assert [status for status, _ in answers] == [400, 400, 400, 400, 400, 404, 400]
     assert answers[0][1] == {"code": "INVALID_ARGUMENT", "message": "limit is 501; expected 1 to 500"}
     assert "limmit" in answers[3][1]["message"]
     assert answers[4][1]["message"] == "x-timeout-ms is 'soon'; expected 1 to 999999"
     assert answers[5][1]["code"] == "NOT_FOUND"
+    assert answers[6][1]["message"] == "authorization is not of printable ASCII characters"
 
 
 def test_without_a_server() -> None:

@@ -191,6 +191,15 @@ def test_bad_ids(read: Callable[[], object], message: str) -> None:
         read()
 
 
+def test_a_history_that_is_too_long() -> None:
+    history = [pb.Event(item_id="a")] * (messages.MAX_HISTORY + 1)
+    with pytest.raises(
+        InvalidRequestError, match=r"events in visitor\.history is 100001; expected at most 100000"
+    ):
+        messages.read_visitor(pb.Visitor(history=history))
+    assert len(messages.read_visitor(pb.Visitor(history=history[1:]))[1]) == messages.MAX_HISTORY
+
+
 def test_long_values_are_cut_in_messages() -> None:
     with pytest.raises(InvalidRequestError) as caught:
         messages.read_visitor(pb.Visitor(history=[pb.Event(item_id="a", event_type="x" * 100_000)]))

@@ -139,6 +139,22 @@ def test_two_servers_see_each_other_s_events(store: RedisEventStore, server: Ser
     other.close()
 
 
+def test_a_redis_that_is_full_is_still_read(store: RedisEventStore, server: Server) -> None:
+    event = UserEvent("e1", "ann", "x", timestamp=5)
+    record(store, event)
+    client = redis.Redis(port=server.port)
+    client.config_set("maxmemory-policy", "noeviction")
+    client.config_set("maxmemory", 1)
+    try:
+        for number in range(3):
+            assert record(store, UserEvent(f"more {number}", "ann", "y", timestamp=6)).is_delayed
+            assert store.recent("ann") == [event]
+    finally:
+        client.config_set("maxmemory", 0)
+    wait_until(lambda: not store.has_undelivered)
+    assert len(store.recent("ann")) == 4
+
+
 def test_redis_goes_away_and_comes_back(tmp_path: Path) -> None:
     """Events are safe meanwhile, survive a restart of ours too, and arrive once."""
     server = Server(tmp_path)

@@ -66,9 +66,9 @@ def test_the_same_question_gets_the_same_slate(asked: Asked) -> None:
 def test_a_new_event_bundle_or_policy_makes_another(asked: Asked, make_bundle: Callable[..., Path]) -> None:
     asked()
     assert asked.pipeline.events is not None
-    asked.pipeline.events.record([UserEvent("1", "reader", "item-9", "view", 5)])
+    asked.pipeline.events.record([UserEvent("1", "reader", "item-9", "view", 5)]).result(60)
     assert not asked()[0]  # about somebody else
-    asked.pipeline.events.record([UserEvent("1", "loyal", "item-9", "view", 5)])
+    asked.pipeline.events.record([UserEvent("1", "loyal", "item-9", "view", 5)]).result(60)
     is_new, answer = asked()
     assert is_new
     assert "item-9" not in [item.item_id for item in answer.items]
@@ -110,6 +110,9 @@ def test_age_and_number() -> None:
     assert [cache.get(key) is answer for key in "bc"] == [True, False]
     cache.put("d", answer)
     assert [cache.get(key) is answer for key in "bcd"] == [True, False, True]
+    now[0] = 20.0
+    cache.put("e", answer)
+    assert list(cache._answers) == ["e"]  # what is too old is not kept until there is no room
     with pytest.raises(ValueError, match=r"max_age_s is 0.*expected above 0"):
         ResponseCache(0)
 

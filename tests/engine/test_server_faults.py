@@ -148,6 +148,14 @@ def test_workers_that_come_back_are_told_of_too(bundle_path: Path) -> None:
         asyncio.run(watch_workers(Service(), 2, say, stuck_s=7, poll_s=0))
     assert said == [False, True, False, True]
 
+    def give_up() -> None:
+        raise SystemExit("nobody is left")
+
+    Service.stuck = iter([0, 1, 2])
+    with pytest.raises(SystemExit, match="nobody is left"):
+        asyncio.run(watch_workers(Service(), 2, say, give_up=give_up, stuck_s=7, poll_s=0))
+    assert said[4:] == [False]
+
 
 # Clocks
 

@@ -279,7 +279,7 @@ def test_the_history_is_the_bundle_s_the_store_s_and_the_request_s(bundle: Bundl
             UserEvent("d", "loyal", bundle.catalog.ids[2], "view", 100),  # the bundle has it already
             UserEvent("e", "stranger", "item-9", "cart", 7),
         ]
-    )
+    ).result(60)
     pipeline = RecommendationPipeline(bundle, events=store)
     found = pipeline.resolve_visitor(
         "loyal", [Event("item-11"), Event("no such"), Event("item-10", "view", 5000)]

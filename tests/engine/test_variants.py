@@ -122,3 +122,19 @@ def test_the_shadow_is_no_queue() -> None:
     assert metrics.registry.get_sample_value("trirank_shadow_total", {"result": "left out"}) == 3
     go.set()
     shadow.close()
+
+
+def test_a_shadow_that_hangs_keeps_nobody(bundles: tuple[Bundle, Bundle], served: Any) -> None:
+    metrics, begun, go = Metrics(), threading.Event(), threading.Event()
+    shadow = Shadow(metrics)
+
+    def hang() -> pb.RecommendResponse:
+        begun.set()
+        assert go.wait(60)
+        return slate("a")
+
+    shadow.offer(hang, slate("a"))
+    assert begun.wait(60)
+    shadow.close()  # comes back
+    assert shadow.is_asking  # so that the process does not wait for the interpreter's end
+    go.set()

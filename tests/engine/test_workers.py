@@ -213,6 +213,31 @@ def test_a_worker_ends_with_the_process_that_started_it() -> None:
     process.stdout.close()
 
 
+def test_the_end_may_come_before_the_servers_are_ready(tmp_path: Path) -> None:
+    """As where they hang in opening their bundle."""
+    program = """
+import subprocess
+from engine import workers
+from engine.event_store import MemoryEventStore
+start = subprocess.Popen
+
+def hang(command, **options):
+    print("begun", flush=True)
+    return start(["sleep", "600"], **options)
+
+workers.subprocess.Popen = hang
+workers.supervise([], ("127.0.0.1", 0), None, 2, MemoryEventStore(), print)
+print("ended", flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout
+    assert [process.stdout.readline() for _ in range(2)] == ["begun\n", "begun\n"]
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "ended\n"
+    assert process.wait(WAIT_S) == 0
+    process.stdout.close()
+
+
 def test_a_port_that_is_taken_and_a_bundle_that_is_none(
     server_address: str, bundle_path: Path, start_process: Any, tmp_path: Path
 ) -> None:

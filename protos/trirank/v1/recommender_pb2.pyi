@@ -115,7 +115,7 @@ class Visitor(_message.Message):
     @_builtins.property
     def history(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
         """Oldest first; added to what is stored for user_id. What was recorded with RecordEvents is stored already;
-        sent again here it counts once where item, type and time are the same.
+        sent again here it counts once where item, type and time are the same. At most 100,000.
         """
 
     @_builtins.property
@@ -240,7 +240,7 @@ class RecommendRequest(_message.Message):
     EXPLAIN_FIELD_NUMBER: _builtins.int
     HEAD_WEIGHTS_FIELD_NUMBER: _builtins.int
     limit: _builtins.int
-    """1 to 500; 10 where absent."""
+    """1 to 500; where absent, what the bundle was exported with: 10 if nothing else was said."""
     policy: _builtins.str
     """The policy that arranges the slate; empty means the default one."""
     seed: _builtins.int
@@ -315,9 +315,9 @@ class ScoredItem(_message.Message):
     item_id: _builtins.str
     score: _builtins.float
     source: _builtins.str
-    """The candidate source that found the item: sequence, embedding, neighbours,
-    popular, fresh; "catalog" where none was left to ask; "pin" where only a pin named it (its score is then
-    0); "caller" in Rank.
+    """The candidate source that found the item: sequence, transitions, embedding, neighbours, popular, fresh;
+    "catalog" where none was left to ask; "pin" where only a pin named it (its score is then 0); "caller" in
+    Rank.
     """
     title: _builtins.str
     """Empty where the catalog has none."""
@@ -781,7 +781,7 @@ class SimilarItemsRequest(_message.Message):
     CONTEXT_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
     limit: _builtins.int
-    """1 to 500; 10 where absent."""
+    """1 to 500; where absent, what the bundle was exported with: 10 if nothing else was said."""
     policy: _builtins.str
     """As in RecommendRequest. Of the policy, only the hard filters count; context is what they may ask for."""
     now_ms: _builtins.int
