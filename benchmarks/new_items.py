@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.full_ranking import Scores, question_metrics
+from benchmarks.quality_fusion import SETTINGS, keep_settings
 from engine.arguments import ArgumentParser
 from ranking.ranker import HybridRanker
 from retrieval.new_items import like_items
@@ -39,7 +40,7 @@ from training.data.dataset import Dataset
 from training.data.splits import Holdout, Split, load_split
 from training.new_items import give_new_items_vectors
 from training.stages import keep_freed_memory, quiet_lightning
-from training.train import EMBEDDINGS, build_parser, content_of, fit_ranking, fit_retrieval
+from training.train import EMBEDDINGS, build_parser, content_of, fit_ranking, fit_retrieval, recipe_of
 
 CUTOFF = 10
 RECALL, NDCG = f"recall@{CUTOFF}", f"ndcg@{CUTOFF}"
@@ -111,7 +112,11 @@ def compare(
     seed: int,
     part: Literal["test", "validation"],
 ) -> dict[str, Any]:
-    """Return the figures of the module's docstring; see main's options."""
+    """Return the figures of the module's docstring; see main's options.
+
+    Raises:
+        ValueError: `out` holds results of other data or settings, or there is nothing to compare.
+    """
     parser = build_parser()
     arguments = ["--content.encoder=auto", *(f"--{option}" for option in options)]
     config = parser.parse_args([str(directory), *arguments])
@@ -125,7 +130,13 @@ def compare(
     holdout = data.split.test if part == "test" else data.split.validation
     asked, others = asking_for(holdout, withheld), asking_for(holdout, ~withheld)
     out = out / f"share{share:g}-seed{seed}"
-    out.mkdir(parents=True, exist_ok=True)
+    if out.is_dir() and any(out.iterdir()) and not (out / SETTINGS).is_file():
+        raise ValueError(f"{out} holds results that do not say their settings; expected another --out")
+    # What serving does with a model changes nothing here, and the seed is not the recipe's own.
+    recipe = recipe_of(parser, config)
+    kept = {key: value for key, value in recipe.items() if key not in ("pipeline", "seed", "refit")}
+    fingerprint = data.info.fingerprint
+    keep_settings(out, {"fingerprint": fingerprint, "share": share, "seed": seed, "recipe": kept})
     content = content_of(directory, content_options, out)
     if content is None:
         raise ValueError("the catalog says nothing of its items, or content.encoder is none")
@@ -142,7 +153,8 @@ def compare(
             "recall": means(among(scores, withheld), asked)[RECALL],
             "recall_of_all": of_all[RECALL],
             "others_ndcg": of_others,
-            "ndcg": (len(asked) * of_all[NDCG] + len(others) * of_others) / len(holdout),
+            # Questions for items of both kinds are in neither.
+            "ndcg": float(np.average([of_all[NDCG], of_others], weights=[len(asked), len(others)])),
         }
 
     items = Dataset.open(directory).items.collect()

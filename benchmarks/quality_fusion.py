@@ -45,6 +45,7 @@ from training.data.splits import Holdout, Protocol, SplitData, load_split, split
 from training.stages import keep_freed_memory, quiet_lightning
 from training.train import (
     EMBEDDINGS,
+    PipelineOptions,
     Settings,
     build_parser,
     chosen_before,
@@ -113,7 +114,8 @@ class Experiment:
         self.data: SplitData = load_split(directory, settings().split)
         if not self.data.split.ordered:
             raise ValueError(f"split {self.data.split.name} leaves the events without an order to learn from")
-        # What serving does with a model changes nothing here, nor does the recipe's own seed.
+        # Of what is for serving a model nothing but half_life_events and num_neighbours plays a part here,
+        # and the recipe's own seed plays none.
         kept = {key: value for key, value in recipe.items() if key not in ("pipeline", "seed", "refit")}
         record = {
             "data": self.data.info.name,
@@ -122,19 +124,11 @@ class Experiment:
             "split": self.data.split.name,
             "protocol": protocol,
             "half_life_events": self.half_life,
+            "num_neighbours": self.num_neighbours,
             "recipe": kept,
         }
-        out.mkdir(parents=True, exist_ok=True)
-        file = out / "settings.json"
-        if file.is_file():
-            before = json.loads(file.read_text(encoding="utf-8"))
-            differ = [key for key in record if before.get(key) != record[key]]
-            if differ:
-                raise ValueError(
-                    f"{out} holds rows of other settings ({', '.join(differ)}); expected another --out"
-                )
-        else:
-            file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        # Directories that do not say it were begun before it was written down, with the default.
+        keep_settings(out, record, unsaid={"num_neighbours": PipelineOptions().num_neighbours})
 
     def _recipe(self) -> tuple[dict[str, Any], Settings]:
         parser = build_parser()
@@ -237,9 +231,10 @@ class Experiment:
             ranker, chosen = fit_ranking(
                 self.directory, split, graph, folder, settings, seed, resume=True, content=content
             )
-            _save(folder / "validation.safetensors", ranker_answers(ranker, split.validation))
             if self.protocol == "strict":
                 _save(folder / "test.safetensors", ranker_answers(ranker, split.test))
+            # Last: this file says that the fit is done.
+            _save(folder / "validation.safetensors", ranker_answers(ranker, split.validation))
         if self.protocol == "refit":
             _say(f"seed {seed}: {variant} on train and validation, {chosen.epochs} epochs as chosen")
             graph = self._graph(variant, seed, "refit")
@@ -290,6 +285,31 @@ class Experiment:
             for weight in LATE_WEIGHTS
         }
         return max(found, key=lambda weight: float(found[weight]))
+
+
+SETTINGS = "settings.json"  # what all rows of a directory have in common
+
+
+def keep_settings(out: Path, record: Mapping[str, Any], unsaid: Mapping[str, Any] | None = None) -> None:
+    """Write what the rows of a directory come from; where it says so already, it must be the same.
+
+    Args:
+        out: the directory, made where it is not there.
+        record: the settings, as JSON would have them.
+        unsaid: the settings of a directory that does not say them.
+
+    Raises:
+        ValueError: the directory holds rows of other settings.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / SETTINGS
+    if not file.is_file():
+        file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        return
+    before = {**(unsaid or {}), **json.loads(file.read_text(encoding="utf-8"))}
+    differ = [key for key in record if before.get(key) != record[key]]
+    if differ:
+        raise ValueError(f"{out} holds rows of other settings ({', '.join(differ)}); expected another --out")
 
 
 def _drop_checkpoints(folder: Path) -> None:
@@ -365,7 +385,7 @@ def collect(out: Path) -> dict[str, Any]:
     Raises:
         ValueError: the directory is none of this benchmark.
     """
-    file = out / "settings.json"
+    file = out / SETTINGS
     if not file.is_file():
         raise ValueError(f"{out} holds no rows of `benchmarks.quality fusion`: settings.json is missing")
     settings = json.loads(file.read_text(encoding="utf-8"))

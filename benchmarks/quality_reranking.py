@@ -29,14 +29,13 @@ from rich.table import Table
 
 from engine.arguments import ArgumentParser
 from engine.bundle import Bundle, resolve_bundle
-from engine.history import left_padded
 from engine.policies import item_facts
 from reranking.items import ItemFacts
 from reranking.policy import Policy, policies_from_config, single_policy
 from reranking.rerank import rerank
 from training import metrics
 from training.data.splits import Holdout
-from training.evaluate import load_questions
+from training.evaluate import Questions, load_questions, ranking_scores
 
 NUM_RANKED = 500
 LENGTH = 10
@@ -84,19 +83,20 @@ class Ranked:
 
 
 def rank_all(bundle: Bundle, holdout: Holdout, repeats: bool) -> Ranked:
-    """Return the best NUM_RANKED of all items for every question, items of the history left out."""
+    """Return the best NUM_RANKED of all items for every question, items of the history left out.
+
+    Scores are those that the bundle serves with, transitions included.
+    """
     if bundle.scorer is None:
         raise ValueError(f"{bundle.path} has no ranker; expected a bundle with one")
-    num_items = bundle.catalog.num_items
-    every = np.arange(1, num_items + 1, dtype=np.int32)[None]
-    length = min(NUM_RANKED, num_items)
+    length = min(NUM_RANKED, bundle.catalog.num_items)
     rows, scores = [], []
     for start in track(range(0, len(holdout), BLOCK), "ranking", console=Console(stderr=True)):
-        histories = [holdout.history(q).items for q in range(start, min(start + BLOCK, len(holdout)))]
-        found = np.full((len(histories), num_items + 1), -np.inf, np.float32)
-        found[:, 1:] = bundle.scorer.score(left_padded(histories, bundle.scorer.history_length), every)
+        questions = Questions(holdout, np.arange(start, min(start + BLOCK, len(holdout))), repeats)
+        found = ranking_scores(bundle, questions)
+        found[:, 0] = -np.inf
         if not repeats:
-            for row, history in zip(found, histories, strict=True):
+            for row, history in zip(found, questions.histories, strict=True):
                 row[history] = found[:, 1:].min()  # last, and finite: a rule needs numbers
         top = np.argpartition(-found, length - 1, axis=1)[:, :length]
         best = np.take_along_axis(found, top, axis=1)

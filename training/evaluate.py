@@ -84,10 +84,10 @@ def evaluate(
     pipeline = RecommendationPipeline(bundle, policies.load() if policies else None)
     chosen = pipeline.policy(policy)
     parts = target_slices(split.train, holdout) if slices else {}
-    answers_of: dict[str, Callable[[_Questions], _Answers]] = {
+    answers_of: dict[str, Callable[[Questions], _Answers]] = {
         "popularity": lambda q: _ranked(q, _popularity_scores(bundle, q)),
-        "retrieval": lambda q: _ranked(q, _retrieval_scores(bundle, q)),
-        "ranking": lambda q: _ranked(q, _ranking_scores(bundle, q)),
+        "retrieval": lambda q: _ranked(q, retrieval_scores(bundle, q)),
+        "ranking": lambda q: _ranked(q, ranking_scores(bundle, q)),
         "slate": _slate_answers(pipeline, policy),
     }
     if bundle.scorer is None:
@@ -195,8 +195,14 @@ def served_with(bundle: Bundle, *, rules: bool = True, num_candidates: int | Non
     return dataclasses.replace(bundle, manifest=manifest)
 
 
-class _Questions:
-    """Some questions of a holdout, as the stages take them."""
+class Questions:
+    """Some questions of a holdout, as the stages take them.
+
+    Args:
+        holdout: all questions.
+        rows: which of them.
+        repeats: whether items of the history take part in the ranking.
+    """
 
     def __init__(self, holdout: Holdout, rows: NDArray[np.int64], repeats: bool) -> None:
         self.rows = rows
@@ -218,20 +224,24 @@ class _Answers:
         self.places, self.lists = places, lists
 
 
-def _blocks(holdout: Holdout, num_items: int, repeats: bool) -> Iterator[_Questions]:
+def _blocks(holdout: Holdout, num_items: int, repeats: bool) -> Iterator[Questions]:
     # Questions of like length meet, so that short histories are not padded to the longest.
     order = np.argsort(holdout.ends - holdout.events.offsets[holdout.users], kind="stable")
     size = int(np.clip(SCORES_AT_ONCE // (num_items + 1), 1, 256))
     for start in range(0, len(order), size):
-        yield _Questions(holdout, order[start : start + size], repeats)
+        yield Questions(holdout, order[start : start + size], repeats)
 
 
-def _popularity_scores(bundle: Bundle, questions: _Questions) -> NDArray[np.float32]:
+def _popularity_scores(bundle: Bundle, questions: Questions) -> NDArray[np.float32]:
     popularity = bundle.catalog.popularity.astype(np.float32)
     return np.repeat(popularity[None], len(questions.histories), axis=0)
 
 
-def _retrieval_scores(bundle: Bundle, questions: _Questions) -> NDArray[np.float32]:
+def retrieval_scores(bundle: Bundle, questions: Questions) -> NDArray[np.float32]:
+    """Return the products of each question's query vector with all items: [Q, I+1] float32.
+
+    A visitor without one is served what is popular, and so it is here.
+    """
     queries = np.zeros((len(questions.histories), bundle.index.dim), np.float32)
     nothing = np.ones(len(queries), bool)
     for place, history in enumerate(questions.visitor_histories):
@@ -239,11 +249,22 @@ def _retrieval_scores(bundle: Bundle, questions: _Questions) -> NDArray[np.float
         if found is not None:
             queries[place], nothing[place] = found, False
     scores = bundle.index.scores(queries)
-    scores[nothing] = bundle.catalog.popularity  # what such a visitor is served
+    scores[nothing] = _as_popular_source(bundle)
     return scores
 
 
-def _ranking_scores(bundle: Bundle, questions: _Questions) -> NDArray[np.float32]:
+def _as_popular_source(bundle: Bundle) -> NDArray[np.float32]:
+    """Return scores [I+1] that rank as the source of popular items does; equal popularity is a tie."""
+    both = np.stack([bundle.recent_popularity, bundle.catalog.popularity], axis=1)
+    return np.unique(both, axis=0, return_inverse=True)[1].astype(np.float32)
+
+
+def ranking_scores(bundle: Bundle, questions: Questions) -> NDArray[np.float32]:
+    """Return what a bundle that has a ranker scores all items with when it serves: [Q, I+1] float32.
+
+    The ranker in the context of each question, its heads weighed as the bundle does where no request says,
+    and the transitions.
+    """
     assert bundle.scorer is not None
     history = left_padded(questions.histories, bundle.scorer.history_length)
     scores = np.empty((len(history), bundle.catalog.num_items + 1), np.float32)
@@ -258,7 +279,7 @@ def _ranking_scores(bundle: Bundle, questions: _Questions) -> NDArray[np.float32
     return scores
 
 
-def _ranked(questions: _Questions, scores: NDArray[np.float32]) -> _Answers:
+def _ranked(questions: Questions, scores: NDArray[np.float32]) -> _Answers:
     scores[:, 0] = -np.inf
     if not questions.repeats:
         for row, history in zip(scores, questions.histories, strict=True):
@@ -274,10 +295,10 @@ def _ranked(questions: _Questions, scores: NDArray[np.float32]) -> _Answers:
     return _Answers(places, [rows[np.isfinite(s)] for rows, s in zip(top, best, strict=True)])
 
 
-def _slate_answers(pipeline: RecommendationPipeline, policy: str) -> Callable[[_Questions], _Answers]:
+def _slate_answers(pipeline: RecommendationPipeline, policy: str) -> Callable[[Questions], _Answers]:
     chosen = pipeline.policy(policy)
 
-    def answer(questions: _Questions) -> _Answers:
+    def answer(questions: Questions) -> _Answers:
         slates = [
             pipeline.recommend(
                 Visitor(history, user_row=int(user)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -77,7 +78,12 @@ class RetrievalModule(L.LightningModule):
         optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, fused=True)
         if self.schedule == "constant":
             return optimizer
-        num_steps = max(1, int(self.trainer.estimated_stepping_batches))
+        num_steps = self.trainer.estimated_stepping_batches
+        if math.isinf(num_steps):
+            raise ValueError(
+                f"max_epochs is {self.trainer.max_epochs}; a schedule other than constant expects 1 or more"
+            )
+        num_steps = max(1, int(num_steps))
         schedule = LambdaLR(optimizer, lambda step: max(0.0, 1.0 - step / num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -159,7 +159,8 @@ class StopAfter(Callback):
 class RunCheckpoint(ModelCheckpoint):
     """A ModelCheckpoint that knows its checkpoints again where the run's directory has been moved or copied.
 
-    Lightning's own would forget the best score, and look for the best weights at the old place.
+    Lightning's own would forget the best score, and look for the best weights at the old place. Where a run
+    goes on in a directory of its own, they are at the old place.
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -168,7 +169,8 @@ class RunCheckpoint(ModelCheckpoint):
         if here is not None and state_dict["dirpath"] != here:
 
             def moved(path: str) -> str:
-                return str(Path(here) / Path(path).name) if path else path
+                there = Path(here) / Path(path).name
+                return str(there) if path and there.is_file() else path
 
             paths = ("best_model_path", "kth_best_model_path", "last_model_path")
             state_dict = {

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -154,6 +154,7 @@ def build_parser() -> LightningArgumentParser:
         parser.add_lightning_class_args(L.Trainer, f"{stage}.trainer")
         parser.set_defaults(
             {
+                f"{stage}.trainer.devices": 1,  # see check_one_process
                 f"{stage}.trainer.max_epochs": epochs,
                 f"{stage}.trainer.enable_model_summary": False,
                 f"{stage}.trainer.num_sanity_val_steps": 0,
@@ -226,6 +227,8 @@ def train(
         if name not in (NEXT, *heads) or not heads:
             known = f"one of {', '.join((NEXT, *heads))}" if heads else "none without ranking.model.heads"
             raise ValueError(f"pipeline.head_weights names {name!r}; expected {known}")
+    for stage in ("retrieval", "ranking"):
+        check_one_process(stage, recipe[stage]["trainer"])
     refit: bool = recipe["refit"]
     for stage in ("retrieval", "ranking") if refit else ():
         max_steps = recipe[stage]["trainer"]["max_steps"]
@@ -323,6 +326,24 @@ def train(
     )  # fmt: skip
     (run / "bundle.txt").write_text(f"{bundle}\n", encoding="utf-8")
     return bundle
+
+
+def check_one_process(stage: str, trainer: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a stage would be trained by one process: each of more runs the whole command.
+
+    Args:
+        stage: name in the message.
+        trainer: its keywords of lightning.Trainer.
+    """
+    where = {name: trainer[name] for name in ("accelerator", "devices", "num_nodes")}
+    silent: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+    probe = L.Trainer(**where, **silent)
+    if probe.num_devices * probe.num_nodes != 1:
+        raise ValueError(
+            f"{stage}.trainer.devices is {where['devices']!r} on {where['num_nodes']} node(s), which is "
+            f"{probe.num_devices * probe.num_nodes} devices; expected one: 1, or a list of one such as [0]. "
+            f"A stage alone trains on several: `python -m training.{stage} fit`"
+        )
 
 
 def content_of(directory: Path, options: ContentOptions, folder: Path) -> Path | None:

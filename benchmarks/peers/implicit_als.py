@@ -43,7 +43,7 @@ class ImplicitALS:
         self.model = AlternatingLeastSquares(
             factors=dim,
             regularization=regularization,
-            alpha=alpha,
+            alpha=1.0 + alpha,  # there the confidence itself; untouched items have 1
             iterations=iterations,
             random_state=seed,
         )

@@ -1,6 +1,7 @@
 """Withheld items are unknown to training, and are found by what they are."""
 
 import json
+import shutil
 
 import numpy as np
 import polars as pl
@@ -26,7 +27,11 @@ TINY = [
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     """Return a shop of four colours, 20 items of each: whoever likes a colour touches nothing else."""
-    folder = tmp_path_factory.mktemp("colours") / "data"
+    return shop(tmp_path_factory.mktemp("colours") / "data")
+
+
+def shop(folder, by_time=False):
+    """Write the shop; by_time: with times that go across the users, not each user's order alone."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     colours = ["red", "blue", "green", "black"]
@@ -36,17 +41,18 @@ def directory(tmp_path_factory):
         for user in range(240)
         for number in rng.permutation(20)[:8]
     ]
+    times = rng.permutation(len(events)) if by_time else np.arange(len(events))
     pl.DataFrame(
         {
             "user_id": [user for user, _ in events],
             "item_id": [item for _, item in events],
-            "timestamp": list(range(len(events))),
+            "timestamp": times,
             "event_type": ["view"] * len(events),
         }
     ).write_parquet(folder / "events.parquet")
     titles = [f"thing in {item.split()[0]}" for item in items]
     pl.DataFrame({"item_id": items, "title": titles}).write_parquet(folder / "items.parquet")
-    write_info(folder, DatasetInfo(name="colours", source={}, time="order"))
+    write_info(folder, DatasetInfo(name="colours", source={}, time="unix" if by_time else "order"))
     return folder
 
 
@@ -112,3 +118,39 @@ def test_a_catalog_that_says_nothing_is_refused(directory, tmp_path, capsys):
     command = ["--data", str(directory), "--out", str(tmp_path)]
     assert new_items.main([*command, "--options", "content.encoder=none"]) == 2
     assert "the catalog says nothing of its items" in capsys.readouterr().err
+
+
+def test_questions_for_items_of_both_kinds_are_in_no_mean(tmp_path):
+    directory = shop(tmp_path / "data", by_time=True)
+    options = [*TINY, "ranking.trainer.max_epochs=1", "split.name=global-time"]
+    found = new_items.compare(directory, tmp_path / "runs", options, share=0.5, seed=0, part="test")
+    asked, others = found["num_questions"], found["num_others"]
+    questions = load_split(directory, SplitOptions(name="global-time")).split.test
+    assert 0 < asked + others < len(questions)
+    # The ranker alone hardly ever puts a withheld item first: the share of the other questions is left.
+    row = found["rows"]["ranker"]
+    assert row["recall_of_all"] < 0.01
+    assert row["ndcg"] >= others / (asked + others) * row["others_ndcg"] > 0
+
+
+def test_results_of_other_data_or_settings_are_not_reused(directory, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(new_items, "content_of", lambda *_: None)  # goes no further than the settings
+    command = ["--out", str(tmp_path / "runs"), "--share", "0.5"]
+
+    def refused(data, *options):
+        assert new_items.main(["--data", str(data), *command, "--options", *TINY, *options]) == 2
+        return capsys.readouterr().err
+
+    assert "the catalog says nothing" in refused(directory)
+    assert "the catalog says nothing" in refused(directory, "pipeline.num_ranked=7")
+    assert "holds rows of other settings (recipe); expected another --out" in refused(
+        directory, "ranking.trainer.max_epochs=2"
+    )
+    other = tmp_path / "data"
+    shutil.copytree(directory, other)
+    pl.read_parquet(other / "events.parquet")[:-1].write_parquet(other / "events.parquet")
+    write_info(other, DatasetInfo(name="colours", source={}, time="order"))
+    assert "holds rows of other settings (fingerprint); expected" in refused(other)
+    (tmp_path / "runs" / "share0.5-seed0" / "settings.json").unlink()
+    (tmp_path / "runs" / "share0.5-seed0" / "ranker").mkdir()
+    assert "holds results that do not say their settings; expected another --out" in refused(directory)

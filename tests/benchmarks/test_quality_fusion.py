@@ -151,6 +151,40 @@ def test_a_refit_goes_on_where_it_was_interrupted(directory, tmp_path, monkeypat
     assert (tmp_path / "runs" / "stage-one-seed0" / "refit" / train.EMBEDDINGS).is_file()
 
 
+@pytest.mark.parametrize("interrupted_at", [1, 2])
+def test_a_strict_row_goes_on_where_its_answers_were_being_saved(
+    directory, tmp_path, monkeypatch, interrupted_at
+):
+    options = ["--seeds", "0", "--variants", "sequence"]
+    saved, save = [], quality_fusion._save
+
+    def interrupted(file, answers):
+        saved.append(file)
+        if len(saved) == interrupted_at:
+            raise KeyboardInterrupt
+        save(file, answers)
+
+    monkeypatch.setattr(quality_fusion, "_save", interrupted)
+    assert _run(directory, tmp_path, *options) == 130
+    assert _run(directory, tmp_path, *options) == 0
+    assert (tmp_path / "sequence-seed0.json").is_file()
+
+
+def test_the_number_of_neighbours_is_a_setting_of_the_rows(directory, tmp_path):
+    Experiment(directory, tmp_path, "strict", TINY)
+    file = tmp_path / "settings.json"
+    settings = json.loads(file.read_text())
+    assert settings.pop("num_neighbours") == 200
+    other = [*TINY, "pipeline.num_neighbours=50"]
+    with pytest.raises(ValueError, match=r"holds rows of other settings \(num_neighbours\)"):
+        Experiment(directory, tmp_path, "strict", other)
+    # A directory that does not say it has the default.
+    file.write_text(json.dumps(settings))
+    Experiment(directory, tmp_path, "strict", TINY)
+    with pytest.raises(ValueError, match=r"holds rows of other settings \(num_neighbours\)"):
+        Experiment(directory, tmp_path, "strict", other)
+
+
 def test_shuffled_vectors_are_the_same_ones_elsewhere(tmp_path):
     rng = np.random.default_rng(0)
     vectors = {

@@ -3,6 +3,7 @@
 import json
 import sys
 import textwrap
+import types
 
 import numpy as np
 import pytest
@@ -227,6 +228,21 @@ def test_rectools_is_asked_our_questions(directory, tmp_path, monkeypatch):
     assert row["recall@10"] == pytest.approx(1.0)
     assert row["ndcg@10"] == pytest.approx(1.0)
     assert row["versions"] == {"rectools": "0"}
+
+
+def test_implicit_is_told_the_confidence_of_a_touched_item(monkeypatch):
+    """There an untouched item has a confidence of 1, and a touched one alpha times its entry."""
+    told = {}
+    stand_in = types.ModuleType("implicit.cpu.als")
+    stand_in.AlternatingLeastSquares = lambda **options: told.update(options)
+    for name in ("implicit", "implicit.cpu"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "implicit.cpu.als", stand_in)
+    monkeypatch.setattr(implicit_als.importlib.util, "find_spec", lambda name: name)
+    ImplicitALS(alpha=3.0)
+    assert told["alpha"] == 4.0
+    ImplicitALS()
+    assert told["alpha"] == 2.0
 
 
 @pytest.mark.skipif(not implicit_als.importlib.util.find_spec("implicit"), reason="implicit is not installed")

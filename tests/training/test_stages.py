@@ -6,7 +6,15 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from torch.utils.data import DataLoader
 
-from training.stages import PatientEarlyStopping, default_precision, fit_stage, refit_stage
+from training.stages import (
+    MONITOR,
+    PatientEarlyStopping,
+    default_callbacks,
+    default_precision,
+    fit_stage,
+    load_best,
+    refit_stage,
+)
 
 
 def test_early_stopping_counts_validations_that_are_enough_steps_apart(
@@ -135,3 +143,18 @@ def test_a_run_goes_on_where_its_directory_was_moved_to(tmp_path, epochs_before:
     assert len(second.rates) == 2 * (4 - epochs_before)
     assert (chosen.epochs, chosen.metric) == (2, pytest.approx(0.5))
     assert not (tmp_path / "here").exists()
+
+
+@pytest.mark.parametrize(("later", "best"), [([0.2, 0.3], 2), ([0.2, 0.6], 4)])
+def test_a_run_that_goes_on_elsewhere_finds_the_best_weights(tmp_path, later: list[float], best: int) -> None:
+    """As `fit --ckpt_path` does, which begins a directory of its own."""
+    metrics = [0.1, 0.5, *later]
+    first, second = _Scheduled(metrics), _Scheduled(metrics)
+    two = OPTIONS | {"max_epochs": 2}
+    fit_stage("ranking", first, _Batches(2), tmp_path / "here", two, patience=9, resume=False)
+    before = {file: file.read_bytes() for file in (tmp_path / "here").iterdir()}
+    callbacks = default_callbacks("ranking", MONITOR["ranking"], 9, tmp_path / "there")
+    trainer = L.Trainer(**OPTIONS | {"max_epochs": 4, "callbacks": callbacks})
+    trainer.fit(second, _Batches(2), ckpt_path=tmp_path / "here" / "last.ckpt", weights_only=True)
+    assert load_best(second, trainer) == best
+    assert {file: file.read_bytes() for file in (tmp_path / "here").iterdir()} == before

@@ -12,18 +12,21 @@ import numpy as np
 import polars as pl
 import pytest
 
-from benchmarks import latency, quality, reranking_latency, reranking_soundness, sources
+from benchmarks import latency, quality, quality_reranking, reranking_latency, reranking_soundness, sources
 from engine.bundle import Bundle, resolve_bundle
 from engine.cli import main
 from engine.history import EMPTY_HISTORY
 from engine.pipeline import RecommendationPipeline, Visitor, query_vector
+from engine.policies import item_facts
 from engine.policy_files import PolicyFiles
 from ranking.context import Encoded
+from reranking.policy import single_policy
 from reranking.rules import RULES
 from retrieval.neighbours import item_neighbours
+from retrieval.sources import PopularSource
 from training import train
-from training.data.splits import SplitOptions, final_split, load_split
-from training.evaluate import evaluate, load_questions, served_with
+from training.data.splits import Holdout, SplitOptions, final_split, load_split
+from training.evaluate import Questions, evaluate, load_questions, retrieval_scores, served_with
 from training.export import folded_in, recent_popularity
 from training.ranking_module import RankingModule
 from training.retrieval_module import RetrievalModule
@@ -432,6 +435,32 @@ def test_evaluation_ranks_as_the_pipeline_does(shop: Path, weight: float) -> Non
     assert (alone["ranking"]["ndcg@10"] == found["ranking"]["ndcg@10"]) == (weight == 0)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.7])
+def test_the_curve_of_reranking_starts_from_what_evaluation_ranks(shop: Path, weight: float) -> None:
+    bundle = with_transition_weight(Bundle.load(resolve_bundle(shop / "bundles")), weight)
+    found = evaluate(bundle, shop / "data", stages=["ranking"])
+    split, questions = load_questions(bundle, shop / "data", "test", None)
+    ranked = quality_reranking.rank_all(bundle, questions, split.repeats)
+    facts = item_facts(bundle.catalog, bundle.item_vectors, bundle.content_vectors)
+    plain = quality_reranking.measure(ranked, single_policy([], "no rules")[None], facts, "no rules")
+    assert plain["ndcg@10"] == pytest.approx(found["ranking"]["ndcg@10"])
+
+
+def test_without_a_history_retrieval_is_what_is_popular_of_late(shop: Path) -> None:
+    bundle = Bundle.load(resolve_bundle(shop / "bundles"))
+    # Another order than by all events, the ties of which the events of all times break.
+    bundle = dataclasses.replace(bundle, recent_popularity=bundle.catalog.popularity[::-1] // 8)
+    split, _ = load_questions(bundle, shop / "data", "test", None)
+    events = split.train
+    first = events.offsets[1:2]  # before the first event of user 1
+    nobody = Holdout(events, np.array([1], np.int32), first, events.items[first], np.array([0, 1]))
+    scores = retrieval_scores(bundle, Questions(nobody, np.array([0]), repeats=False))[0, 1:]
+    source = PopularSource(bundle.recent_popularity, bundle.catalog.popularity)
+    everything = RecommendationPipeline(bundle).query(Visitor(EMPTY_HISTORY))
+    expected = source.find(everything, None, 100).rows
+    assert (np.argsort(-scores, kind="stable") + 1).tolist() == expected.tolist()
+
+
 def without_seen(items: np.ndarray) -> np.ndarray:
     return items[np.r_[True, items[1:] != items[:-1]]]
 
@@ -507,6 +536,29 @@ def test_wrong_heads_and_encoders_are_refused_before_training(
     shown = capsys.readouterr().err
     assert message in shown
     assert "epoch" not in shown
+
+
+@pytest.mark.parametrize("stage", ["retrieval", "ranking"])
+def test_more_than_one_device_is_refused(shop: Path, capsys: pytest.CaptureFixture[str], stage: str) -> None:
+    """Each of several processes would run the whole command."""
+    assert train.build_parser().get_defaults()[f"{stage}.trainer.devices"] == 1
+    for devices in ("2", "auto"):
+        found = _train(
+            shop,
+            f"--{stage}.trainer.devices={devices}",
+            f"--{stage}.trainer.accelerator=cpu",
+            f"--{stage}.trainer.num_nodes={1 if devices == '2' else 3}",
+        )
+        assert found == 2
+        message = capsys.readouterr().err
+        assert f"{stage}.trainer.devices is '{devices}' on {1 if devices == '2' else 3} node(s)" in message
+        assert f"python -m training.{stage} fit" in message
+
+
+@pytest.mark.parametrize("stage", ["retrieval", "ranking"])
+def test_a_falling_rate_needs_an_end(shop: Path, stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _train(shop, f"--{stage}.trainer.max_epochs=-1", "--no-refit") == 2
+    assert "max_epochs is -1; a schedule other than constant expects 1 or more" in capsys.readouterr().err
 
 
 def test_heads_of_events_that_training_lacks(shop: Path, tmp_path: Path, capsys: Any) -> None:

@@ -45,6 +45,7 @@ EXAMPLES = {"table": table.EXAMPLES}
 
 # Text that an event log may hold beside the event.
 ITEM_FACTS = ("title", "description", "category", "brand", "seller_id")
+MOMENTS = ("available_from", "available_until")  # of the item table, on the clock of the events
 REJECTED = pl.col("reason").is_not_null()
 MAX_TIMESTAMP_MS = 253_402_300_799_999  # the end of the year 9999; beyond it the unit was wrong
 
@@ -141,13 +142,24 @@ def _write_events(source: Source, directory: Path, scratch: Path, notes: list[st
         unit = time_unit_of(sample.collect(engine="streaming").to_series())
         notes.append(f"times are in {'ISO 8601' if unit == 'iso' else unit}, by the look of the first ones")
     event = _event(schema, unit, source)
+    # Without these an event is still one: what cannot be read is left out, and counted.
+    optional = [name for name, kind in source.context.items() if kind == "numeric"]
+    optional += ["rating"] if "rating" in event else []
+    unreadable = pl.struct(_is_unreadable(name).alias(name) for name in optional) if optional else None
     facts = {name: _blank_to_null(name, schema[name]) for name in ITEM_FACTS if name in schema}
     raw = pl.struct(_as_text(name, dtype) for name, dtype in schema.items() if name != "malformed")
     checked = (
         source.events.with_row_index("row", offset=1)
         .with_columns(event=pl.struct(expr.alias(name) for name, expr in event.items()))
         .with_columns(reason=_reason(schema))
-        .select("row", "reason", pl.col("event").struct.unnest(), **facts, raw=pl.when(REJECTED).then(raw))
+        .select(
+            "row",
+            "reason",
+            pl.col("event").struct.unnest(),
+            **facts,
+            raw=pl.when(REJECTED).then(raw),
+            **({} if unreadable is None else {"unreadable": unreadable}),
+        )
     )
     # Written once, because three results are made of it and reading the source is the slow part.
     checked.sink_parquet(scratch, compression="lz4", engine="streaming")
@@ -157,6 +169,10 @@ def _write_events(source: Source, directory: Path, scratch: Path, notes: list[st
     rejected.sink_parquet(directory / "rejected.parquet", engine="streaming")
 
     accepted = checked.filter(~REJECTED)
+    if unreadable is not None:
+        fields = accepted.select(pl.col("unreadable").struct.unnest().sum())
+        for name, number in fields.collect(engine="streaming").row(0, named=True).items():
+            _note(notes, number, f"values of {name} in the events cannot be used; left out")
     events = accepted.select(*event)
     if source.time == "order":
         place = pl.int_range(pl.len(), dtype=pl.Int64).over("user_id")
@@ -208,14 +224,18 @@ def _reason(schema: pl.Schema) -> pl.Expr:
         reasons["unreadable timestamp"] = event.field("timestamp").is_null()
     if "event_type" in schema:
         reasons["unknown event_type"] = event.field("event_type").is_null()
-    for name in ("price", "rating"):
-        if name in schema:
-            reasons[f"invalid {name}"] = ~_blank(name) & event.field(name).is_null()
+    if "price" in schema:
+        reasons["invalid price"] = _is_unreadable("price")
     return pl.coalesce(*(pl.when(broken).then(pl.lit(reason)) for reason, broken in reasons.items()))
 
 
 def _blank(name: str) -> pl.Expr:
     return pl.col(name).is_null() | (pl.col(name).str.strip_chars() == "")
+
+
+def _is_unreadable(name: str) -> pl.Expr:
+    """Whether a column of the source says something of which the event has nothing."""
+    return ~_blank(name) & pl.col("event").struct.field(name).is_null()
 
 
 def _blank_to_null(name: str, dtype: pl.DataType | None = None) -> pl.Expr:
@@ -356,11 +376,13 @@ def _item_table(items: pl.LazyFrame, source: Source, notes: list[str]) -> pl.Dat
     _note(notes, rows.height - table.height, "rows of the item table dropped: the item stands again below")
 
     facts: dict[str, pl.Expr] = {}
+    if source.time != "unix" and (useless := [name for name in MOMENTS if name in table.columns]):
+        notes.append(f"{' and '.join(useless)} of the item table left out: the events have no times")
     for name in table.columns:
         if name in ("price", "margin"):
             amount = _amount(name)
             facts[name] = pl.when(amount <= 1).then(amount) if name == "margin" else amount
-        elif name in ("available_from", "available_until") and source.time == "unix":
+        elif name in MOMENTS and source.time == "unix":
             facts[name] = _moment(table[name], source.time_unit)
         elif name == "stock":
             facts[name] = _amount(name).round().cast(pl.Int64)
@@ -369,7 +391,7 @@ def _item_table(items: pl.LazyFrame, source: Source, notes: list[str]) -> pl.Dat
         elif name in ITEM_FACTS:
             facts[name] = _blank_to_null(name)
     typed = table.select("item_id", **facts)
-    for name in ("price", "margin", "available_from", "available_until", "stock"):
+    for name in ("price", "margin", *MOMENTS, "stock"):
         if name in facts:
             unreadable = (typed[name].is_null() & ~table.select(_blank(name)).to_series()).sum()
             _note(notes, int(unreadable), f"values of {name} in the item table cannot be used; left out")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,17 @@ class _StageData(L.LightningDataModule):
     def split(self) -> Split:
         """The split data set; read at first use, unless it was set before."""
         return load_split(self.directory, self.options).split
+
+    def epoch_seed(self) -> int:
+        """Return what the shuffles of an epoch follow: the seed of the run and the number of the epoch.
+
+        Nothing drawn since plays a part, so a resumed fit goes on with the order that it would have had, and
+        the processes of a distributed fit share one order among them. Outside a fit each call is another.
+        """
+        if self.trainer is None:
+            return int(torch.randint(2**31, ()))
+        both = (torch.initial_seed(), self.trainer.current_epoch)
+        return int(np.random.default_rng(both).integers(2**31))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Yield QuestionBatch of the validation targets (a fixed random part of them where they are many)."""
@@ -78,14 +89,15 @@ class RetrievalData(_StageData):
     def train_dataloader(self) -> DataLoader[Any]:
         """Yield [B, 2] int64 edges (user row, item row)."""
         edges = self.graph[USER_ITEM].edge_index.T.contiguous()
-        return _ShuffledBatches(edges, self.batch_size or int(np.clip(len(edges) // 16, 256, 8192)))
+        batch_size = self.batch_size or int(np.clip(len(edges) // 16, 256, 8192))
+        return _ShuffledBatches(edges, batch_size, self.epoch_seed)
 
 
 class _ShuffledBatches(DataLoader[Any]):
     """Rows of one tensor in random batches; gathers a batch at once, where a DataLoader would row by row."""
 
-    def __init__(self, rows: Tensor, batch_size: int) -> None:
-        super().__init__(_Batched(rows, batch_size), batch_size=None)
+    def __init__(self, rows: Tensor, batch_size: int, seed: Callable[[], int]) -> None:
+        super().__init__(_Batched(rows, batch_size, seed), batch_size=None)
 
 
 def _share() -> tuple[int, int]:
@@ -96,15 +108,16 @@ def _share() -> tuple[int, int]:
 
 
 class _Batched(IterableDataset[Tensor]):
-    def __init__(self, rows: Tensor, batch_size: int) -> None:
-        self.rows, self.batch_size = rows, batch_size
+    def __init__(self, rows: Tensor, batch_size: int, seed: Callable[[], int]) -> None:
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
 
     def __len__(self) -> int:
         return max(1, -(-len(self.rows) // self.batch_size) // _share()[1])
 
     def __iter__(self) -> Iterator[Tensor]:
         rank, world_size = _share()
-        batches = torch.split(torch.randperm(len(self.rows)), self.batch_size)
+        generator = torch.Generator().manual_seed(self.seed())
+        batches = torch.split(torch.randperm(len(self.rows), generator=generator), self.batch_size)
         for batch in equal_share(batches, rank, world_size):
             yield self.rows[batch]
 
@@ -177,7 +190,7 @@ class _SequenceDataset(IterableDataset[SequenceBatch]):
         self.data = data
 
     def __iter__(self) -> Iterator[SequenceBatch]:
-        rng = np.random.default_rng(int(torch.randint(2**31, ())))  # follows the seed and the epoch
+        rng = np.random.default_rng(self.data.epoch_seed())
         yield from sequence_batches(
             self.data.sequences, self.data.batch_size, self.data.max_tokens, rng, *_share()
         )

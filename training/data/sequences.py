@@ -31,7 +31,8 @@ class Sequences:
     event is learned from once, however long the history. Every window has something to predict.
     """
 
-    items: NDArray[np.int32]  # [N] item rows; the first of each window is only input
+    # [N] item rows; the first of a window is only input, unless has_start: the start token predicts it then
+    items: NDArray[np.int32]
     is_target: NDArray[np.bool_]  # [N] whether the place may be predicted
     starts: NDArray[np.int64]  # [W] a window's places are starts[w] to ends[w]
     ends: NDArray[np.int64]  # [W]

@@ -106,7 +106,9 @@ def make_split(
         raise ValueError(f"holdout_fraction is {holdout_fraction}; expected more than 0 and less than 0.5")
     if name == "given":
         if log.is_test is None:
-            raise ValueError("split is 'given', but the data set has none; expected another split")
+            raise ValueError(
+                "split is 'given', but the data set has none; expected auto, leave-one-out or global-time"
+            )
         return _given(log.events, log.is_test, repeats, holdout_fraction, seed)
     if time == "none":
         raise ValueError(
@@ -117,7 +119,10 @@ def make_split(
         return _leave_one_out(log.events, repeats)
     if name == "global-time":
         if time != "unix":
-            raise ValueError("split is 'global-time', but the data set has an order and no times")
+            raise ValueError(
+                "split is 'global-time', but the data set has an order and no times; "
+                "expected auto or leave-one-out"
+            )
         return _global_time(log.events, repeats, holdout_fraction)
     raise ValueError(f"split is {name!r}; expected auto, leave-one-out, global-time or given")
 
@@ -164,7 +169,10 @@ def _global_time(events: Interactions, repeats: bool, fraction: float) -> Split:
     test_start = times[int(len(times) * (1 - fraction))]
     validation_start = times[int(len(times) * (1 - 2 * fraction))]
     if validation_start in (times[0], test_start):
-        raise ValueError("split is 'global-time', but too many events share one time to cut between them")
+        raise ValueError(
+            "split is 'global-time', but too many events share one time to cut between them; "
+            "expected leave-one-out, or another holdout_fraction"
+        )
     target = _may_be_target(events, repeats)
 
     def holdout(start: np.int64, end: np.int64 | None) -> Holdout:

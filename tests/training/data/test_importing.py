@@ -353,6 +353,46 @@ def test_blank_optional_fields_are_no_fault(tmp_path):
     }
 
 
+def test_numbers_that_nothing_hangs_on_are_left_out_and_counted(tmp_path, capsys):
+    text = "user_id,item_id,rating,basket\nu,a,4.5,2\nu,b,good,many\nu,c,,lots\nu,d,bad,\n,e,bad,many\n"
+    out = import_table(tmp_path, text, "--max_rejected", "0.2", "--context", '{"basket": "numeric"}')
+    assert [(e["rating"], e["basket"]) for e in load(out)[1]] == [
+        (4.5, 2),
+        (None, None),
+        (None, None),
+        (None, None),
+    ]
+    assert reasons(out) == [("missing user_id", 5)]
+    shown = capsys.readouterr().err
+    assert "2 values of rating in the events cannot be used; left out" in shown
+    assert "2 values of basket in the events cannot be used; left out" in shown
+
+
+@pytest.mark.parametrize("first", ["user_id,item_id", "user_id,item_id,price"])
+def test_several_files_have_the_same_columns(tmp_path, capsys, first):
+    write(tmp_path / "log-1.csv", f"{first}\n")
+    other = {"user_id,item_id", "user_id,item_id,price"} - {first}
+    write(tmp_path / "log-2.csv", f"{other.pop()}\n")
+    assert main(["table", str(tmp_path / "log-*.csv"), "--out", str(tmp_path / "out")]) == 2
+    has = "no column 'price', which" if "price" in first else "the column 'price', which"
+    assert f"log-2.csv has {has} {tmp_path / 'log-1.csv'} has" in capsys.readouterr().err
+
+
+def test_columns_that_nothing_is_read_from_may_differ(tmp_path):
+    write(tmp_path / "log-1.csv", "user_id,item_id\nu,a\n")
+    write(tmp_path / "log-2.csv", "colour,user_id,item_id\nred,u,b\n")
+    assert main(["table", str(tmp_path / "log-*.csv"), "--out", str(tmp_path / "out")]) == 0
+    assert [e["item_id"] for e in load(tmp_path / "out")[1]] == ["a", "b"]
+
+
+def test_times_of_the_item_table_are_not_dropped_without_a_word(tmp_path, capsys):
+    items = write(tmp_path / "items.csv", "item_id,available_from,available_until\na,2024-01-01,\n")
+    out = import_table(tmp_path, "user_id,item_id\nu,a\n", "--items", str(items))
+    assert "available_from" not in load(out)[2][0]
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "available_from and available_until of the item table left out: the events have no times" in shown
+
+
 def test_places_in_a_sequence_have_no_gaps_where_rows_were_rejected(tmp_path):
     out = import_table(tmp_path, "user_id,item_id\nu,a\nu,\nu,b\n", "--max_rejected", "0.5")
     assert [e["timestamp"] for e in load(out)[1]] == [0, 1]

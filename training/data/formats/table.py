@@ -39,7 +39,7 @@ class EventColumns:
         event_type: How; see --event_types.
         session_id: The visit.
         price: Price of the item at that time; the last one also becomes the item's price.
-        rating: Stars or the like.
+        rating: Stars or the like; kept, but nothing uses them yet.
         title: Item fact.
         category: Item fact; see --category_separator.
         brand: Item fact.
@@ -90,7 +90,8 @@ class ItemColumns:
     stock: str | None = None
 
 
-RESERVED = ("line", "malformed", "row", "reason", "raw", "event")  # what the importer calls its own columns
+# What the importer calls its own columns.
+RESERVED = ("line", "malformed", "row", "reason", "raw", "event", "unreadable")
 ALL_DEFAULT_EVENTS = EventColumns()
 ALL_DEFAULT_ITEMS = ItemColumns()
 
@@ -132,11 +133,17 @@ def read(
             raise ValueError(f"context names {name!r}; expected a column that is no other part of an event")
     files = matching_files(src)
     parts = [OpenTable.open(file, separator) for file in files]
-    chosen = parts[0].choose(dataclasses.asdict(columns), required=("user_id", "item_id"), option="columns")
+    wanted = dataclasses.asdict(columns)
+    chosen = parts[0].choose(wanted, required=("user_id", "item_id"), option="columns")
     chosen |= parts[0].choose(dict.fromkeys(context), required=tuple(context), option="context")
     for part in parts[1:]:
         if missing := sorted(set(chosen.values()) - set(part.columns)):
             raise ValueError(f"{part.path} has no column {missing[0]!r}, which {parts[0].path} has")
+        if more := sorted(set(part.choose(wanted, required=()).values()) - set(chosen.values())):
+            raise ValueError(
+                f"{part.path} has the column {more[0]!r}, which {parts[0].path} has not; "
+                "expected the same columns in all files"
+            )
     return Source(
         name=stem(files[0]),
         files=files if items is None else [*files, items],
