@@ -273,10 +273,7 @@ class Experiment:
 
     def _late_weight(self, seed: int) -> float:
         """Return the weight of LATE_WEIGHTS with the best NDCG@10 on validation."""
-        holdout = self.data.split.validation
-        if len(holdout) > LATE_QUESTIONS:
-            draw = np.random.default_rng(0).permutation(len(holdout))[:LATE_QUESTIONS]
-            holdout = holdout.take(np.sort(draw))
+        holdout = self.data.split.validation.sample(LATE_QUESTIONS)
         sequence, graph = (self.answers(name, seed, "validation") for name in ("sequence", "graph"))
         found = {
             weight: question_metrics(

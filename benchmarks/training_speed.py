@@ -52,9 +52,8 @@ from torch.utils.data import DataLoader
 from benchmarks.bare_trainer import bare_trainer
 from engine.arguments import ArgumentParser
 from retrieval.encoders.lightgcn import LightGCN
-from retrieval.graph_matrix import normalized_adjacency
+from retrieval.graph_matrix import USER_ITEM, normalized_adjacency
 from training.data.formats import lightgcn
-from training.data.graph import USER_ITEM
 from training.data.importing import import_source
 from training.data.modules import RetrievalData
 from training.data.splits import SplitOptions, final_split, load_split

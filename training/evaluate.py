@@ -174,8 +174,8 @@ def load_questions(
                 f"{key} is {value}, expected {manifest['data'][key]}"
             )
     holdout = loaded.split.test if part == "test" else loaded.split.validation
-    if max_users is not None and max_users < len(holdout):
-        holdout = holdout.take(np.sort(np.random.default_rng(0).permutation(len(holdout))[:max_users]))
+    if max_users is not None:
+        holdout = holdout.sample(max_users)
     return split_as_trained(loaded, protocol_of(bundle)), holdout
 
 

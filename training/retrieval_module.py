@@ -28,7 +28,8 @@ RETRIEVAL_EPOCHS = 20  # by default: how long the learning rate takes to fall to
 class RetrievalModule(L.LightningModule):
     """Fits a GraphEncoder to the training edges.
 
-    Validation asks what serving asks: the nearest items to the vector folded in from a history.
+    Validation asks as serving does, for the nearest items to the vector folded in from a history, but there
+    every event counts alike: what types and ages count is the bundle's setting, not the model's.
 
     Args:
         encoder: makes the GraphEncoder from the graph; in YAML a class path and its keywords.

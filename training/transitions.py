@@ -76,9 +76,7 @@ def best_weight(scores: Callable[[Holdout], NDArray[np.float32]], split: Split, 
         split: whose validation asks, up to MAX_QUESTIONS of it drawn with a fixed seed.
         k: items that a row of the transitions keeps.
     """
-    holdout = split.validation
-    if len(holdout) > MAX_QUESTIONS:
-        holdout = holdout.take(np.sort(np.random.default_rng(0).permutation(len(holdout))[:MAX_QUESTIONS]))
+    holdout = split.validation.sample(MAX_QUESTIONS)
     transitions = training_transitions(split.train, k)
     sums = dict.fromkeys(WEIGHTS, 0.0)
     size = max(1, SCORES_AT_ONCE // len(transitions))

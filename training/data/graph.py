@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from torch_geometric.data import HeteroData
 
+from retrieval.graph_matrix import USER_ITEM
 from training.data.interactions import Interactions
-
-USER_ITEM = ("user", "interacts", "item")
 
 
 def build_graph(train: Interactions) -> HeteroData:

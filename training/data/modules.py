@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ranking.context import ContextTable, Encoded
+from retrieval.graph_matrix import USER_ITEM
 from training.data.context import context_table, encoded_context
-from training.data.graph import USER_ITEM, build_graph
+from training.data.graph import build_graph
 from training.data.sequences import SequenceBatch, equal_share, make_sequences, sequence_batches
 from training.data.splits import Holdout, Split, SplitOptions, load_split
 
@@ -48,11 +49,7 @@ class _StageData(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Yield QuestionBatch of the validation targets (a fixed random part of them where they are many)."""
-        holdout = self.split.validation
-        if len(holdout) > self.max_validation_users:
-            draw = np.random.default_rng(0).permutation(len(holdout))[: self.max_validation_users]
-            holdout = holdout.take(np.sort(draw))
-        return question_loader(holdout, self.context)
+        return question_loader(self.split.validation.sample(self.max_validation_users), self.context)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Yield QuestionBatch of the test targets."""

@@ -53,6 +53,12 @@ class Holdout:
         targets = [self.target(int(q)) for q in questions]
         return Holdout(self.events, self.users[questions], self.ends[questions], *_ragged(targets))
 
+    def sample(self, most: int) -> Holdout:
+        """Return the questions, or so many of them, drawn with a fixed seed, in their order."""
+        if most >= len(self):
+            return self
+        return self.take(np.sort(np.random.default_rng(0).permutation(len(self))[:most]))
+
     def __iter__(self) -> Iterator[tuple[int, History, NDArray[np.int32]]]:
         """Yield (user row, history, targets) of each question."""
         for question in range(len(self)):

@@ -11,7 +11,8 @@ from torch import nn
 
 import retrieval.encoders
 from engine.history import EVENT_CODE
-from training.data.graph import USER_ITEM, build_graph
+from retrieval.graph_matrix import USER_ITEM
+from training.data.graph import build_graph
 from training.data.interactions import Interactions
 from training.losses import sampled_softmax_loss
 

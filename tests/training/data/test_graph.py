@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from engine.history import EVENT_CODE
-from training.data.graph import USER_ITEM, build_graph
+from retrieval.graph_matrix import USER_ITEM
+from training.data.graph import build_graph
 from training.data.interactions import Interactions
 
 VIEW, CART, REMOVE = EVENT_CODE["view"], EVENT_CODE["cart"], EVENT_CODE["remove_from_cart"]
