@@ -41,7 +41,7 @@ OPENING_SHARE = 0.15  # of a processor, that opening and trying out a bundle may
 OPENING_TIMEOUT_S = 900.0  # a million items take a minute
 WAIT_S, NUM_WAITS = 0.1, 100  # for requests of a bundle that was replaced
 LARGE_BYTES = 4 << 20
-KEPT_BYTES = 32 << 20  # what a request of a million items has at once, and more
+KEPT_BYTES = 8 << 20  # in each of the heaps; what a request of a million items has at once
 
 
 class Service(Protocol):
