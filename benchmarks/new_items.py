@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.full_ranking import Scores, question_metrics
-from benchmarks.quality_fusion import SETTINGS, keep_settings
+from benchmarks.quality_fusion import SETTINGS, keep_settings, of_training
 from engine.arguments import ArgumentParser
 from ranking.ranker import HybridRanker
 from retrieval.new_items import like_items
@@ -133,10 +133,9 @@ def compare(
     if out.is_dir() and any(out.iterdir()) and not (out / SETTINGS).is_file():
         raise ValueError(f"{out} holds results that do not say their settings; expected another --out")
     # What serving does with a model changes nothing here, and the seed is not the recipe's own.
-    recipe = recipe_of(parser, config)
-    kept = {key: value for key, value in recipe.items() if key not in ("pipeline", "seed", "refit")}
+    recipe = of_training(recipe_of(parser, config))
     fingerprint = data.info.fingerprint
-    keep_settings(out, {"fingerprint": fingerprint, "share": share, "seed": seed, "recipe": kept})
+    keep_settings(out, {"fingerprint": fingerprint, "share": share, "seed": seed, "recipe": recipe})
     content = content_of(directory, content_options, out)
     if content is None:
         raise ValueError("the catalog says nothing of its items, or content.encoder is none")

@@ -116,7 +116,6 @@ class Experiment:
             raise ValueError(f"split {self.data.split.name} leaves the events without an order to learn from")
         # Of what is for serving a model nothing but half_life_events and num_neighbours plays a part here,
         # and the recipe's own seed plays none.
-        kept = {key: value for key, value in recipe.items() if key not in ("pipeline", "seed", "refit")}
         record = {
             "data": self.data.info.name,
             "fingerprint": self.data.info.fingerprint,
@@ -125,7 +124,7 @@ class Experiment:
             "protocol": protocol,
             "half_life_events": self.half_life,
             "num_neighbours": self.num_neighbours,
-            "recipe": kept,
+            "recipe": of_training(recipe),
         }
         # Directories that do not say it were begun before it was written down, with the default.
         keep_settings(out, record, unsaid={"num_neighbours": PipelineOptions().num_neighbours})
@@ -285,6 +284,11 @@ class Experiment:
 
 
 SETTINGS = "settings.json"  # what all rows of a directory have in common
+
+
+def of_training(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a recipe decides how models are trained, but for the seed."""
+    return {key: value for key, value in recipe.items() if key not in ("pipeline", "seed", "refit")}
 
 
 def keep_settings(out: Path, record: Mapping[str, Any], unsaid: Mapping[str, Any] | None = None) -> None:

@@ -28,6 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from engine.admission import RateLimit
+from engine.watched import Watched
 
 # Each may do what those before it may: a reader asks, a client records events too.
 ROLES = ("reader", "client")
@@ -105,31 +106,14 @@ class ApiKeys:
         return known if is_right else None
 
 
-class KeyFile:
-    """A key file that may change while its keys are in use."""
+class KeyFile(Watched[ApiKeys]):
+    """A key file that may change while its keys are in use; `load` raises KeyFileError."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._loaded: object = None
+        super().__init__(lambda: ApiKeys.load(self.path), self._stamp_of_file)
 
-    def load(self) -> ApiKeys:
-        """Read the keys. Raises KeyFileError."""
-        stamp = self._stamp()  # before reading: what changes meanwhile counts as a change
-        self._loaded = None
-        try:
-            keys = ApiKeys.load(self.path)
-        except KeyFileError as error:
-            if not isinstance(error.__cause__, OSError):  # a file that cannot be read now may be later
-                self._loaded = stamp
-            raise
-        self._loaded = stamp
-        return keys
-
-    def changed(self) -> bool:
-        """Return whether the file was written, replaced or taken away since the last load, or not read."""
-        return self._stamp() != self._loaded
-
-    def _stamp(self) -> object:
+    def _stamp_of_file(self) -> object:
         try:
             found = self.path.stat()
         except OSError as error:

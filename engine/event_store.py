@@ -312,9 +312,8 @@ class LocalEventStore:
                     future.set_result(outcome)
                 try:
                     self._compact_where_due()
-                except Exception:  # such as no descriptor left: this thread must go on
-                    self._compacts_again_at = self._monotonic() + COMPACT_AGAIN_S
-                    logger.exception("the event log could not be compacted; it goes on growing")
+                except Exception:  # noqa: BLE001  # such as no descriptor left: this thread must go on
+                    self._compact_later()
 
     def _taken_at_once(self) -> Iterator[tuple[Sequence[UserEvent], Future[Recorded]] | None]:
         while True:
@@ -369,9 +368,12 @@ class LocalEventStore:
         try:
             self._log.replace_before(number, encode_users(users))
         except OSError:
-            # Not again at the next event: on a full disk that would be all that is done.
-            self._compacts_again_at = self._monotonic() + COMPACT_AGAIN_S
-            logger.exception("the event log could not be compacted; it goes on growing")
+            self._compact_later()
+
+    def _compact_later(self) -> None:
+        """Log what went wrong, and wait: on a full disk nothing else would be done."""
+        self._compacts_again_at = self._monotonic() + COMPACT_AGAIN_S
+        logger.exception("the event log could not be compacted; it goes on growing")
 
 
 def encode(events: Sequence[UserEvent]) -> bytes:

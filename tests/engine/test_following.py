@@ -48,6 +48,18 @@ async def following(follow: Callable[..., Any], shop: Any, *arguments: Any) -> A
         task.cancel()
 
 
+@asynccontextmanager
+async def serving_policies(served: Any, first: Path, files: PolicyFiles) -> Any:
+    """Serve a bundle with policies, and follow both."""
+    pipeline = prepared(Bundle.load(first), files.load())
+    async with (
+        served(pipeline, policies=files.current) as shop,
+        following(follow_bundles, shop, first.parent, Bundle.load),
+        following(follow_policies, shop, files),
+    ):
+        yield shop
+
+
 def test_a_new_bundle_takes_over_and_the_old_one_is_freed(publish: Publish, served: Any) -> None:
     """Its policies go with it, recorded events stay, and items that only the new one has are known."""
 
@@ -202,12 +214,7 @@ def test_served_policies_go_along_and_refuse_what_they_do_not_fit(
         first = publish(num_items=40)
         (tmp_path / "policies.yaml").write_text(POLICIES)
         files = PolicyFiles(tmp_path / "policies.yaml")
-        pipeline = prepared(Bundle.load(first), files.load())
-        async with (
-            served(pipeline, policies=files.current) as shop,
-            following(follow_bundles, shop, first.parent, Bundle.load),
-            following(follow_policies, shop, files),
-        ):
+        async with serving_policies(served, first, files) as shop:
             second = publish(num_items=30)
             await shop.until(lambda: shop.service.pipeline.bundle.version == second.name)
             assert (await shop.recommend()).arrangement.policy == "home"
@@ -230,12 +237,7 @@ def test_policies_that_fit_the_next_bundle_alone_wait_for_it(
         first = publish(num_items=5)  # has no brand 5
         (tmp_path / "policies.yaml").write_text("policies: {any: {rules: []}}")
         files = PolicyFiles(tmp_path / "policies.yaml")
-        pipeline = prepared(Bundle.load(first), files.load())
-        async with (
-            served(pipeline, policies=files.current) as shop,
-            following(follow_bundles, shop, first.parent, Bundle.load),
-            following(follow_policies, shop, files),
-        ):
+        async with serving_policies(served, first, files) as shop:
             files.path.write_text(POLICIES)
             await shop.until(lambda: "the policies in use stay" in caplog.text)
             second = publish(num_items=40)
