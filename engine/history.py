@@ -45,7 +45,9 @@ EMPTY_HISTORY = History(np.zeros(0, np.int32), np.zeros(0, np.uint8), np.zeros(0
 
 def without_repeats(items: NDArray[np.int32]) -> NDArray[np.int32]:
     """Return a history [H] with each run of one item as a single event."""
-    return np.compress(np.diff(items, prepend=0) != 0, items)
+    is_first = np.ones(len(items), np.bool_)
+    np.not_equal(items[1:], items[:-1], out=is_first[1:])
+    return items[is_first]
 
 
 def left_padded(histories: Sequence[NDArray[np.int32]], length: int) -> NDArray[np.int64]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval.sources import turns
+
 
 @dataclass(frozen=True)
 class ItemList:
-    """Items between two stages, best first: three arrays of one length, and what the numbers of one mean."""
+    """Items between two stages, best first: three arrays of one length, and what the numbers of one mean.
+
+    Candidates alone are best first by source: the ranker, which orders them anew, need no `in_turns`.
+    """
 
     rows: NDArray[np.int32]  # [N] 1..I, none twice
     scores: NDArray[np.float32]  # [N] of the stage that made the list
@@ -49,6 +55,10 @@ class ItemList:
             self.names + other.names,
         )
 
+    def in_turns(self, quotas: Sequence[float]) -> ItemList:
+        """Return candidates best first, whose sources, in the order of `names`, have quotas (see turns)."""
+        return self.take(turns(self.source_of, quotas))
+
     def with_falling_scores(self) -> ItemList:
         """Return the items with scores that fall with the order: sources score on scales of their own."""
         return replace(self, scores=np.minimum.accumulate(self.scores))
@@ -60,24 +70,21 @@ class ItemList:
         """
         if scores.shape != self.rows.shape or not np.isfinite(scores).all():
             raise ValueError(f"scores {scores.shape} for {len(self)} items; expected one finite score each")
-        kept = largest(scores, num_kept)
-        is_left = np.ones(len(self), np.bool_)
-        is_left[kept] = False
         scored = replace(self, scores=scores)
-        return Ranked(scored.take(kept), scored.take(np.flatnonzero(is_left)))
+        return Ranked(scored.take(largest(scores, num_kept)), scored)
 
 
 class Ranked(NamedTuple):
-    """What ranking keeps, and what it does not."""
+    """What ranking keeps, and what it chose from."""
 
     items: ItemList  # best first
-    reserve: ItemList  # the other candidates, in any order
+    scored: ItemList  # all candidates, in any order
 
     @classmethod
     def as_they_are(cls, candidates: ItemList, num_kept: int) -> Ranked:
         """Return the candidates in their own order."""
         falling = candidates.with_falling_scores()
-        return cls(falling.take(slice(num_kept)), falling.take(slice(num_kept, None)))
+        return cls(falling.take(slice(num_kept)), falling)
 
 
 def largest(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:

@@ -38,13 +38,13 @@ from engine.policies import Arrangement, Filtered, explanation, exposure_of, ite
 from engine.sources import check_sources, choice, is_number, sources_from_config
 from engine.trace import StageTiming, Trace, VisitorKind
 from ranking.context import Encoded
-from ranking.transitions import transition_bonus
+from ranking.transitions import TransitionBonus
 from reranking.constraints import DropSeen
 from reranking.items import Request
 from reranking.policy import Policies, Policy, policies_from_config
 from reranking.reranker import NO_PURCHASES, Funnel, Purchases, Reranker
 from retrieval.fold_in import event_weights, fold_in
-from retrieval.sources import Candidates, EmbeddingSource, Query, merge, shares_of
+from retrieval.sources import Candidates, EmbeddingSource, Gathering, Query
 from retrieval.transitions import next_items
 
 MAX_LIMIT = 500  # items of a slate
@@ -150,6 +150,7 @@ class RecommendationPipeline:
         # What the ranker scores for, where it is more than one thing.
         self.heads: tuple[str, ...] = bundle.scorer.heads if bundle.scorer else ()
         self.head_weights = default_head_weights(bundle)
+        self._bonus = TransitionBonus(bundle.catalog.num_items)
 
     def with_policies(self, policies: Policies) -> RecommendationPipeline:
         """Return a pipeline over the same bundle with other policies; this one stays as it is.
@@ -234,7 +235,7 @@ class RecommendationPipeline:
         ranked = trace.run(
             "ranking",
             lambda: self._rank(query, candidates, num_ranked, num_scored),
-            otherwise=lambda: Ranked.as_they_are(candidates, num_ranked),
+            otherwise=lambda: Ranked.as_they_are(candidates.in_turns(self.quotas), num_ranked),
             num_in=len(candidates),
             num_affordable=num_scored,
             size=lambda found: len(found.items),
@@ -281,7 +282,7 @@ class RecommendationPipeline:
         items = trace.run(
             "retrieval",
             lambda: self._nearest(item_row, eligible, limit, trace),
-            otherwise=lambda: self._find(self.query(NOBODY), eligible, limit, trace).with_falling_scores(),
+            otherwise=lambda: self._most_popular(eligible, limit, trace),
             num_in=trace.timings[-1].num_out,
         )
         return Answer(items, trace)
@@ -416,40 +417,37 @@ class RecommendationPipeline:
             return unseen
         is_seen = np.zeros_like(eligible)
         is_seen[seen] = True
-        return unseen.followed_by(self._find(query, eligible & is_seen, limit - len(unseen), trace))
+        others = self._find(query, eligible & is_seen, limit - len(unseen), trace)
+        return unseen.in_turns(self.quotas).followed_by(others.in_turns(self.quotas))
 
     def _find(self, query: Query, allowed: NDArray[np.bool_], limit: int, trace: Trace) -> ItemList:
-        """Ask the sources, each of which may fail alone, and merge what they found.
+        """Ask the sources, each of which may fail alone, and gather what they found, source by source.
 
-        One full list is enough to fill up with. So the first sources are asked for all that is wanted, until
-        one has given so much; from then on a source is asked for its share, of what is not taken yet.
+        `allowed` is changed.
         """
-        left = allowed.copy()
-        parts: list[Candidates] = []
-        is_full = False
-        for source, share in zip(self.sources, shares_of(self.quotas, limit), strict=True):
-            wanted = share if is_full else limit
-            if not wanted:
-                parts.append(Candidates.none(source.name))
-                continue
-            part = trace.run(
-                f"retrieval.{source.name}",
-                functools.partial(source.find, query, left, wanted),
-                otherwise=functools.partial(Candidates.none, source.name),
-                num_in=len(allowed) - 1,
-            )
-            parts.append(part)
-            is_full = is_full or len(part) == limit
-            left[part.rows[:share]] = False
-        rows, scores, source_of = merge(parts, self.quotas, limit)
-        found = ItemList(rows, scores, source_of, tuple(part.source for part in parts))
+        gathering = Gathering(self.quotas, limit, allowed)
+        for source in self.sources:
+            part = Candidates.none(source.name)
+            if gathering.wanted:
+                part = trace.run(
+                    f"retrieval.{source.name}",
+                    functools.partial(source.find, query, gathering.left, gathering.wanted),
+                    otherwise=functools.partial(Candidates.none, source.name),
+                    num_in=len(allowed) - 1,
+                )
+            gathering.add(part)
+        found = ItemList(*gathering.merged(), tuple(source.name for source in self.sources))
         if len(found) == limit:
             return found
         # Too few items are allowed, or popular failed, which knows all of them.
-        left[rows] = False
-        rest = np.flatnonzero(left)[: limit - len(found)].astype(np.int32)
+        rest = np.flatnonzero(gathering.left)[: limit - len(found)].astype(np.int32)
         others = ItemList.of_one(rest, np.zeros(len(rest), np.float32), "catalog")
         return found.followed_by(others)
+
+    def _most_popular(self, eligible: NDArray[np.bool_], limit: int, trace: Trace) -> ItemList:
+        """Return what is found for somebody of whom nothing is known, best first."""
+        found = self._find(self.query(NOBODY), eligible.copy(), limit, trace)
+        return found.in_turns(self.quotas).with_falling_scores()
 
     def _nearest(self, item_row: int, eligible: NDArray[np.bool_], limit: int, trace: Trace) -> ItemList:
         """Return the items of the largest cosine, by one exact product with all vectors.
@@ -457,7 +455,7 @@ class RecommendationPipeline:
         Not by the index: it ranks by inner product, which favours the long vectors of popular items.
         """
         if not self.norms[item_row]:
-            return self._find(self.query(NOBODY), eligible, limit, trace).with_falling_scores()
+            return self._most_popular(eligible, limit, trace)
         rows = np.flatnonzero(eligible).astype(np.int32)
         vectors = self.bundle.item_vectors
         products = vectors @ vectors[item_row]
@@ -470,13 +468,14 @@ class RecommendationPipeline:
         """Return the first `num_scored` items by score, and the others behind them in their order."""
         if num_scored >= len(items):
             return self._scored(query, items, num_kept)
+        items = items.in_turns(self.quotas)
         if not num_scored:
             return Ranked.as_they_are(items, num_kept)
         scored = self._scored(query, items.take(slice(num_scored)), num_scored).items
         others = items.take(slice(num_scored, None))
         lowest = np.full(len(others), scored.scores[-1], np.float32)
         whole = scored.followed_by(replace(others, scores=lowest))
-        return Ranked(whole.take(slice(num_kept)), whole.take(slice(num_kept, None)))
+        return Ranked(whole.take(slice(num_kept)), whole)
 
     def _scored(self, query: Query, items: ItemList, num_kept: int) -> Ranked:
         """Return the best items by the ranker; without one by the query vector; without that as they are."""
@@ -489,11 +488,11 @@ class RecommendationPipeline:
         vector = fold_in(vectors, degrees, query.items, query.weights)
         if vector.any():
             return items.ordered_by(vectors[items.rows] @ vector, num_kept)
-        return Ranked.as_they_are(items, num_kept)
+        return Ranked.as_they_are(items.in_turns(self.quotas), num_kept)
 
     def _gained(self, query: Query, rows: NDArray[np.int32]) -> NDArray[np.float32]:
         """Return what it adds to items' scores that they have often come next, [N] float32."""
-        return transition_bonus(rows, *query.next_items(), query.transition_weight)
+        return self._bonus(rows, *query.next_items(), query.transition_weight)
 
     def _rerank(
         self,
@@ -512,8 +511,8 @@ class RecommendationPipeline:
         funnel = Funnel(
             rows=ranked.items.rows,
             scores=ranked.items.scores,
-            reserve_rows=ranked.reserve.rows,
-            reserve_scores=ranked.reserve.scores,
+            reserve_rows=ranked.scored.rows,
+            reserve_scores=ranked.scored.scores,
             seen=is_seen,
             eligible=eligible,
             purchases=ask.purchases,
@@ -528,7 +527,9 @@ class RecommendationPipeline:
             ask.request.now_ms,
             arranged.yields,
             exposure_of(ask.policy, arranged, self.bundle.catalog),
-            explanation(arranged, ask.filtered, candidates, ranked, gained),
+            explanation(arranged, ask.filtered, candidates.in_turns(self.quotas), ranked, gained)
+            if ask.explain
+            else None,
         )
         order, num_ranked = arranged.order, len(ranked.items)
         if (order >= 0).all() and (order < num_ranked).all():
@@ -536,7 +537,7 @@ class RecommendationPipeline:
         # Some come from the reserve, some are shown for a pin's sake alone.
         pinned = arranged.rows[order < 0]
         pins = ItemList.of_one(pinned, np.zeros(len(pinned), np.float32), "pin")
-        found = ranked.items.followed_by(ranked.reserve).followed_by(pins)
+        found = ranked.items.followed_by(ranked.scored).followed_by(pins)
         return found.take(np.array([(found.rows == row).argmax() for row in arranged.rows], np.int64))
 
     def begin_trace(self, visitor: Visitor, budget: Budget | None = None) -> Trace:

@@ -160,7 +160,7 @@ def explanation(
         retrieval_place, retrieval_score = place_and_score(candidates, row)
         ranking_place, ranking_score = place_and_score(ranked.items, row)
         if ranking_place is None:
-            _, ranking_score = place_and_score(ranked.reserve, row)
+            _, ranking_score = place_and_score(ranked.scored, row)
         source = "pin" if retrieval_place is None else _source(candidates, retrieval_place)
         relevance, adjusted = reasons.relevance[row]
         items[row] = ItemReasons(

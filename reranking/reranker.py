@@ -41,7 +41,7 @@ class Funnel:
     scores: NDArray[np.float32]  # [N] finite, descending
     reserve_rows: NDArray[np.int32] = field(
         default_factory=lambda: NO_ROWS
-    )  # [M] what retrieval found besides, in any order
+    )  # [M] what retrieval found, in any order; what is ranked may stand here too
     reserve_scores: NDArray[np.float32] = field(
         default_factory=lambda: NO_SCORES
     )  # [M] finite, on a scale of their own; equal ones count by their order
@@ -201,6 +201,7 @@ class Reranker:
         if funnel.eligible is None:
             # Those of the reserve have passed the request's filters.
             rows = {pin.row for pin in policy.rules if isinstance(pin, Pin)}
+            rows -= set(funnel.rows.tolist()) if rows else set()
             return (
                 np.array([row for row in funnel.reserve_rows if row in rows], np.int32) if rows else NO_ROWS
             )

@@ -9,7 +9,6 @@ Shape legend: I items, H events of a history, N items of a list, D and S dimensi
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -54,7 +53,10 @@ class Candidates:
 
 
 class Merged(NamedTuple):
-    """Candidates of several sources, each item once."""
+    """Candidates of several sources, each item once, of each source best first.
+
+    A ranker does not ask for their order; `turns` has it.
+    """
 
     rows: NDArray[np.int32]  # [M] item rows, 1..I
     scores: NDArray[np.float32]  # [M] on the scale of the source that gave the item
@@ -198,61 +200,103 @@ class FreshSource:
         return Candidates(rows, self._times[rows].astype(np.float32), self.name)
 
 
-def merge(parts: Sequence[Candidates], quotas: Sequence[float], limit: int) -> Merged:
-    """Return up to `limit` items: each source's share, and what one cannot fill from the others in order.
+class Gathering:
+    """Candidates of one source after the other, until there are enough of them: each item once.
 
-    An item that several sources found counts for the first of them, and the later ones go on to their next.
+    One full list is enough to fill up with. So the first sources are asked for all that is wanted, until one
+    has given so much; from then on a source is asked for its share, of what is not taken yet. What one cannot
+    fill of its share comes from the others, in their order.
+
+    Attributes:
+        left: [I+1] bool, the items that may still come: what the next source is to be asked with.
+    """
+
+    def __init__(self, quotas: Sequence[float], limit: int, allowed: NDArray[np.bool_]) -> None:
+        """Begin with nothing.
+
+        Args:
+            quotas: share of `limit` that each source is to give, 0 to 1, summing to at most 1; 0 only fills
+                up.
+            limit: at least 1.
+            allowed: [I+1] bool, becomes `left` and is changed.
+        """
+        _check_limit(limit)
+        self.left = allowed
+        self._limit = limit
+        self._shares = shares_of(quotas, limit)
+        self._is_full = False
+        # Of each source its share, and what it found beyond: rows and scores.
+        self._shared: list[tuple[NDArray[np.int32], NDArray[np.float32]]] = []
+        self._others: list[tuple[NDArray[np.int32], NDArray[np.float32]]] = []
+
+    @property
+    def wanted(self) -> int:
+        """Items that the next source is to be asked for."""
+        return self._shares[len(self._shared)] if self._is_full else self._limit
+
+    def add(self, part: Candidates) -> None:
+        """Take what the next source found. An item counts for the first source that has it in its share."""
+        share = self._shares[len(self._shared)]
+        self._is_full = self._is_full or len(part) >= self._limit
+        rows, scores = part.rows, part.scores
+        if not self.left[rows[:share]].all():
+            free = self.left[rows]
+            rows, scores = rows[free], scores[free]
+        self.left[rows[:share]] = False
+        self._shared.append((rows[:share], scores[:share]))
+        self._others.append((rows[share:], scores[share:]))
+
+    def merged(self) -> Merged:
+        """Return up to `limit` items, of each source best first. To be called once, at the end."""
+        chosen = list(enumerate(self._shared))
+        room = self._limit - sum(len(rows) for rows, _ in self._shared)
+        for source, (rows, scores) in enumerate(self._others):
+            if room <= 0:
+                break
+            kept = np.flatnonzero(self.left[rows])[:room]
+            rows = rows[kept]
+            self.left[rows] = False
+            chosen.append((source, (rows, scores[kept])))
+            room -= len(rows)
+        sources = np.array([source for source, _ in chosen], np.int16)
+        return Merged(
+            np.concatenate([np.zeros(0, np.int32), *(rows for _, (rows, _) in chosen)]),
+            np.concatenate([np.zeros(0, np.float32), *(scores for _, (_, scores) in chosen)]),
+            np.repeat(sources, [len(rows) for _, (rows, _) in chosen]),
+        )
+
+
+def merge(parts: Sequence[Candidates], quotas: Sequence[float], limit: int) -> Merged:
+    """Return what a Gathering of lists makes that were found without one another."""
+    num_rows = 1 + max((int(part.rows.max(initial=0)) for part in parts), default=0)
+    gathering = Gathering(quotas, limit, np.ones(num_rows, np.bool_))
+    for part in parts:
+        gathering.add(part)
+    return gathering.merged()
+
+
+def turns(source_of: NDArray[np.int16], quotas: Sequence[float]) -> NDArray[np.int64]:
+    """Return in which order the items of several sources are to be read where the order counts, [M].
+
     The n-th item that a source gives stands at the place n / quota among all: a source of twice the quota has
-    two items for one of the other's, from the top on. Equal places, and quotas of 0, go by order.
+    two items for one of the other's, from the top on. Equal places, and quotas of 0, go by source. Items of
+    sources that have no quota come last, as they are.
 
     Args:
-        parts: what each source found.
-        quotas: share of `limit` that each is to give, 0 to 1, summing to at most 1; 0 only fills up.
-        limit: at least 1.
+        source_of: [M] which source gave each item; those of one source best first.
+        quotas: of the sources 0, 1, ..., each 0 to 1.
     """
-    _check_limit(limit)
-    shares = shares_of(quotas, limit)
-    taken = np.zeros(1 + max((int(part.rows.max(initial=0)) for part in parts), default=0), np.bool_)
-    # Positions in each source's list: first its share, then, where there is room, what is left of it.
-    chosen = [_take(part.rows, taken, share) for part, share in zip(parts, shares, strict=True)]
-    room = limit - sum(map(len, chosen))
-    for source, part in enumerate(parts):
-        if room > 0:
-            more = _take(part.rows, taken, room)
-            chosen[source] = np.concatenate([chosen[source], more])
-            room -= len(more)
-    if not parts:
-        return Merged(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int16))
-    rows = np.concatenate([part.rows[kept] for part, kept in zip(parts, chosen, strict=True)])
-    scores = np.concatenate([part.scores[kept] for part, kept in zip(parts, chosen, strict=True)])
-    order, source_of = _interleaved(tuple(map(len, chosen)), tuple(quotas))
-    return Merged(rows[order], scores[order], source_of)
-
-
-@functools.lru_cache(maxsize=32)  # most requests get as many items of each source
-def _interleaved(
-    lengths: tuple[int, ...], quotas: tuple[float, ...]
-) -> tuple[NDArray[np.int64], NDArray[np.int16]]:
-    """Return in which order lists that stand one behind the other are to be read, [M], and whose each is."""
-    places = [np.arange(1, n + 1) / max(quota, 1e-9) for n, quota in zip(lengths, quotas, strict=True)]
-    order = np.argsort(np.concatenate(places), kind="stable")
-    source_of = np.repeat(np.arange(len(lengths), dtype=np.int16), lengths)[order]
-    for array in (order, source_of):
-        array.setflags(write=False)  # it is handed out again
-    return order, source_of
+    by_source = np.argsort(np.minimum(source_of, len(quotas)), kind="stable")
+    lengths = np.bincount(np.minimum(source_of, len(quotas)), minlength=len(quotas) + 1).tolist()
+    places = [np.arange(1, n + 1) / max(quota, 1e-9) for n, quota in zip(lengths, quotas, strict=False)]
+    places.append(np.full(lengths[-1], np.inf))
+    return by_source[np.argsort(np.concatenate(places), kind="stable")]
 
 
 def shares_of(quotas: Sequence[float], limit: int) -> list[int]:
     """Return how many of `limit` items each source gives, as long as it has them."""
     ends = [0, *(round(total * limit) for total in itertools.accumulate(quotas))]
     return [end - begin for begin, end in itertools.pairwise(ends)]
-
-
-def _take(rows: NDArray[np.int32], taken: NDArray[np.bool_], count: int) -> NDArray[np.int64]:
-    """Return the positions of the first `count` rows that are not taken yet, and mark those rows as taken."""
-    positions = np.flatnonzero(~taken[rows])[:count]
-    taken[rows[positions]] = True
-    return positions
 
 
 def _first_allowed(

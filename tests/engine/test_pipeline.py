@@ -530,7 +530,7 @@ def test_a_failing_ranker(
     # What retrieval found, in its order; this scorer's state looks along (1, 1, ...).
     query = broken.query(visitor)
     unseen = np.isin(np.arange(41), [0, 2, 3, 5], invert=True)
-    found = broken._find(query, unseen, 20, trace)
+    found = broken._find(query, unseen, 20, trace).in_turns(broken.quotas)
     assert items.rows.tolist() == found.rows[:10].tolist()
     assert "ranking failed" in caplog.text
 

@@ -70,7 +70,7 @@ def test_as_many_are_ranked_as_there_is_time_for(bundle: Bundle) -> None:
     pipeline = RecommendationPipeline(bundle)
     found = pipeline._retrieve(
         pipeline.query(loyal), np.ones(41, np.bool_) & (np.arange(41) > 0), _seen(2, 3, 5), 20, trace
-    )
+    ).in_turns(pipeline.quotas)
     pipeline.costs.observe("ranking", 1.0, 30)  # mean 1/30, deviation 1/60: an estimate of 3/30
     items, trace = pipeline.recommend(loyal, 20, budget=still(1.1))
     assert trace.degraded_stages == ["ranking"]

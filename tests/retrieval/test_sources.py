@@ -9,6 +9,8 @@ from retrieval.sources import (
     CandidateSource,
     EmbeddingSource,
     FreshSource,
+    Gathering,
+    Merged,
     NeighbourSource,
     PopularSource,
     Query,
@@ -16,6 +18,7 @@ from retrieval.sources import (
     TransitionSource,
     _first_allowed,
     merge,
+    turns,
 )
 from retrieval.sparse import SparseRows
 
@@ -178,7 +181,7 @@ def test_empty_catalog():
 def test_merge_worked_out():
     # Of 8: a 4, b 2, c 2. Item 2 counts for a; b goes on to 7 and 4's place is taken too, so 5.
     parts = [found("a", 4, 2, 1, 6, 8), found("b", 2, 7, 4, 5, 3), found("c", 9, 7, 10)]
-    merged = merge(parts, [0.5, 0.25, 0.25], limit=8)
+    merged = in_turns(parts, [0.5, 0.25, 0.25], limit=8)
     # Places: a at 2, 4, 6, 8; b and c at 4 and 8.
     assert merged.rows.tolist() == [4, 2, 7, 9, 1, 6, 5, 10]
     assert merged.scores.tolist() == [4, 2, 7.5, 9, 1, 6, 5.5, 10]
@@ -188,24 +191,24 @@ def test_merge_worked_out():
 
 def test_what_a_source_cannot_fill_goes_to_the_others_in_order():
     parts = [found("a", 1), found("b", 2, 3, 4, 5), found("c", 6, 7, 8, 9)]
-    merged = merge(parts, [0.5, 0.25, 0.25], limit=8)
+    merged = in_turns(parts, [0.5, 0.25, 0.25], limit=8)
     assert set(merged.rows.tolist()) == {1, 2, 3, 4, 5, 6, 7, 8}  # a 1 of 4, b 2 + 2, c 2 + 1
-    assert merge(parts, [0.5, 0.25, 0.25], limit=20).rows.tolist() == [1, 2, 6, 3, 7, 4, 8, 5, 9]
+    assert in_turns(parts, [0.5, 0.25, 0.25], limit=20).rows.tolist() == [1, 2, 6, 3, 7, 4, 8, 5, 9]
     # A quota of 0 only fills up, behind what the others gave.
-    assert merge(parts, [1, 0, 0], limit=3).rows.tolist() == [1, 2, 3]
+    assert in_turns(parts, [1, 0, 0], limit=3).rows.tolist() == [1, 2, 3]
 
 
 def test_equal_quotas_take_turns():
-    merged = merge([found("a", 1, 2, 3), found("b", 8, 9)], [0.5, 0.5], limit=10)
+    merged = in_turns([found("a", 1, 2, 3), found("b", 8, 9)], [0.5, 0.5], limit=10)
     assert merged.rows.tolist() == [1, 8, 2, 9, 3]
-    merged = merge([found("a", 1, 2, 3), found("b", 1, 4)], [0.05, 0.05], limit=4)
+    merged = in_turns([found("a", 1, 2, 3), found("b", 1, 4)], [0.05, 0.05], limit=4)
     assert merged.rows.tolist() == [1, 4, 2, 3]
     assert merged.scores.tolist() == [1, 4.5, 2, 3]
 
 
 def test_merge_of_nothing():
     for parts in ([], [found("a")], [found("a"), found("b")]):
-        rows, scores, source_of = merge(parts, [1 / len(parts) for _ in parts], 5)
+        rows, scores, source_of = in_turns(parts, [1 / len(parts) for _ in parts], 5)
         assert (len(rows), len(scores), len(source_of)) == (0, 0, 0)
         assert [rows.dtype, scores.dtype, source_of.dtype] == [np.int32, np.float32, np.int16]
 
@@ -213,6 +216,13 @@ def test_merge_of_nothing():
 def test_limit_of_0_is_refused():
     with pytest.raises(ValueError, match="limit is 0; expected at least 1"):
         merge([found("a", 1)], [1.0], 0)
+
+
+def in_turns(parts, quotas, limit) -> Merged:
+    """What is gathered, in the order of `turns`."""
+    merged = merge(parts, quotas, limit)
+    order = turns(merged.source_of, quotas)
+    return Merged(*(array[order] for array in merged))
 
 
 rows_lists = st.lists(st.integers(1, 12), max_size=8, unique=True)
@@ -240,7 +250,47 @@ def test_merge_agrees_with_a_loop(parts, weights, limit):
         for place, rows in enumerate(given_by)
         for n, row in enumerate(rows)
     )
-    merged = merge([found("a", *part) for part in parts], quotas, limit)
+    merged = in_turns([found("a", *part) for part in parts], quotas, limit)
     assert merged.rows.tolist() == [row for *_, row in expected]
     assert merged.source_of.tolist() == [place for _, place, _, _ in expected]
     assert len(merged.rows) == min(limit, len({row for part in parts for row in part}))
+
+
+@given(
+    found_by=st.lists(st.permutations(range(1, 13)), max_size=4),
+    can_find=st.lists(st.integers(0, 12), min_size=4, max_size=4),
+    weights=st.lists(st.integers(0, 4), min_size=4, max_size=4),
+    allowed=st.sets(st.integers(1, 12)),
+    limit=st.integers(1, 20),
+)
+def test_sources_that_are_asked_for_what_is_left(found_by, can_find, weights, allowed, limit):
+    quotas = [weight / max(sum(weights[: len(found_by)]), 1) for weight in weights[: len(found_by)]]
+    gathering = Gathering(quotas, limit, np.isin(np.arange(13), list(allowed)))
+    parts = []
+    for order, most in zip(found_by, can_find, strict=False):
+        rows = [row for row in order if gathering.left[row]][: min(most, gathering.wanted)]
+        parts.append(found("a", *rows))
+        gathering.add(parts[-1])
+    merged = gathering.merged()
+    expected = merge(parts, quotas, limit)
+    assert [array.tolist() for array in merged] == [array.tolist() for array in expected]
+    assert set(merged.rows.tolist()) <= allowed
+    assert len(set(merged.rows.tolist())) == len(merged.rows) <= limit
+    assert set(np.flatnonzero(gathering.left).tolist()) == allowed - set(merged.rows.tolist())
+
+
+def test_who_has_found_enough_leaves_the_others_their_shares():
+    gathering = Gathering([0.5, 0.25, 0.25], 8, np.ones(13, np.bool_))
+    assert gathering.wanted == 8
+    gathering.add(found("a", 1, 2, 3, 4, 5))
+    assert gathering.wanted == 8
+    gathering.add(found("b", 12, 11, 10, 9, 8, 7, 6, 5))
+    assert gathering.wanted == 2
+
+
+def test_turns_of_items_without_a_quota():
+    source_of = np.array([0, 0, 0, 1, 1, 3, 2, 3], np.int16)
+    order = turns(source_of, [0.5, 0.5])
+    assert order.tolist() == [0, 3, 1, 4, 2, 5, 6, 7]
+    assert turns(source_of[order], [0.5, 0.5]).tolist() == list(range(8))  # in their turns they stay
+    assert turns(source_of[:0], [0.5]).tolist() == []
