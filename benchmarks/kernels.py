@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 import engine.pipeline
 from engine.bundle import Bundle
 from engine.deadline import Budget
-from engine.following import give_large_blocks_back
+from engine.memory import set_up_for_serving
 from engine.messages import MAX_MESSAGE_BYTES
 from engine.pipeline import RecommendationPipeline
 from engine.server import recommend
@@ -206,7 +206,7 @@ def main(response_bytes: str, bundle: str = "") -> None:
     """Run the server of running_echo."""
     path = Path(bundle) if bundle else None
     if path:
-        give_large_blocks_back()  # as `trirank serve` does
+        set_up_for_serving()  # as `trirank serve` does
     asyncio.run(serve_echo(int(response_bytes), lambda address: print(address, flush=True), path))
 
 

@@ -38,8 +38,8 @@ class Catalog:
 
     Attributes:
         num_items: I.
-        ids: item id of each row; "" at row 0.
-        titles: title of each row; "" where there is none.
+        ids: [I+1] str, item id of each row; "" at row 0.
+        titles: [I+1] str, title of each row; "" where there is none.
         prices: [I+1] float64; NaN where there is none.
         margins: [I+1] float64, share of the price; NaN where there is none.
         available_from: [I+1] int64, the data set's clock; 0 where unknown.
@@ -62,8 +62,10 @@ class Catalog:
                 raise ValueError(f"column {column!r} is {items.schema[column]}; expected {expected}")
 
         self.num_items = items.height
-        self.ids: list[str] = ["", *strings(items["item_id"].fill_null(""))]
-        self.titles: list[str] = ["", *strings(items["title"].fill_null(""))]
+        self.ids, self.titles = (
+            strings(pl.concat([pl.Series([""]), items[column].fill_null("")]))
+            for column in ("item_id", "title")
+        )
         self.prices = _column(items["price"], np.nan, np.float64)
         self.margins = _column(items["margin"], np.nan, np.float64)
         self.available_from = _column(items["available_from"], 0, np.int64)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from engine.bundle import MANIFEST, Bundle, BundleError, bundle_to_serve
 from engine.deadline import StageCosts
 from engine.event_store import EventStore
 from engine.history import EMPTY_HISTORY, History
+from engine.memory import give_back, leaves, let_go
 from engine.pacing import paced
 from engine.pipeline import RecommendationPipeline, Visitor
 from engine.policy_files import PolicyFiles
@@ -40,8 +40,6 @@ TRIAL_HISTORIES = (0, 1, 2, 5, 20, 100)  # events
 OPENING_SHARE = 0.15  # of a processor, that opening and trying out a bundle may use
 OPENING_TIMEOUT_S = 900.0  # a million items take a minute
 WAIT_S, NUM_WAITS = 0.1, 100  # for requests of a bundle that was replaced
-LARGE_BYTES = 4 << 20
-KEPT_BYTES = 8 << 20  # in each of the heaps; what a request of a million items has at once
 
 
 class Service(Protocol):
@@ -150,9 +148,10 @@ async def follow_bundles(
             if seen == refused:
                 continue
             logger.info("bundle %s is found", path)
-            before = weakref.ref(service.pipeline)
-            await _swap(service, path, open_bundle)
-            await _give_memory_back(before)
+            replaced = await _swap(service, path, open_bundle)
+            before, parts = weakref.ref(replaced), leaves(replaced, without=replaced.events)
+            del replaced
+            await _free(before, parts)
         except (ValueError, OSError) as error:  # such as a BundleError, a PolicyError
             if (seen or str(error)) != refused:
                 logger.error("bundle %s stays: %s", service.pipeline.bundle.version, error)
@@ -164,7 +163,10 @@ async def follow_bundles(
             refused = seen
 
 
-async def _swap(service: Service, path: Path, open_bundle: Callable[[Path], Bundle]) -> None:
+async def _swap(
+    service: Service, path: Path, open_bundle: Callable[[Path], Bundle]
+) -> RecommendationPipeline:
+    """Serve another bundle, and return the pipeline of the one that was served."""
     try:
         async with asyncio.timeout(OPENING_TIMEOUT_S):
             bundle = await _beside_requests(open_bundle, path)
@@ -177,10 +179,11 @@ async def _swap(service: Service, path: Path, open_bundle: Callable[[Path], Bund
         raise BundleError(
             f"{path}: it was not opened and did not answer trial requests within {OPENING_TIMEOUT_S:g} s"
         ) from None
-    before = service.pipeline.bundle.version
+    replaced = service.pipeline
     service.use(pipeline)
     service.metrics.bundle_swaps.labels("swapped").inc()
-    logger.info("bundle %s is served instead of %s", bundle.version, before)
+    logger.info("bundle %s is served instead of %s", bundle.version, replaced.bundle.version)
+    return replaced
 
 
 async def _beside_requests(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -204,33 +207,14 @@ async def _beside_requests(work: Callable[P, R], *args: P.args, **kwargs: P.kwar
     return await asyncio.wrap_future(done)
 
 
-def give_large_blocks_back() -> None:
-    """Have glibc's malloc return blocks of LARGE_BYTES and more when they are freed; elsewhere do nothing.
-
-    It would raise its own threshold to the largest block ever freed, and from then on keep a bundle's
-    arrays, with holes, in its heaps: 10 to 15 MB more after each swap of 100,000 items.
-
-    A request's own arrays are smaller, and stay there, up to KEPT_BYTES: to get them from the system anew
-    would cost each request the clearing of their pages, several ms with a million items.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, LARGE_BYTES)
-        libc.mallopt(trim_threshold, KEPT_BYTES)  # or it would be 128 KB, and no longer follow
-
-
-async def _give_memory_back(before: weakref.ref[RecommendationPipeline]) -> None:
-    """Wait for the last request of a pipeline, and have the C library return what it held to the system.
-
-    glibc would keep it: after eight bundles of 12,000 items 390 MB instead of 240.
-    """
+async def _free(before: weakref.ref[RecommendationPipeline], parts: list[Any]) -> None:
+    """Wait for the last request of a pipeline, then let its parts go beside the requests of the next one."""
     for _ in range(NUM_WAITS):
         if before() is None:
             break
         await asyncio.sleep(WAIT_S)
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        await asyncio.to_thread(ctypes.CDLL(None).malloc_trim, 0)
+    await asyncio.to_thread(let_go, parts)
+    await asyncio.to_thread(give_back)
 
 
 def prepared(

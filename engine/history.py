@@ -87,7 +87,11 @@ class BundleHistoryStore:
     """The histories that a bundle carries, as three flat arrays and where each user's part begins."""
 
     def __init__(
-        self, user_ids: Sequence[str], begins: NDArray[np.int64], events: History, num_items: int
+        self,
+        user_ids: Sequence[str] | NDArray[np.object_],
+        begins: NDArray[np.int64],
+        events: History,
+        num_items: int,
     ) -> None:
         """Take histories; raise ValueError where they break a rule.
 

@@ -25,7 +25,8 @@ from engine.bundle import MANIFEST, Bundle, bundle_to_serve, bundles_in, pin_bun
 from engine.commands import DEFAULT_ADDRESS, fail, stderr, stdout
 from engine.event_log import EventLog, LogInUseError
 from engine.event_store import EventStore, LocalEventStore, MemoryEventStore
-from engine.following import give_large_blocks_back, log_policies, prepared
+from engine.following import log_policies, prepared
+from engine.memory import set_up_for_serving
 from engine.policy_files import PolicyFiles
 from engine.response_cache import ResponseCache
 from engine.server import serve as run_server
@@ -202,7 +203,7 @@ def _serve(args: Any, argv: list[str], closing: contextlib.ExitStack) -> bool:
     if worker is None and num_cores > 1:
         logger.info("one process, %d cores: --num_processes %d would use them", num_cores, num_cores)
     address, metrics_address = (worker.address, worker.metrics) if worker else (args.address, args.metrics)
-    give_large_blocks_back()
+    set_up_for_serving()
     open_bundle = functools.partial(Bundle.load, num_threads=args.num_threads, provider=args.provider)
     bundle = open_bundle(bundle_to_serve(args.bundle))
     if bundle.scorer is not None:

@@ -218,6 +218,7 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         request_id.set(read_request_id(metadata))
         named = (("x-request-id", request_id.get()),)
         context.set_trailing_metadata(named)
+        refusal: Refusal | None = None
         try:
             self._check_caller(ROLE_OF.get(method, "reader"), metadata, context.peer())
             if isinstance(request, DecodeError):  # see add_to_server
@@ -228,12 +229,15 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
             code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
             self._observe(method, code, "", began_s, time.perf_counter(), None, metadata)
             raise
-        except Exception as error:
-            code, message, reason, hints = _refusal(error)
+        except Exception as error:  # noqa: BLE001  # the caller is told, and the log where nobody foresaw it
+            refusal = _refusal(error)
+        if refusal is not None:
+            # Out of the handler: gRPC keeps what abort raises, and with it would keep the error, its frames
+            # and their bundle, in a circle that only the garbage collector can break.
+            code, message, reason, hints = refusal
             self._observe(method, code, reason, began_s, time.perf_counter(), None, metadata)
             context.set_trailing_metadata((*named, *hints))
             await context.abort(code, message)
-            raise AssertionError("abort always raises") from error
         # Once the answer is on its way: gRPC sends it before the loop comes to this.
         asyncio.get_running_loop().call_soon(
             self._observe, method, grpc.StatusCode.OK, "", began_s, time.perf_counter(), trace, metadata

@@ -187,7 +187,9 @@ class _Screen(Worth):
 
     def __init__(self, page: Page, gain: Floats, directions: Floats, rule: MaxSum) -> None:
         super().__init__(np.where(page.available, gain, np.float32(-np.inf)))
-        self.page, self.gain, self.directions, self.rule = page, gain, directions, rule
+        # Not the page: it has this object, and each would keep the other until the collector runs.
+        self.limit, self.pins, self.relevance = page.limit, page.pins, page.relevance
+        self.gain, self.directions, self.rule = gain, directions, rule
         self.lowest = float(page.relevance[page.available].min(initial=np.inf))
         self.num_chosen = 0
         self.discount = (1 / np.log2(np.arange(2, rule.screen + 2))).astype(np.float32)
@@ -195,16 +197,16 @@ class _Screen(Worth):
 
     def enter(self, penalty: Floats) -> None:
         """See Worth.enter."""
-        begin, page = self.num_chosen, self.page
+        begin = self.num_chosen
         if begin % self.rule.screen:
             return
-        end = min(begin + self.rule.screen, page.limit)
+        end = min(begin + self.rule.screen, self.limit)
         num_pairs = max((end - begin) * (end - begin - 1) / 2, 1)
         weight = np.float32((1 - self.rule.relevance_weight) / num_pairs)
         weighed = self.directions * weight
         is_free = not penalty.any()  # as on most screens
         likeness = np.zeros_like(self.gain)  # to the items of the screen, weighed
-        chosen = [pick for place, pick in page.pins.items() if begin <= place < end]
+        chosen = [pick for place, pick in self.pins.items() if begin <= place < end]
         num_pinned = len(chosen)
         for pick in chosen:
             likeness += np.dot(self.directions, weighed[pick], out=self.product)
@@ -220,7 +222,7 @@ class _Screen(Worth):
         of_screen = chosen[num_pinned:]
         np.multiply(left, self.discount[end - begin - 1], out=self.value)  # who would have been next
         self.value -= likeness
-        self.value[of_screen] = page.relevance[of_screen] - self.lowest + 3
+        self.value[of_screen] = self.relevance[of_screen] - self.lowest + 3
 
     def chose(self, pick: int) -> None:
         """See Worth.chose."""

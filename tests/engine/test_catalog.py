@@ -26,8 +26,8 @@ def items() -> pl.DataFrame:
 def test_rows_ids_and_titles(items: pl.DataFrame) -> None:
     catalog = Catalog(items)
     assert catalog.num_items == 4
-    assert catalog.ids == ["", "a b", "🎉", "c", "d"]
-    assert catalog.titles == ["", "A", "", "C", "D"]
+    assert catalog.ids.tolist() == ["", "a b", "🎉", "c", "d"]
+    assert catalog.titles.tolist() == ["", "A", "", "C", "D"]
     rows = catalog.rows(["d", "unknown", "", "🎉"])
     assert rows.tolist() == [4, 0, 0, 2]
     assert rows.dtype == np.int32
