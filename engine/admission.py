@@ -33,6 +33,8 @@ class RejectedError(Exception):
 
 
 BURST = 2  # times the limit
+FEW = 3  # requests without a queue that tell what they take, where nothing is known yet
+OVERLOAD = 0.25  # share of a window's requests; where more are refused, the server is overloaded
 
 
 class ConcurrencyLimit:
@@ -46,15 +48,18 @@ class ConcurrencyLimit:
         L <- (1 - smoothing) L + smoothing (L clip(tolerance t0 / t, 1/2, 1) + sqrt(L) / 2)
 
     Three things differ. t is the window's median, so that a few dear requests move nothing. t0 is no all-time
-    minimum but what requests take while at most `min_limit` are under way; when the load has allowed no such
-    window for `probe_s`, or none ever, the limit stands at `min_limit` for one (BBR's ProbeRTT; Cardwell et
-    al., 2016). The workers still have work then, so that a probe costs no throughput where min_limit is their
-    number. And half the root: with all of it the limit of a single worker could never fall below 4, however
-    long requests take, and those of an overloaded machine take twice as long.
+    minimum but what requests take while at most `min_limit` are under way, in a window of which half were so
+    (of the first one FEW will do: a server that has just started is to refuse nobody for not knowing). When
+    the load has allowed no such window for `probe_s`, or none ever, the limit stands at `min_limit` for one
+    (BBR's ProbeRTT; Cardwell et al., 2016). The workers still have work then, so that a probe costs no
+    throughput where min_limit is their number. And half the root: with all of it the limit of a single worker
+    could never fall below 4, however long requests take, and those of an overloaded machine take twice as
+    long.
 
     Arrivals come in bursts, and a server that has no queue now and then is not overloaded: for `burst_s`
     after such a moment BURST times the limit may come in. An overloaded one has such moments too, by chance,
-    but it refuses: for `calm_s` after a refusal there are no bursts.
+    but it refuses many: for `calm_s` after a window of which more than OVERLOAD was refused there are no
+    bursts.
     """
 
     def __init__(
@@ -109,7 +114,7 @@ class ConcurrencyLimit:
         self._is_probing = False
         self._burst_s, self._calm_s = burst_s, calm_s
         self._no_queue_at = clock()
-        self._refused_at = -math.inf
+        self._overloaded_at = -math.inf
         self._num_admitted = self._num_rejected = self._peak = 0  # of this window
         self._begin_window()
 
@@ -123,11 +128,13 @@ class ConcurrencyLimit:
         now = self._clock()
         if self.in_flight < self._min_limit and not self._is_probing:
             self._no_queue_at = now
-        is_burst = now - self._no_queue_at < self._burst_s and now - self._refused_at >= self._calm_s
+        is_burst = now - self._no_queue_at < self._burst_s and now - self._overloaded_at >= self._calm_s
         is_burst = is_burst and not self._is_probing
         if self.in_flight >= min(self.limit * (BURST if is_burst else 1), self._max_limit):
             self._num_rejected += 1
-            self._refused_at = now
+            num_asked = self._num_admitted + self._num_rejected
+            if self._num_rejected > OVERLOAD * max(num_asked, self._window_requests):
+                self._overloaded_at = now
             raise RejectedError("the server is at its limit", self._retry_after_s(), is_from_limit=True)
         self.in_flight += 1
         self._num_admitted += 1
@@ -152,7 +159,8 @@ class ConcurrencyLimit:
         self._num_admitted = self._num_rejected = 0
 
     def _end_window(self, now: float) -> None:
-        if 2 * len(self._unqueued) >= self._window_requests:  # few would be chance
+        half = self._window_requests / 2
+        if len(self._unqueued) >= (min(FEW, half) if self._unqueued_s is None else half):
             self._unqueued_s = statistics.median(self._unqueued)
             self._measured_at = now
             self._is_probing = False

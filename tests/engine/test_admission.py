@@ -191,15 +191,23 @@ def admitted_to(limit: ConcurrencyLimit, num_asked: int) -> list[Permit]:
     return permits
 
 
-def test_who_has_just_refused_takes_no_bursts() -> None:
+def test_who_is_overloaded_takes_no_bursts() -> None:
     now = [0.0]
     limit = ConcurrencyLimit(min_limit=1, initial=3, burst_s=0.1, calm_s=1.0, clock=lambda: now[0])
-    for at_s, expected in ((5.0, BURST * 3), (5.5, 3), (6.4, 3), (7.5, BURST * 3)):
+    # Of a window of twenty requests five may be refused; the sixth is at 5.5.
+    for at_s, num_asked, expected in ((5.0, 11, 6), (5.5, 10, 6), (6.4, 10, 3), (7.3, 10, 3), (8.4, 10, 6)):
         now[0] = at_s  # nobody is here: the queue is empty
-        permits = admitted_to(limit, 10)
+        permits = admitted_to(limit, num_asked)
         assert len(permits) == expected
         for permit in permits:
             permit.release(counts=False)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_server_that_has_just_started_refuses_nobody_for_not_knowing(seed: int) -> None:
+    started = shop(seed)
+    started.run(lambda now: 0.6 * CAPACITY, 2)
+    assert started.between(0, 2)[2] == 0
 
 
 def test_a_burst_may_exceed_the_limit_for_a_moment() -> None:
