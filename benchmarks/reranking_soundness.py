@@ -209,6 +209,12 @@ def check(num_requests: int, seed: int = 0) -> dict[str, Any]:
         sizes = int(random.integers(0, 150)), int(random.integers(0, 150))
         funnel = simulated_funnel(facts, random, *sizes)
         eligible = random.random(facts.num_items + 1) < random.choice([0.5, 1.0])
+        if number % 2:  # as the pipeline's, whose reserve is all that was scored
+            funnel = replace(
+                funnel,
+                reserve_rows=np.concatenate([funnel.reserve_rows, funnel.rows]),
+                reserve_scores=np.concatenate([funnel.reserve_scores, funnel.scores]),
+            )
         kept, kept_reserve = eligible[funnel.rows], eligible[funnel.reserve_rows]
         funnel = replace(
             funnel,

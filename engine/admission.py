@@ -34,7 +34,7 @@ class RejectedError(Exception):
 
 BURST = 2  # times the limit
 FEW = 3  # requests without a queue that tell what they take, where nothing is known yet
-OVERLOAD = 0.25  # share of a window's requests; where more are refused, the server is overloaded
+OVERLOAD = 0.25  # share of a window's requests, or of window_requests; more refusals are an overload
 
 
 class ConcurrencyLimit:
@@ -49,7 +49,7 @@ class ConcurrencyLimit:
 
     Three things differ. t is the window's median, so that a few dear requests move nothing. t0 is no all-time
     minimum but what requests take while at most `min_limit` are under way, in a window of which half were so
-    (of the first one FEW will do: a server that has just started is to refuse nobody for not knowing). When
+    (FEW will do until it is known: a server that has just started is to refuse nobody for not knowing). When
     the load has allowed no such window for `probe_s`, or none ever, the limit stands at `min_limit` for one
     (BBR's ProbeRTT; Cardwell et al., 2016). The workers still have work then, so that a probe costs no
     throughput where min_limit is their number. And half the root: with all of it the limit of a single worker
@@ -58,8 +58,8 @@ class ConcurrencyLimit:
 
     Arrivals come in bursts, and a server that has no queue now and then is not overloaded: for `burst_s`
     after such a moment BURST times the limit may come in. An overloaded one has such moments too, by chance,
-    but it refuses many: for `calm_s` after a window of which more than OVERLOAD was refused there are no
-    bursts.
+    but it refuses many: there are no bursts for `calm_s` after a refusal that made more than OVERLOAD of the
+    window under way.
     """
 
     def __init__(

@@ -65,33 +65,47 @@ async def follow_policies(
 
     Those that are refused are tried again when another bundle has taken over, which they may fit.
     """
-    refused_by: object = None
+    refused_by: tuple[int, ...] | None = None
     said = ""
 
     def due() -> bool:
-        return policies.changed() or (refused_by is not None and service.pipelines is not refused_by)
+        return policies.changed() or refused_by not in (None, _numbers(service))
 
     async for _ in _changes(due, hangup, poll_s):
-        before = service.pipelines
-        try:
-            loaded = await asyncio.to_thread(policies.load)
-            while True:
-                before = service.pipelines
-                after = {
-                    name: await asyncio.to_thread(pipeline.with_policies, loaded)
-                    for name, pipeline in before.items()
-                }
-                if service.pipelines is before:  # no other bundle came meanwhile
-                    break
-            service.pipelines, service.policies = after, loaded
-        except (PolicyError, OSError) as error:
-            refused_by = before
-            said = _say_once(f"the policies in use stay: {error}", said)
-        except Exception:
-            logger.exception("the policies in use stay")
-        else:
-            refused_by, said = None, ""
-            log_policies(service.pipeline, str(policies.path))
+        refused_by, said = await _load_policies(service, policies, said)
+
+
+async def _load_policies(
+    service: Service, policies: PolicyFiles, said: str
+) -> tuple[tuple[int, ...] | None, str]:
+    """Use the policies of the files. Return the pipelines that refused them, and what was said of it.
+
+    A function of its own, so that nothing holds a pipeline while the files stay as they are.
+    """
+    asked = _numbers(service)
+    try:
+        loaded = await asyncio.to_thread(policies.load)
+        while True:
+            before, asked = service.pipelines, _numbers(service)
+            after = {
+                name: await asyncio.to_thread(pipeline.with_policies, loaded)
+                for name, pipeline in before.items()
+            }
+            if service.pipelines is before:  # no other bundle came meanwhile
+                break
+    except (PolicyError, OSError) as error:
+        return asked, _say_once(f"the policies in use stay: {error}", said)
+    except Exception:
+        logger.exception("the policies in use stay")
+        return asked, said
+    service.pipelines, service.policies = after, loaded
+    log_policies(service.pipeline, str(policies.path))
+    return None, ""
+
+
+def _numbers(service: Service) -> tuple[int, ...]:
+    """Return which pipelines answer."""
+    return tuple(pipeline.number for pipeline in service.pipelines.values())
 
 
 async def follow_keys(service: Service, keys: KeyFile, hangup: asyncio.Event, poll_s: float = POLL_S) -> None:

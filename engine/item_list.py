@@ -16,7 +16,7 @@ from retrieval.sources import turns
 class ItemList:
     """Items between two stages, best first: three arrays of one length, and what the numbers of one mean.
 
-    Candidates alone are best first by source: the ranker, which orders them anew, need no `in_turns`.
+    Candidates alone stand source by source: the ranker orders them anew. `in_turns` has them best first.
     """
 
     rows: NDArray[np.int32]  # [N] 1..I, none twice

@@ -55,7 +55,8 @@ def give_back() -> None:
 def leaves(root: object, without: object = None) -> list[Any]:
     """Return what an object and the objects of this project that hang on it hold: arrays, tables, sessions.
 
-    Who keeps them can let the objects go at once, and these afterwards, one at a time (`let_go`).
+    Who keeps them can let the objects go at once, and these afterwards, one at a time (`let_go`). A table of
+    tables stands behind them.
 
     Args:
         root: of a class of this project.
@@ -74,7 +75,9 @@ def leaves(root: object, without: object = None) -> list[Any]:
             waiting.extend(vars(one).copy().values())
         else:
             found.append(one)
-    return found
+            if isinstance(one, dict) and isinstance(next(iter(one.values()), None), dict):
+                waiting.extend(one.values())
+    return found[::-1]
 
 
 def let_go(things: list[Any]) -> None:

@@ -527,9 +527,13 @@ class RecommendationPipeline:
             ask.request.now_ms,
             arranged.yields,
             exposure_of(ask.policy, arranged, self.bundle.catalog),
-            explanation(arranged, ask.filtered, candidates.in_turns(self.quotas), ranked, gained)
-            if ask.explain
-            else None,
+            explanation(
+                arranged,
+                ask.filtered,
+                candidates.in_turns(self.quotas) if ask.explain else candidates,
+                ranked,
+                gained,
+            ),
         )
         order, num_ranked = arranged.order, len(ranked.items)
         if (order >= 0).all() and (order < num_ranked).all():

@@ -142,7 +142,7 @@ def explanation(
     Args:
         arranged: the slate.
         filtered: what the filters did before.
-        candidates: what retrieval found.
+        candidates: what retrieval found, best first.
         ranked: what ranking made of it.
         gained: of item rows, what transitions added to their scores; None where no ranker scored them.
     """

@@ -218,7 +218,6 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         request_id.set(read_request_id(metadata))
         named = (("x-request-id", request_id.get()),)
         context.set_trailing_metadata(named)
-        refusal: Refusal | None = None
         try:
             self._check_caller(ROLE_OF.get(method, "reader"), metadata, context.peer())
             if isinstance(request, DecodeError):  # see add_to_server
@@ -230,19 +229,19 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
             self._observe(method, code, "", began_s, time.perf_counter(), None, metadata)
             raise
         except Exception as error:  # noqa: BLE001  # the caller is told, and the log where nobody foresaw it
-            refusal = _refusal(error)
-        if refusal is not None:
-            # Out of the handler: gRPC keeps what abort raises, and with it would keep the error, its frames
-            # and their bundle, in a circle that only the garbage collector can break.
-            code, message, reason, hints = refusal
-            self._observe(method, code, reason, began_s, time.perf_counter(), None, metadata)
-            context.set_trailing_metadata((*named, *hints))
-            await context.abort(code, message)
-        # Once the answer is on its way: gRPC sends it before the loop comes to this.
-        asyncio.get_running_loop().call_soon(
-            self._observe, method, grpc.StatusCode.OK, "", began_s, time.perf_counter(), trace, metadata
-        )
-        return response
+            code, message, reason, hints = _refusal(error)
+        else:
+            # Once the answer is on its way: gRPC sends it before the loop comes to this.
+            asyncio.get_running_loop().call_soon(
+                self._observe, method, grpc.StatusCode.OK, "", began_s, time.perf_counter(), trace, metadata
+            )
+            return response
+        # Out of the handler: gRPC keeps what abort raises, and with it would keep the error, its frames and
+        # their bundle, in a circle that only the garbage collector can break.
+        self._observe(method, code, reason, began_s, time.perf_counter(), None, metadata)
+        context.set_trailing_metadata((*named, *hints))
+        await context.abort(code, message)
+        raise AssertionError("abort always raises")
 
     def _check_caller(self, role: str, metadata: Metadata, peer: str) -> None:
         """Raise UnknownCallerError or ForbiddenError without a good key, RejectedError above the rate."""
@@ -311,7 +310,10 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
             job.cancel()  # where it still waits for a thread
             budget.cancel()
             raise
-        return job.result()
+        try:
+            return job.result()
+        finally:
+            del job  # which has what it raises, which would have this frame
 
     def _give_back(self, permit: Permit, job: Future[Any], is_done: asyncio.Future[None]) -> None:
         """Only answers say what a request takes: what failed, or was cut off, would mislead the limit."""

@@ -134,8 +134,9 @@ def rerank(
     built = _build(pool, rules, limit)
     if reserve is not None and (len(built.order) < limit or built.wants_reserve):
         more = reserve()
-        pool = pool.with_reserve(more)
-        built = _build(pool, rules, limit)
+        if len(more):
+            pool = pool.with_reserve(more)
+            built = _build(pool, rules, limit)
     order = np.array(built.order, np.int64)
     return Reranked(
         order=order,

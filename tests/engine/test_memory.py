@@ -1,8 +1,10 @@
 """What is let go is freed in parts, and only what nobody else has."""
 
 import asyncio
+import contextlib
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import grpc
@@ -14,9 +16,11 @@ from benchmarks.reranking_latency import FULL_POLICY, NOW_MS, policies, simulate
 from engine.admission import ConcurrencyLimit
 from engine.bundle import Bundle
 from engine.deadline import Budget
+from engine.following import follow_policies
 from engine.ids import AT_ONCE
 from engine.memory import leaves, let_go
 from engine.pipeline import RecommendationPipeline
+from engine.policy_files import PolicyFiles
 from engine.server import RecommenderService, recommend
 from protos.trirank.v1 import recommender_pb2 as pb
 from reranking.items import Request
@@ -24,6 +28,12 @@ from reranking.policy import single_policy
 from reranking.reranker import Reranker
 
 SHOP = simulated_shop(400)
+
+
+class Holder:
+    """Something of ours, as far as `leaves` can tell."""
+
+    __module__ = "engine.tests"
 
 
 class Refusing:
@@ -63,18 +73,53 @@ def bundle(bundle_path):
 
 
 @pytest.mark.usefixtures("no_collector")
-def test_who_was_refused_keeps_no_bundle(bundle):
-    service = RecommenderService(
-        RecommendationPipeline(bundle), SimpleNamespace(), limit=ConcurrencyLimit(min_limit=1, max_limit=1)
-    )
-    service.limit.admit()
-    context = Refusing()
-    with pytest.raises(RuntimeError) as refused:
-        asyncio.run(service.Recommend(pb.RecommendRequest(), context))
-    assert refused.value.args[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
-    before = weakref.ref(service.pipeline)
-    service.use(RecommendationPipeline(bundle))
-    assert before() is None
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [
+        (pb.RecommendRequest(), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (pb.RecommendRequest(limit=-1), grpc.StatusCode.INVALID_ARGUMENT),
+        (pb.SimilarItemsRequest(item_id="nobody's"), grpc.StatusCode.NOT_FOUND),
+    ],
+)
+def test_who_was_refused_keeps_no_bundle(bundle, request_, code):
+    limit = ConcurrencyLimit(min_limit=1, max_limit=1)
+    is_full = code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    with ThreadPoolExecutor(1) as pool, limit.admit() if is_full else contextlib.nullcontext():
+        service = RecommenderService(RecommendationPipeline(bundle), pool, limit=limit)
+        context = Refusing()
+        is_similar = isinstance(request_, pb.SimilarItemsRequest)
+        with pytest.raises(RuntimeError) as refused:
+            asyncio.run((service.SimilarItems if is_similar else service.Recommend)(request_, context))
+        assert refused.value.args[0] is code
+        before = weakref.ref(service.pipeline)
+        service.use(RecommendationPipeline(bundle))
+        pool.submit(int).result()  # the thread has something else now
+        assert before() is None
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_policies_that_were_loaded_keep_no_bundle(bundle, tmp_path):
+    file = tmp_path / "policies.yaml"
+    file.write_text("policies: {plain: {rules: []}}\ndefault: plain\n", encoding="utf-8")
+
+    async def scene() -> object:
+        service = RecommenderService(RecommendationPipeline(bundle), ThreadPoolExecutor(1))
+        hangup = asyncio.Event()
+        files = PolicyFiles(file)
+        files.load()
+        following = asyncio.create_task(follow_policies(service, files, hangup, poll_s=0.01))
+        first = service.pipelines
+        while service.pipelines is first:
+            hangup.set()
+            await asyncio.sleep(0.01)
+        del first
+        before = weakref.ref(service.pipeline)
+        service.use(RecommendationPipeline(bundle))
+        await asyncio.sleep(0.05)
+        following.cancel()
+        return before()
+
+    assert asyncio.run(scene()) is None
 
 
 def test_leaves_are_what_is_no_object_of_ours(bundle):
@@ -128,6 +173,14 @@ def test_what_others_have_stays_whole():
     assert (things, shared, names.tolist()) == ([], {0: "0", 1: "1", 2: "2"}, ["a", "b"])
 
 
+def test_tables_of_tables_go_in_parts():
+    inner = {"a": {1: 2}, "b": {}}
+    holder = Holder()
+    holder.table, holder.rows = inner, np.zeros(3)
+    found = leaves(holder)
+    assert found.index(inner) > max(found.index(inner["a"]), found.index(inner["b"]))
+
+
 class Thing:
     """Something that tells when it is freed."""
 
@@ -142,7 +195,7 @@ class Thing:
 def test_what_nobody_has_goes_in_parts(kind, monkeypatch):
     freed: list[int] = []
     pauses: list[int] = []
-    monkeypatch.setattr("time.sleep", lambda seconds: pauses.append(len(freed)))
+    monkeypatch.setattr("engine.memory.time", SimpleNamespace(sleep=lambda _: pauses.append(len(freed))))
     things = [{n: Thing(freed) for n in range(2 * AT_ONCE + 1)}]
     if kind == "array":
         array = np.empty(2 * AT_ONCE + 1, np.object_)

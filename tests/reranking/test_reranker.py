@@ -63,6 +63,8 @@ def test_a_pinned_item_of_the_reserve(eligible):
     assert result.rows.tolist() == [77, 5, 6, 8, 9]
     ranked = slate([pin], funnel([5, 77, 6], eligible=eligible), 9)
     assert (ranked.rows.tolist(), ranked.order.tolist()) == ([77, 5, 6], [1, 0, 2])
+    both = slate([pin], funnel([5, 77, 6], [6, 5, 77], eligible=eligible), 9)
+    assert (both.rows.tolist(), both.order.tolist()) == ([77, 5, 6], [1, 0, 2])
 
 
 def test_the_hard_filters_by_themselves():
