@@ -11,7 +11,7 @@ import ctypes
 import gc
 import sys
 import time
-from collections.abc import Iterator
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from engine.ids import AT_ONCE
 LARGE_BYTES = 4 << 20
 KEPT_BYTES = 8 << 20  # in each of the heaps; what a request of a million items has at once
 PAUSE_S = 0.001
+SCALARS = (str, bytes, int, float, NoneType)
 OURS = ("engine.", "retrieval.", "ranking.", "reranking.")
 
 
@@ -56,7 +57,7 @@ def leaves(root: object, without: object = None) -> list[Any]:
     """Return what an object and the objects of this project that hang on it hold: arrays, tables, sessions.
 
     Who keeps them can let the objects go at once, and these afterwards, one at a time (`let_go`). A table of
-    tables stands behind them.
+    tables stands behind them; a single number or string is not worth a pause.
 
     Args:
         root: of a class of this project.
@@ -73,7 +74,7 @@ def leaves(root: object, without: object = None) -> list[Any]:
             waiting.extend(one)
         elif type(one).__module__.startswith(OURS) and hasattr(one, "__dict__"):
             waiting.extend(vars(one).copy().values())
-        else:
+        elif not isinstance(one, SCALARS):
             found.append(one)
             if isinstance(one, dict) and isinstance(next(iter(one.values()), None), dict):
                 waiting.extend(one.values())
@@ -83,27 +84,20 @@ def leaves(root: object, without: object = None) -> list[Any]:
 def let_go(things: list[Any]) -> None:
     """Empty a list from its end, with a pause after each thing; what nobody else has is freed, in parts."""
     while things:
-        _empty(things)
+        if sys.getrefcount(things[-1]) <= 2:  # the list's own, and that of the call
+            _empty(things[-1])
         things.pop()
         time.sleep(PAUSE_S)
 
 
-def _empty(things: list[Any]) -> None:
-    """Free what the last thing holds, where that are many objects and nobody else has it."""
-    if sys.getrefcount(things[-1]) > 2:  # the list's own, and that of the call
-        return
-    thing = things[-1]
-    for _ in _emptied(thing):
-        time.sleep(PAUSE_S)
-
-
-def _emptied(thing: Any) -> Iterator[None]:
+def _empty(thing: Any) -> None:
+    """Free what a table or an array of objects holds, in parts."""
     if isinstance(thing, dict):
         while thing:
             for _ in range(min(AT_ONCE, len(thing))):
                 thing.popitem()
-            yield
+            time.sleep(PAUSE_S)
     elif isinstance(thing, np.ndarray) and thing.dtype == np.object_ and thing.flags.owndata:
         for start in range(0, len(thing), AT_ONCE):
             thing[start : start + AT_ONCE] = None
-            yield
+            time.sleep(PAUSE_S)

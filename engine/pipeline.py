@@ -468,7 +468,7 @@ class RecommendationPipeline:
         """Return the first `num_scored` items by score, and the others behind them in their order."""
         if num_scored >= len(items):
             return self._scored(query, items, num_kept)
-        items = items.in_turns(self.quotas)
+        items = items.in_turns(self.quotas)  # a caller's own, of one source, stay as they are
         if not num_scored:
             return Ranked.as_they_are(items, num_kept)
         scored = self._scored(query, items.take(slice(num_scored)), num_scored).items

@@ -200,11 +200,8 @@ class Reranker:
         """Return the rows of the pinned items that were not ranked and may be shown."""
         if funnel.eligible is None:
             # Those of the reserve have passed the request's filters.
-            rows = {pin.row for pin in policy.rules if isinstance(pin, Pin)}
-            rows -= set(funnel.rows.tolist()) if rows else set()
-            return (
-                np.array([row for row in funnel.reserve_rows if row in rows], np.int32) if rows else NO_ROWS
-            )
+            rows = {pin.row for pin in policy.rules if isinstance(pin, Pin)} - set(funnel.rows.tolist())
+            return np.array([row for row in funnel.reserve_rows if row in rows], np.int32)
         return np.array(
             [
                 pin.row

@@ -173,6 +173,13 @@ def test_what_others_have_stays_whole():
     assert (things, shared, names.tolist()) == ([], {0: "0", 1: "1", 2: "2"}, ["a", "b"])
 
 
+def test_what_is_small_is_not_worth_a_pause():
+    """A policy may name a hundred thousand items, and each pause is a millisecond."""
+    holder = Holder()
+    holder.names, holder.array, holder.rate, holder.nothing = ("a", "b", 3), np.zeros(3), 0.5, None
+    assert leaves(holder) == [holder.array]
+
+
 def test_tables_of_tables_go_in_parts():
     inner = {"a": {1: 2}, "b": {}}
     holder = Holder()
