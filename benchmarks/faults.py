@@ -4,10 +4,13 @@
     python -m benchmarks.faults crashes bundles/beauty --times 20
     python -m benchmarks.faults soak bundles/beauty --minutes 30 --rate 50
 
-`swaps` publishes one bundle after another under load: failed calls, p99 while a bundle takes over against p99
-before, and the memory when the last one has taken over against that before. With --share the load is a share
-of what the server can do at most, which is found first. `crashes` kills the server while events are recorded,
-starts it again and asks for each acknowledged event: how many are lost, and how long until it answers.
+`swaps` publishes one bundle after another under load: failed calls, p99 while a bundle takes over against
+p99 before, and the memory when the last one has taken over against that before. With --share the load is a
+share of what the server can do at most, which is found first. Its clients use the published service config,
+so that a call that was refused is made again when the server said so; how many the server refused is
+counted by itself, and a call's latency is that from its first attempt to its last. `crashes` kills the
+server while events are recorded, starts it again and asks for each acknowledged event: how many are lost,
+and how long until it answers.
 `soak` goes on for long, with a constant load, events, a new bundle now and then and messages that are none:
 what grows (memory, latency), and what fails.
 """
@@ -19,11 +22,14 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -51,10 +57,10 @@ from benchmarks.load import (
     rss,
     sweep,
 )
-from benchmarks.server_process import running_server
+from benchmarks.server_process import free_port, running_server
 from engine.arguments import ArgumentParser
 from engine.bundle import MANIFEST, bundles_in, manifest_checksum, resolve_bundle
-from engine.client import RecommenderClient, visitor
+from engine.client import SERVICE_CONFIG, RecommenderClient, visitor
 from protos.trirank.v1 import recommender_pb2 as pb
 
 CHUNK_S = 10.0  # of a soak's load that is sent and looked at in one go
@@ -95,7 +101,9 @@ def swaps(
     with tempfile.TemporaryDirectory(prefix="bundles-", dir=bundle.parent) as folder:
         root = Path(folder)
         newest = copy_of(bundle, root, 0)
-        with running_server(root, options) as (address, pid):
+        metrics = free_port()
+        words = ["--metrics", f"127.0.0.1:{metrics}", *options]
+        with running_server(root, words) as (address, pid):
             published: list[float] = []
             memory: list[int] = []
             begin = time.perf_counter()
@@ -110,18 +118,32 @@ def swaps(
 
             publisher = threading.Thread(target=publish, daemon=True)
             publisher.start()
-            outcomes = asyncio.run(offer_to(address, requests, arrivals, load))
+            config = SERVICE_CONFIG.read_text(encoding="utf-8")
+            outcomes = asyncio.run(offer_to(address, requests, arrivals, load, service_config=config))
             publisher.join()
             _wait_until_served(address, newest.name)
             memory.append(rss(pid))
+            num_refused = _num_refused(metrics)
     return (
-        {"calls": len(outcomes)}
+        {"calls": len(outcomes), "refused_by_the_server": num_refused}
         | _swaps(outcomes, published, interval_s)
         | {
             "rss_mb_before": memory[0] / 1e6,
             "rss_mb_after": memory[-1] / 1e6,
         }
     )
+
+
+def _num_refused(port: int) -> int:
+    """Return how many requests a server has refused, by the metrics of its processes, at ports in a row."""
+    text = ""
+    for one in itertools.count(port):
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{one}/metrics", timeout=10.0) as answer:
+                text += answer.read().decode()
+        except urllib.error.URLError:
+            break
+    return round(sum(map(float, re.findall(r'^trirank_rejected_total\{reason="limit"\} (.+)$', text, re.M))))
 
 
 def _wait_until_served(address: str, version: str) -> None:

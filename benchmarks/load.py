@@ -401,12 +401,21 @@ def _server(
 
 
 async def offer_to(
-    address: str, requests: Sequence[bytes], arrivals: NDArray[np.float64], load: Load
+    address: str,
+    requests: Sequence[bytes],
+    arrivals: NDArray[np.float64],
+    load: Load,
+    *,
+    service_config: str = "{}",
 ) -> list[Outcome]:
-    """Offer requests to a server (see `offer`), over channels that are all connected before the first."""
+    """Offer requests to a server (see `offer`), over channels that are all connected before the first.
+
+    The service config says whether a call that was refused is made again; a call is one outcome either way.
+    """
     options = [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.use_local_subchannel_pool", 1),  # a connection for each channel
+        ("grpc.service_config", service_config),
     ]
     channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(load.num_channels)]
 

@@ -26,10 +26,19 @@ class RejectedError(Exception):
         self.is_from_limit = is_from_limit  # the server is full; otherwise the caller asks too often
         self.retry_after_s = retry_after_s
 
-    @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What tells a gRPC client when to try again (gRFC A6), to be sent as trailing metadata."""
-        return (("grpc-retry-pushback-ms", str(math.ceil(self.retry_after_s * 1000))),)
+    def metadata(self, time_left_s: float | None) -> tuple[tuple[str, str], ...]:
+        """Return what tells a client when to try again, to be sent as trailing metadata.
+
+        `retry-after-ms` is for whoever reads it. A gRPC client whose service config retries this status obeys
+        `grpc-retry-pushback-ms` by itself (gRFC A6); -1 says not to where its deadline would be over by then,
+        so that it does not wait for nothing.
+
+        Args:
+            time_left_s: until the caller's deadline; None where it has none.
+        """
+        after_ms = str(math.ceil(self.retry_after_s * 1000))
+        in_time = time_left_s is None or self.retry_after_s < time_left_s
+        return (("retry-after-ms", after_ms), ("grpc-retry-pushback-ms", after_ms if in_time else "-1"))
 
 
 BURST = 2  # times the limit

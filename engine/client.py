@@ -24,7 +24,8 @@ class RecommenderClient:
     """Connections to `trirank serve`; close it, or use it in a `with` block. Any thread may call it.
 
     Every call raises grpc.RpcError, whose code() and details() say what went wrong.
-    Calls go in turn to all addresses that a name has; one that is UNAVAILABLE is made up to three times.
+    Calls go in turn to all addresses that a name has. One that finds a server UNAVAILABLE, or full and with
+    time left to come back when the server says so, is made up to three times; where many calls fail, once.
     """
 
     def __init__(

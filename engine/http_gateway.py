@@ -187,7 +187,7 @@ def _refusal(
 ) -> web.Response:
     headers = {}
     for name, value in metadata:
-        if name == "grpc-retry-pushback-ms":
+        if name == "retry-after-ms":
             headers["Retry-After"] = str(-(-int(value) // 1000))  # whole seconds, rounded up
     return web.json_response({"code": code, "message": message}, status=status, headers=headers)
 

@@ -229,7 +229,7 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
             self._observe(method, code, "", began_s, time.perf_counter(), None, metadata)
             raise
         except Exception as error:  # noqa: BLE001  # the caller is told, and the log where nobody foresaw it
-            code, message, reason, hints = _refusal(error)
+            code, message, reason, hints = _refusal(error, context.time_remaining())
         else:
             # Once the answer is on its way: gRPC sends it before the loop comes to this.
             asyncio.get_running_loop().call_soon(
@@ -403,7 +403,7 @@ def _begin(
     return call(pipeline, request, budget)
 
 
-def _refusal(error: Exception) -> Refusal:
+def _refusal(error: Exception, time_left_s: float | None) -> Refusal:
     """Return how the contract words an error; one that nobody foresaw goes to the log."""
     code = grpc.StatusCode
     match error:
@@ -414,7 +414,7 @@ def _refusal(error: Exception) -> Refusal:
         case RejectedError():
             seldom.warning(f"refused: {error.reason}")
             kind = "limit" if error.is_from_limit else "rate"
-            return Refusal(code.RESOURCE_EXHAUSTED, str(error), kind, error.metadata)
+            return Refusal(code.RESOURCE_EXHAUSTED, str(error), kind, error.metadata(time_left_s))
         case UnknownCallerError():
             seldom.warning(f"refused: {error}")
             return Refusal(code.UNAUTHENTICATED, str(error), "key")

@@ -178,9 +178,13 @@ def test_a_full_server() -> None:
     assert limit.in_flight == 0
     assert 0.05 <= min(hints) < max(hints) <= 7.5
     assert sum(hints[:50]) < sum(hints[-50:])  # the more are refused, the later they should come back
-    ((key, value),) = caught.value.metadata
-    assert key == "grpc-retry-pushback-ms"
-    assert 0 < int(value) <= 7500
+
+
+def test_who_has_no_time_left_is_not_told_to_wait() -> None:
+    error = RejectedError("full", 0.0501)
+    for time_left_s, expected in ((None, "51"), (0.06, "51"), (0.05, "-1"), (0.0, "-1")):
+        hints = dict(error.metadata(time_left_s))
+        assert hints == {"retry-after-ms": "51", "grpc-retry-pushback-ms": expected}
 
 
 def admitted_to(limit: ConcurrencyLimit, num_asked: int) -> list[Permit]:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import copy_of, main
+from benchmarks.faults import _num_refused, copy_of, main
 from engine.bundle import Bundle, bundles_in
+from engine.telemetry import Metrics
 
 
 def test_copies_are_bundles_each_newer_than_the_last(bundle_path: Path, tmp_path: Path) -> None:
@@ -21,9 +22,25 @@ def test_swaps(bundle_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ask = ["swaps", str(bundle_path), "--times", "1", "--seconds", "2", "--rate", "30", "--json"]
     assert main(ask) == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["swaps"], result["failed"]) == (1, 0)
+    assert (result["swaps"], result["failed"], result["refused_by_the_server"]) == (1, 0, 0)
     assert result["p50_ms_between"] > 0
     assert not list(bundle_path.parent.glob("bundles-*"))
+
+
+def test_what_a_server_refused_is_counted_over_its_processes() -> None:
+    first, second = Metrics(), Metrics()
+    port, end_first = first.serve(0)
+    try:
+        _, end_second = second.serve(port + 1)
+    except OSError:  # somebody else's port
+        end_first()
+        pytest.skip(f"port {port + 1} is taken")
+    assert _num_refused(port) == 0
+    for metrics, reason in ((first, "limit"), (first, "rate"), (second, "limit"), (second, "limit")):
+        metrics.observe_refusal("Recommend", "RESOURCE_EXHAUSTED", reason)
+    assert _num_refused(port) == 3
+    end_first()
+    end_second()
 
 
 def test_swaps_at_a_share_of_what_the_server_can_do(

@@ -109,9 +109,7 @@ def test_events_over_http(server_address: str) -> None:
 
 
 def test_when_to_come_back() -> None:
-    refusal = _refusal(
-        429, "RESOURCE_EXHAUSTED", "busy", [("other", "x"), ("grpc-retry-pushback-ms", "1200")]
-    )
+    refusal = _refusal(429, "RESOURCE_EXHAUSTED", "busy", [("other", "x"), ("retry-after-ms", "1200")])
     assert refusal.headers["Retry-After"] == "2"
 
 

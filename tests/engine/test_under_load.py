@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from engine.admission import ConcurrencyLimit, RateLimit
 from engine.bundle import Bundle
-from engine.client import RecommenderClient, visitor
+from engine.client import AsyncRecommenderClient, RecommenderClient, visitor
 from engine.deadline import AbandonedError, Budget
 from engine.event_store import MemoryEventStore, Recorded, StoreUnavailableError, UserEvent
 from engine.pipeline import Event, RecommendationPipeline, Visitor
@@ -194,7 +194,7 @@ def test_a_full_server_refuses_at_once_and_stays_healthy(bundle: Bundle, served:
             assert (error.details() or "").startswith("the server is at its limit; try again in ")
             trailing = dict(error.trailing_metadata())  # type: ignore[arg-type]
             assert trailing["x-request-id"] == "mine-1"
-            assert int(trailing["grpc-retry-pushback-ms"]) > 0
+            assert int(trailing["grpc-retry-pushback-ms"]) == int(trailing["retry-after-ms"]) > 0
             # Neither health nor events need a place.
             found = await health_pb2_grpc.HealthStub(shop.channel).Check(health_pb2.HealthCheckRequest())
             assert found.status == health_pb2.HealthCheckResponse.SERVING
@@ -206,6 +206,61 @@ def test_a_full_server_refuses_at_once_and_stays_healthy(bundle: Bundle, served:
             assert shop.value("rejected_total", reason="limit") == 1
             assert shop.value("requests_total", method="Recommend", code="RESOURCE_EXHAUSTED") == 1
             assert shop.value("request_seconds_count", method="Recommend") == 2  # without the refusal
+
+    asyncio.run(scene())
+
+
+def test_a_client_of_the_service_config_comes_back_when_it_is_told_to(bundle: Bundle, served: Any) -> None:
+    async def scene() -> None:
+        pipeline = Gated(bundle)
+        async with served(pipeline, limit=ConcurrencyLimit(min_limit=1, max_limit=1)) as shop:
+            under_way = shop.recommend("slow")
+            await asyncio.to_thread(pipeline.begun.acquire)
+            async with AsyncRecommenderClient(shop.address, timeout_s=WAIT_S) as client:
+                answer = asyncio.create_task(client.recommend(visitor("loyal")))
+                await shop.until(lambda: shop.value("rejected_total", reason="limit") == 1)
+                pipeline.go.set()
+                await under_way
+                assert len((await answer).items) == 10
+            assert shop.value("rejected_total", reason="limit") == 1
+
+    asyncio.run(scene())
+
+
+def test_clients_of_the_service_config_make_no_overload_worse(
+    bundle: Bundle, served: Any, refused: Any
+) -> None:
+    """A client may come back a few times; then it makes each call of a server that refuses all once."""
+
+    async def scene() -> None:
+        pipeline = Gated(bundle)
+        async with served(pipeline, limit=ConcurrencyLimit(min_limit=1, max_limit=1, window_s=0.01)) as shop:
+            under_way = shop.recommend("slow")
+            await asyncio.to_thread(pipeline.begun.acquire)
+            async with AsyncRecommenderClient(shop.address, timeout_s=WAIT_S) as client:
+                for _ in range(40):
+                    error = await refused(client.recommend(visitor("loyal")))
+                    assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert 40 < (shop.value("rejected_total", reason="limit") or 0) <= 45
+            pipeline.go.set()
+            await under_way
+
+    asyncio.run(scene())
+
+
+def test_who_could_only_come_back_too_late_is_told_at_once(bundle: Bundle, served: Any, refused: Any) -> None:
+    async def scene() -> None:
+        pipeline = Gated(bundle)
+        limit = ConcurrencyLimit(min_limit=1, max_limit=1, window_s=10 * WAIT_S)
+        async with served(pipeline, limit=limit) as shop:
+            under_way = shop.recommend("slow")
+            await asyncio.to_thread(pipeline.begun.acquire)
+            async with AsyncRecommenderClient(shop.address, timeout_s=WAIT_S) as client:
+                error = await refused(client.recommend(visitor("loyal")))
+            assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED  # and no deadline passed
+            assert shop.value("rejected_total", reason="limit") == 1
+            pipeline.go.set()
+            await under_way
 
     asyncio.run(scene())
 
