@@ -8,7 +8,7 @@ normal. Histories are whole: who has touched a withheld item before has it in th
 
     chance            ten drawn at random
     text similarity   cosine of an item's text vector with the mean of those of the history
-    ranker            the ranker alone: nothing tells withheld items apart, so this is chance
+    ranker            the ranker as the recipe has it: nothing tells withheld items apart, so this is chance
     content           a ranker that has learned to read what items are
 
 Both rankers also answer as they would be exported, where withheld items get the vectors of the trained ones
@@ -40,7 +40,15 @@ from training.data.dataset import Dataset
 from training.data.splits import Holdout, Split, load_split
 from training.new_items import give_new_items_vectors
 from training.stages import keep_freed_memory, quiet_lightning
-from training.train import EMBEDDINGS, build_parser, content_of, fit_ranking, fit_retrieval, recipe_of
+from training.train import (
+    EMBEDDINGS,
+    build_parser,
+    content_of,
+    fit_folds,
+    fit_ranking,
+    fit_retrieval,
+    recipe_of,
+)
 
 CUTOFF = 10
 RECALL, NDCG = f"recall@{CUTOFF}", f"ndcg@{CUTOFF}"
@@ -118,11 +126,15 @@ def compare(
         ValueError: `out` holds results of other data or settings, or there is nothing to compare.
     """
     parser = build_parser()
-    arguments = ["--content.encoder=auto", *(f"--{option}" for option in options)]
-    config = parser.parse_args([str(directory), *arguments])
+    arguments = [str(directory), *(f"--{option}" for option in options)]
+    config = parser.parse_args(arguments)
+    reading = parser.parse_args([*arguments, "--ranking.model.content_as=input"])
 
     def settings() -> Any:
         return parser.instantiate(config)
+
+    def reading_settings() -> Any:
+        return parser.instantiate(reading)
 
     content_options = settings().content
     data = load_split(directory, settings().split)
@@ -139,7 +151,7 @@ def compare(
     content = content_of(directory, content_options, out)
     if content is None:
         raise ValueError("the catalog says nothing of its items, or content.encoder is none")
-    fit_retrieval(directory, split, out, settings, seed, resume=True)
+    chosen = fit_retrieval(directory, split, out, settings, seed, resume=True)
 
     def means(scores: Scores, questions: Holdout) -> dict[str, float]:
         found = question_metrics(scores, questions, [RECALL, NDCG], repeats=split.repeats)
@@ -164,11 +176,19 @@ def compare(
     }
     new, degrees = np.flatnonzero(withheld).astype(np.int32), split.train.item_counts().astype(np.float32)
     like = like_items(degrees, content_features(items), new)
-    for name, file in (("ranker", None), ("content", content)):
+    for name, its in (("ranker", settings), ("content", reading_settings)):
         done = out / name / f"{part}.json"
         if not done.is_file():
             ranker, _ = fit_ranking(
-                directory, split, out / EMBEDDINGS, out / name, settings, seed, resume=True, content=file
+                directory,
+                split,
+                out / EMBEDDINGS,
+                out / name,
+                its,
+                seed,
+                resume=True,
+                content=content,
+                folds=fit_folds(directory, split, out, its, seed, True, chosen, content),
             )
             alone = figures(ranker)
             give_new_items_vectors(ranker.eval(), degrees, new, like)

@@ -7,12 +7,17 @@ For each seed stage one is trained once, and these answer the same test question
 (c) late-fusion       scores of (a) and (b), standardised per question and added; weight chosen on validation
 (d) cross-attention   the default ranker: states attend to the graph vectors of stage one
 (e) shuffled          (d), with the graph vectors dealt out to the items at random: a control
-(f) content           (d) with what is known of the items: texts, categories, brands, prices
-(g) transitions       (d), and what has often come next adds to the scores: what `trirank train` exports
+(f) content           (d), started from what is known of the items (texts, categories, brands, prices), and
+                      with stage one cross-fitted as the recipe has it (training/cross_fit.py)
+(g) transitions       (d), and what has often come next adds to the scores
 (h) sequence-transitions  (a), likewise: is there more to the graph than pairs?
+(i) sequence-content  (a), started from what is known of the items: is there more to the graph than that?
+(j) content-transitions   (f), and what has often come next: what `trirank train` exports
+(k) sequence-content-transitions  (i), likewise
 
 The table has the mean and standard deviation over seeds, and a paired t-test over users of NDCG@10, averaged
-over seeds, against (a). What (d) gains and (e) keeps is not the graph's.
+over seeds, against a line without the graph: (a), but (i) for (f) and (k) for (j). What (d) gains and (e)
+keeps is not the graph's.
 
 Each (variant, seed) writes its row into --out when it is done: the same command goes on behind it, and within
 a fit from its last epoch. Every setting of `trirank train` can be given with --options.
@@ -33,6 +38,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from scipy.stats import ttest_rel
 
@@ -42,7 +48,7 @@ from ranking.ranker import HybridRanker
 from retrieval.fold_in import fold_in
 from training.answers import question_states
 from training.data.splits import Holdout, Protocol, SplitData, load_split, split_as_trained
-from training.stages import keep_freed_memory, quiet_lightning
+from training.stages import Chosen, keep_freed_memory, quiet_lightning
 from training.train import (
     EMBEDDINGS,
     PipelineOptions,
@@ -50,6 +56,7 @@ from training.train import (
     build_parser,
     chosen_before,
     content_of,
+    fit_folds,
     fit_ranking,
     fit_retrieval,
     recipe_of,
@@ -57,7 +64,6 @@ from training.train import (
 from training.transitions import best_weight, bonuses, training_transitions
 
 METRICS = ("recall@10", "ndcg@10")
-REFERENCE = "sequence"
 LATE_WEIGHTS = tuple(n / 10 for n in range(11))  # of the graph's scores; the rest is the sequence's
 LATE_QUESTIONS = 5000  # of validation, at most, that choose the weight
 
@@ -73,12 +79,14 @@ class Variant:
         content: whether the ranker is told of the items.
         upon: the variant whose scores transitions add to, with a weight chosen on validation. None for no
             transitions.
+        against: the variant that it is tested against.
     """
 
     letter: str
     graph: str | None = None
     content: bool = False
     upon: str | None = None
+    against: str = "sequence"
 
 
 VARIANTS = {
@@ -87,9 +95,12 @@ VARIANTS = {
     "late-fusion": Variant(letter="c"),
     "cross-attention": Variant(letter="d", graph="as they are"),
     "shuffled": Variant(letter="e", graph="shuffled"),
-    "content": Variant(letter="f", graph="as they are", content=True),
+    "content": Variant(letter="f", graph="as they are", content=True, against="sequence-content"),
     "transitions": Variant(letter="g", upon="cross-attention"),
     "sequence-transitions": Variant(letter="h", upon="sequence"),
+    "sequence-content": Variant(letter="i", graph="none", content=True),
+    "content-transitions": Variant(letter="j", upon="content", against="sequence-content-transitions"),
+    "sequence-content-transitions": Variant(letter="k", upon="sequence-content"),
 }
 
 
@@ -131,8 +142,7 @@ class Experiment:
 
     def _recipe(self) -> tuple[dict[str, Any], Settings]:
         parser = build_parser()
-        arguments = ["--content.encoder=auto", *(f"--{option}" for option in self.options)]
-        config = parser.parse_args([str(self.directory), *arguments])
+        config = parser.parse_args([str(self.directory), *(f"--{option}" for option in self.options)])
         return recipe_of(parser, config), lambda: parser.instantiate(config)
 
     def row_file(self, variant: str, seed: int) -> Path:
@@ -226,9 +236,16 @@ class Experiment:
         chosen = chosen_before(folder) if (folder / "validation.safetensors").is_file() else None
         if chosen is None:
             _say(f"seed {seed}: {variant} on train; validation chooses the epochs")
-            graph = self._graph(variant, seed, "strict")
             ranker, chosen = fit_ranking(
-                self.directory, split, graph, folder, settings, seed, resume=True, content=content
+                self.directory,
+                split,
+                self._graph(variant, seed, "strict"),
+                folder,
+                settings,
+                seed,
+                resume=True,
+                content=content,
+                folds=self._folds(variant, seed, "strict"),
             )
             if self.protocol == "strict":
                 _save(folder / "test.safetensors", ranker_answers(ranker, split.test))
@@ -236,18 +253,17 @@ class Experiment:
             _save(folder / "validation.safetensors", ranker_answers(ranker, split.validation))
         if self.protocol == "refit":
             _say(f"seed {seed}: {variant} on train and validation, {chosen.epochs} epochs as chosen")
-            graph = self._graph(variant, seed, "refit")
-            final = split_as_trained(self.data, "refit")
             ranker, _ = fit_ranking(
                 self.directory,
-                final,
-                graph,
+                split_as_trained(self.data, "refit"),
+                self._graph(variant, seed, "refit"),
                 folder / "refit",
                 settings,
                 seed,
                 resume=True,
                 chosen=chosen,
                 content=content,
+                folds=self._folds(variant, seed, "refit"),
             )
             _save(folder / "test.safetensors", ranker_answers(ranker, split.test))
 
@@ -269,6 +285,17 @@ class Experiment:
             return None
         file = self.embeddings(seed, protocol)
         return shuffled(file, seed) if VARIANTS[variant].graph == "shuffled" else file
+
+    def _folds(self, variant: str, seed: int, protocol: Protocol) -> Path | None:
+        """Return the file of cross-fitted vectors of stage one; None where a variant has none."""
+        if VARIANTS[variant].graph != "as they are" or not VARIANTS[variant].content:
+            return None
+        folder = self.embeddings(seed, protocol).parent
+        with safe_open(folder / EMBEDDINGS, "numpy") as file:
+            chosen = Chosen(int(file.metadata()["epochs"]), float(file.metadata()["metric"]))
+        split = split_as_trained(self.data, protocol)
+        _, settings = self._recipe()
+        return fit_folds(self.directory, split, folder, settings, seed, True, chosen, self._content())
 
     def _late_weight(self, seed: int) -> float:
         """Return the weight of LATE_WEIGHTS with the best NDCG@10 on validation."""
@@ -408,9 +435,8 @@ def collect(out: Path) -> dict[str, Any]:
                 for metric in METRICS
                 if (values := [row[metric] for row in rows[name].values()])
             },
-            "against_sequence": paired_test(rows[name], rows.get(REFERENCE, {}))
-            if name != REFERENCE
-            else None,
+            "against": VARIANTS[against].letter if (against := VARIANTS[name].against) != name else None,
+            "test": paired_test(rows[name], rows.get(against, {})) if against != name else None,
             "runs": [
                 {key: value for key, value in rows[name][seed].items() if key != "per_user"}
                 for seed in sorted(rows[name])
@@ -444,18 +470,19 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     table = Table(
         title=f"{results['data']}{simulated}: {results['split']}, {results['protocol']}, test, "
         f"{results['num_users']:,} users, all items ranked",
-        caption="mean ± standard deviation over seeds; p: paired t-test over users against (a), two-sided",
+        caption="mean ± standard deviation over seeds; gain: ndcg@10 less that of another line; "
+        "p: its paired t-test over users, two-sided",
     )
-    for heading in ("", "variant", *METRICS, "ndcg@10 - (a)", "p", "epochs", "seeds"):
+    for heading in ("", "variant", *METRICS, "gain", "p", "epochs", "seeds"):
         table.add_column(heading, justify="left" if heading in ("", "variant") else "right")
     for name, row in results["variants"].items():
-        test = row["against_sequence"]
+        test = row["test"]
         epochs = [run["epochs"] for run in row["runs"] if "epochs" in run]
         table.add_row(
             f"({row['letter']})",
             name,
             *(_mean_and_std(row[metric]) for metric in METRICS),
-            f"{test['difference']:+.4f}" if test else "-",
+            f"{test['difference']:+.4f} ({row['against']})" if test else "-",
             f"{test['p']:.2g}" if test else "-",
             " ".join(map(str, epochs)) or "-",
             " ".join(map(str, row["seeds"])),

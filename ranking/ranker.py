@@ -6,7 +6,8 @@ K keys of the context.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +154,21 @@ class HybridRanker(nn.Module):
         if self.content_projection is not None:
             vectors = vectors + self.content_projection(self.content_dropout(self.content_vectors[rows]))
         return vectors
+
+    @contextmanager
+    def beside(self, graph_vectors: Tensor) -> Iterator[None]:
+        """Stand on other vectors of the graph, [I+2, G], for as long as the block lasts."""
+        own, self.graph_vectors = self.graph_vectors, graph_vectors
+        try:
+            yield
+        finally:
+            self.graph_vectors = own
+
+    @torch.no_grad()
+    def start_from(self, vectors: Tensor) -> None:
+        """Let the id embeddings start at `vectors` [I+1, D]; where one is zero, the random start is kept."""
+        own = self.embedding.weight[:-1]
+        own.copy_(torch.where(vectors == 0, own, vectors))
 
     @torch.no_grad()
     def set_vectors(self, rows: Tensor, vectors: Tensor) -> None:

@@ -395,6 +395,29 @@ def principal_components(vectors: NDArray[np.float32], dim: int) -> NDArray[np.f
     return components
 
 
+def start_vectors(content: NDArray[np.float32], dim: int) -> NDArray[np.float32]:
+    """Return where the id embeddings of items may start, [I+1, dim], from what is known of the items.
+
+    The leading principal components, each at the same variance ("whitened"), so that each number of an
+    embedding begins with something to tell; all at a mean square of 1 / dim. To start a sequence model from
+    the components of text vectors is Harte et al., "Leveraging Large Language Models for Sequential
+    Recommendation" (RecSys 2023). A row of zeros, of which nothing is known, stays one, and so do the last
+    columns where the content has fewer components than `dim`.
+
+    Args:
+        content: [I+1, C] of item_content.
+        dim: numbers of an embedding.
+    """
+    components = principal_components(content, dim)
+    filled = components.any(axis=1)
+    scale = np.sqrt(np.square(components[filled]).mean(axis=0) * dim) if filled.any() else np.ones(1)
+    start = np.zeros((len(content), dim), np.float32)
+    start[:, : components.shape[1]] = np.divide(
+        components, scale, out=np.zeros_like(components), where=scale > 0
+    )
+    return start
+
+
 # --- the command
 
 

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 
 from engine.history import EVENT_CODE, left_padded
 from ranking.encoders.sasrec import SASRec
 from ranking.ranker import HybridRanker
+from training.content import start_vectors
 from training.data.modules import QuestionBatch, RankingData
 from training.data.sequences import SequenceBatch
 from training.losses import sampled_softmax_loss
@@ -54,9 +56,15 @@ class RankingModule(L.LightningModule):
             dropout; in YAML a class path and its keywords.
         embeddings: safetensors file with item_vectors [I+1, G] and item_degrees [I+1] (stage one writes it).
             None trains the sequence model alone.
+        folds: safetensors file with fold_vectors [K, I+1, G] (training/cross_fit.py), as many as
+            data.num_folds. A batch is learned from beside the vectors of the fit that has not seen its users,
+            and questions are answered beside their mean. None: all beside those of `embeddings`.
         fine_tune_graph: whether stage two trains on the vectors of stage one too, or leaves them as they are.
         content: safetensors file with content_vectors [I+1, F] (`python -m training.content`). None leaves
             out what items are.
+        content_as: "start": the id embeddings start at what is known of the items (training.content's
+            start_vectors), and nothing is added to the ranker. "input": a learned projection of it is part of
+            an item's vector, so that new items need nothing else.
         loss: "full": softmax over the catalog; "sampled": over shared uniform negatives; "auto": full up to
             50,000 items.
         num_negatives: of the sampled loss.
@@ -67,20 +75,23 @@ class RankingModule(L.LightningModule):
         schedule: "linear" lets the learning rate fall to zero over the epochs; "constant" does not.
         dropout: in the encoder, on graph vectors and on the fusion's output. None: by the density of the
             data, see dropout_for.
-        content_dropout: on content vectors.
+        content_dropout: on content vectors that are input.
         id_dropout: share of the items that are treated as new in a step, so that new ones are scored well;
-            with content alone.
+            where content is input alone.
         context_dropout: share of the context's values that are left out of a step.
     """
 
     ranker: HybridRanker
+    fold_vectors: Tensor | None
 
     def __init__(
         self,
         encoder: Callable[[int, float], nn.Module] = SASRec,
         embeddings: Path | None = None,
+        folds: Path | None = None,
         fine_tune_graph: bool = False,
         content: Path | None = None,
+        content_as: Literal["start", "input"] = "start",
         loss: Literal["auto", "full", "sampled"] = "auto",
         num_negatives: int = 4096,
         heads: list[str] | None = None,
@@ -93,7 +104,8 @@ class RankingModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.make_encoder, self.embeddings, self.content = encoder, embeddings, content
-        self.dropout, self.fine_tune_graph = dropout, fine_tune_graph
+        self.folds = folds
+        self.dropout, self.fine_tune_graph, self.content_as = dropout, fine_tune_graph, content_as
         self.dropouts = {
             "content_dropout": content_dropout,
             "id_dropout": id_dropout,
@@ -125,13 +137,28 @@ class RankingModule(L.LightningModule):
                     f"{file} has {len(rows) - 1} items; the data set has {self.data.num_items}: {how}"
                 )
         check_heads(self.heads, self.data.event_types)
+        folds = None if self.folds is None else load_file(self.folds)["fold_vectors"]
+        if folds is not None:
+            if "item_vectors" not in graph or self.fine_tune_graph:
+                raise ValueError(
+                    f"folds is {self.folds}; expected embeddings beside it, and no fine_tune_graph: each "
+                    "fold has vectors of its own"
+                )
+            expected = (self.data.num_folds, *graph["item_vectors"].shape)
+            if folds.shape != expected:
+                raise ValueError(
+                    f"{self.folds} has vectors {list(folds.shape)}; expected {list(expected)}: "
+                    "data.num_folds, and the items and dimension of embeddings"
+                )
+            graph["item_vectors"] = folds.mean(0)
         dropout = dropout_for(self.data.events_per_item) if self.dropout is None else self.dropout
+        vectors = content.get("content_vectors")
         self.ranker = HybridRanker(
             self.make_encoder(self.data.history_length + 1, dropout),
             graph_vectors=graph.get("item_vectors"),
             item_degrees=graph.get("item_degrees"),
             fine_tune_graph=self.fine_tune_graph,
-            content_vectors=content.get("content_vectors"),
+            content_vectors=vectors if self.content_as == "input" else None,
             is_trained=self.data.is_trained,
             num_items=self.data.num_items,
             context=self.data.context,
@@ -139,6 +166,13 @@ class RankingModule(L.LightningModule):
             dropout=dropout,
             **self.dropouts,
         )
+        if folds is not None:  # at the scale that the ranker gives their mean
+            scale = self.ranker.graph_vectors.norm() / folds.mean(0).norm().clamp(min=1e-12)
+            folds = functional.pad(folds * scale, (0, 0, 0, 1))
+        self.register_buffer("fold_vectors", folds, persistent=False)
+        if vectors is not None and self.content_as == "start":
+            start = start_vectors(vectors.numpy(), self.ranker.embedding.embedding_dim)
+            self.ranker.start_from(torch.from_numpy(start))
 
     def configure_optimizers(self) -> Any:
         """Return Adam over the ranker's parameters, and its schedule."""
@@ -156,6 +190,12 @@ class RankingModule(L.LightningModule):
 
     def training_step(self, batch: SequenceBatch, batch_index: int) -> Tensor:
         """Return the loss over all places of a batch that have something to predict."""
+        if self.fold_vectors is None:
+            return self._loss_of(batch)
+        with self.ranker.beside(self.fold_vectors[batch.fold]):
+            return self._loss_of(batch)
+
+    def _loss_of(self, batch: SequenceBatch) -> Tensor:
         known = batch.targets > 0
         targets = batch.targets[known]
         states = self.ranker.in_context(

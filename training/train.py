@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 from jsonargparse import ActionYesNo
 from lightning.pytorch.cli import LightningArgumentParser
 from safetensors import safe_open
@@ -26,6 +28,7 @@ from ranking.ranker import NEXT, HybridRanker
 from retrieval.item_index import IndexOptions
 from training.answers import ranker_scores
 from training.content import ContentOptions, encoder_name, write_content
+from training.cross_fit import fold_vectors, without_fold
 from training.data.dataset import Dataset
 from training.data.modules import RankingData, RetrievalData
 from training.data.splits import Split, SplitOptions, final_split, load_split
@@ -46,7 +49,9 @@ from training.stages import (
 from training.transitions import TransitionWeight, best_weight
 
 EMBEDDINGS, CONTENT, CHOSEN = "embeddings.safetensors", "content.safetensors", "chosen.json"
-TRANSITION_WEIGHT = "transition_weight.json"
+FOLDS, TRANSITION_WEIGHT = "folds.safetensors", "transition_weight.json"
+NUM_FOLDS = 5  # of users, by default, where items have fewer events than
+FOLDED_BELOW = 50
 
 DESCRIPTION = """\
 Train both stages on a data set directory and publish a bundle.
@@ -137,8 +142,8 @@ def build_parser() -> LightningArgumentParser:
     )
     parser.add_class_arguments(SplitOptions, "split")
     parser.add_class_arguments(ContentOptions, "content")
-    # Not shown yet to help on real data (benchmarks/results/README.md), so a recipe has to ask for it.
-    parser.set_defaults({"content.encoder": "none"})
+    # As good a start as a text encoder's vectors (benchmarks/results/README.md), and takes a second.
+    parser.set_defaults({"content.encoder": "lsa"})
     for stage, module, data, epochs in (
         ("retrieval", RetrievalModule, RetrievalData, RETRIEVAL_EPOCHS),
         ("ranking", RankingModule, RankingData, RANKING_EPOCHS),
@@ -149,8 +154,9 @@ def build_parser() -> LightningArgumentParser:
             default=epochs,  # what a falling rate settles in the last epochs is worth having
             help="Validations, 50 steps apart at least, without a better one until the end.",
         )
-        parser.add_class_arguments(module, f"{stage}.model", skip={"embeddings", "content"})
-        parser.add_class_arguments(data, f"{stage}.data", skip={"directory", "split"}, instantiate=False)
+        parser.add_class_arguments(module, f"{stage}.model", skip={"embeddings", "content", "folds"})
+        skipped = {"directory", "split", "num_folds"}
+        parser.add_class_arguments(data, f"{stage}.data", skip=skipped, instantiate=False)
         parser.add_lightning_class_args(L.Trainer, f"{stage}.trainer")
         parser.set_defaults(
             {
@@ -161,6 +167,14 @@ def build_parser() -> LightningArgumentParser:
                 f"{stage}.trainer.log_every_n_steps": 1000,
             }
         )
+    parser.add_argument(
+        "--ranking.num_folds",
+        type=int | None,
+        default=None,
+        help="Fits of stage one that each lack a part of the users, so that the ranker learns from their "
+        f"histories beside vectors that have not seen them; 1: none. null: {NUM_FOLDS} where there is "
+        f"content to start from and items have fewer than {FOLDED_BELOW} events, else 1.",
+    )
     parser.set_defaults(
         {
             "retrieval.trainer.precision": default_precision(),
@@ -273,8 +287,19 @@ def train(
             _say("ranking: already trained in this run")
             chosen["ranking"] = before
         else:
+            folds = fit_folds(
+                directory, split, run, settings, recipe["seed"], resume, chosen["retrieval"], content
+            )
             ranker, chosen["ranking"] = fit_ranking(
-                directory, split, run / EMBEDDINGS, run, settings, recipe["seed"], resume, content=content
+                directory,
+                split,
+                run / EMBEDDINGS,
+                run,
+                settings,
+                recipe["seed"],
+                resume,
+                content=content,
+                folds=folds,
             )
             if not is_weighed:
                 transitions = best_weight(ranker_scores(ranker), split, pipeline["num_neighbours"])
@@ -292,19 +317,13 @@ def train(
         vectors = run / "refit" / EMBEDDINGS
         for stage, fit in chosen.items():
             _say(f"{next(step)}: {stage} on train and validation, {fit.epochs} epochs as chosen")
+            words = (settings, recipe["seed"], resume)
             if stage == "retrieval":
-                fit_retrieval(directory, data.split, vectors.parent, settings, recipe["seed"], resume, fit)
+                fit_retrieval(directory, data.split, vectors.parent, *words, fit)
             else:
+                folds = fit_folds(directory, data.split, vectors.parent, *words, chosen["retrieval"], content)
                 ranker, _ = fit_ranking(
-                    directory,
-                    data.split,
-                    vectors,
-                    vectors.parent,
-                    settings,
-                    recipe["seed"],
-                    resume,
-                    fit,
-                    content=content,
+                    directory, data.split, vectors, vectors.parent, *words, fit, content=content, folds=folds
                 )
 
     _say("export: writing and verifying the bundle")
@@ -326,6 +345,33 @@ def train(
     )  # fmt: skip
     (run / "bundle.txt").write_text(f"{bundle}\n", encoding="utf-8")
     return bundle
+
+
+def num_folds_of(options: Any, split: Split, content: Path | None) -> int:
+    """Return how many folds the users are dealt into: what the recipe says, else NUM_FOLDS or 1.
+
+    Where items have many events, one user's share of a vector is too small to mislead. Without a start from
+    content the ranker finds out what items are alike from the vectors, and those that have seen all do better
+    (benchmarks/results/README.md).
+
+    Args:
+        options: of the ranking stage, with `num_folds` and `model`.
+        split: what is learned from.
+        content: file of what items are; None where that is left out.
+
+    Raises:
+        ValueError: the recipe's number is not 1 or more, and at most the number of users.
+    """
+    num_users = len(np.unique(split.train.users))
+    if options.num_folds is None:
+        density = len(split.train) / max(1, len(np.unique(split.train.items)))
+        starts = content is not None and options.model.content_as == "start"
+        return min(NUM_FOLDS, num_users) if starts and density < FOLDED_BELOW else 1
+    if not 1 <= options.num_folds <= num_users:
+        raise ValueError(
+            f"ranking.num_folds is {options.num_folds}; expected 1 to the number of users, {num_users}"
+        )
+    return int(options.num_folds)
 
 
 def check_one_process(stage: str, trainer: Mapping[str, Any]) -> None:
@@ -408,6 +454,50 @@ def fit_retrieval(
     return chosen
 
 
+def fit_folds(
+    directory: Path,
+    split: Split,
+    folder: Path,
+    settings: Settings,
+    seed: int,
+    resume: bool,
+    chosen: Chosen,
+    content: Path | None,
+) -> Path | None:
+    """Fit stage one without each fold of the users, and return the file of their vectors; None for one fold.
+
+    Args:
+        directory: data set directory.
+        split: what to learn from.
+        folder: has embeddings.safetensors of the fit on all users, and gets folds.safetensors, and what comes
+            of each fit in folds/.
+        settings: makes the settings.
+        seed: of everything random.
+        resume: go on with a fit that was cut short.
+        chosen: for how many epochs.
+        content: file of what items are, see num_folds_of.
+    """
+    num_folds = num_folds_of(settings().ranking, split, content)
+    file = folder / FOLDS
+    if num_folds == 1 or file.is_file():
+        return file if num_folds > 1 else None
+    fits = []
+    for fold in range(num_folds):
+        _say(f"retrieval without part {fold + 1} of {num_folds} of the users, {chosen.epochs} epochs")
+        part = folder / "folds" / str(fold)
+        part.mkdir(parents=True, exist_ok=True)
+        others = dataclasses.replace(split, train=without_fold(split.train, fold, num_folds))
+        fit_retrieval(directory, others, part, settings, seed, resume, chosen)
+        found = load_file(part / EMBEDDINGS)
+        fits.append((found["item_vectors"], found["item_degrees"]))
+    vectors = fold_vectors(fits, load_file(folder / EMBEDDINGS)["item_vectors"])
+    unfinished = folder / ".folds.tmp"
+    save_file({"fold_vectors": vectors}, unfinished)
+    unfinished.rename(file)
+    shutil.rmtree(folder / "folds")
+    return file
+
+
 def fit_ranking(
     directory: Path,
     split: Split,
@@ -419,6 +509,7 @@ def fit_ranking(
     chosen: Chosen | None = None,
     *,
     content: Path | None = None,
+    folds: Path | None = None,
 ) -> tuple[HybridRanker, Chosen]:
     """Fit stage two on the vectors of stage one; what validation chose is kept for chosen_before.
 
@@ -432,11 +523,16 @@ def fit_ranking(
         resume: go on with a fit that was cut short.
         chosen: what validation chose before: fit for as many epochs, without validation. None: choose now.
         content: file of what items are; None leaves that out.
+        folds: of fit_folds.
     """
     L.seed_everything(seed, verbose=False)
     options = settings().ranking
-    data, module = RankingData(directory, **options.data.as_dict()), options.model
-    data.split, module.embeddings, module.content = split, embeddings, content
+    num_folds = 1
+    if folds is not None:
+        with safe_open(folds, "numpy") as file:
+            num_folds = file.get_slice("fold_vectors").get_shape()[0]
+    data, module = RankingData(directory, **options.data.as_dict(), num_folds=num_folds), options.model
+    data.split, module.embeddings, module.content, module.folds = split, embeddings, content, folds
     trainer = options.trainer.as_dict()
     if chosen is None:
         chosen = fit_stage(

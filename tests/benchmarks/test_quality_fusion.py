@@ -52,7 +52,7 @@ def _run(directory, out, *options):
 def test_every_variant_has_its_row(strict, capsys):
     results = quality_fusion.collect(strict)
     assert list(results["variants"]) == list(VARIANTS)
-    assert [row["letter"] for row in results["variants"].values()] == list("abcdefgh")
+    assert [row["letter"] for row in results["variants"].values()] == list("abcdefghijk")
     assert (results["protocol"], results["split"]) == ("strict", "leave-one-out")
     for name, row in results["variants"].items():
         assert row["seeds"] == [0, 1]
@@ -60,11 +60,13 @@ def test_every_variant_has_its_row(strict, capsys):
         assert row["ndcg@10"]["mean"] == pytest.approx(np.mean(figures))
         assert row["ndcg@10"]["std"] == pytest.approx(np.std(figures, ddof=1))
         assert 0 < row["ndcg@10"]["mean"] < row["recall@10"]["mean"] < 1
-        assert (row["against_sequence"] is None) == (name == "sequence")
+        assert (row["test"] is None) == (name == "sequence")
         if name != "sequence":
-            assert 0 <= row["against_sequence"]["p"] <= 1
-            assert row["against_sequence"]["difference"] == pytest.approx(
-                row["ndcg@10"]["mean"] - results["variants"]["sequence"]["ndcg@10"]["mean"]
+            assert 0 <= row["test"]["p"] <= 1
+            other = results["variants"][VARIANTS[name].against]
+            assert row["against"] == other["letter"] == {"f": "i", "j": "k"}.get(row["letter"], "a")
+            assert row["test"]["difference"] == pytest.approx(
+                row["ndcg@10"]["mean"] - other["ndcg@10"]["mean"]
             )
     assert all(0 <= run["graph_weight"] <= 1 for run in results["variants"]["late-fusion"]["runs"])
     for name in ("transitions", "sequence-transitions"):

@@ -523,3 +523,27 @@ def test_a_moment_without_which_nothing_can_be_said():
 
     assert hit_at_1(ContextTable(TABLE.keys[:1])) > 0.99
     assert hit_at_1(ContextTable()) < 0.75
+
+
+@torch.no_grad()
+def test_ids_start_where_content_says_and_at_random_elsewhere():
+    model, before = ranker(trained=False), ranker(trained=False)
+    start = torch.zeros(NUM_ITEMS + 1, DIM)
+    start[2] = torch.arange(1.0, DIM + 1)
+    start[4, 1:] = 7.0
+    model.start_from(start)
+    expected = before.embedding.weight.clone()
+    expected[2] = start[2]
+    expected[4, 1:] = 7.0
+    torch.testing.assert_close(model.embedding.weight, expected)
+
+
+@torch.no_grad()
+def test_beside_other_graph_vectors_for_a_while():
+    model = ranker()
+    own, rows = model.graph_vectors.clone(), torch.arange(1, NUM_ITEMS + 1)
+    before = model.vectors(rows)
+    with model.beside(torch.flip(own, (0,))):
+        assert not torch.equal(model.vectors(rows), before)
+    torch.testing.assert_close(model.graph_vectors, own)
+    torch.testing.assert_close(model.vectors(rows), before)

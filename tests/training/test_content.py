@@ -18,6 +18,7 @@ from training.content import (
     item_texts,
     price_features,
     principal_components,
+    start_vectors,
     text_vectors,
 )
 from training.data.dataset import ITEM_SCHEMA
@@ -224,3 +225,28 @@ def test_the_command_writes_what_the_ranker_takes(tmp_path, capsys):
     assert load_file(out)["content_vectors"].shape[0] == 6
     assert content.main([str(data), "--out", str(out), "--encoder", "none"]) == 2
     assert "has nothing to tell" in capsys.readouterr().err
+
+
+def test_a_start_tells_as_much_in_each_of_its_numbers():
+    rng = np.random.default_rng(0)
+    content = np.zeros((301, 12), np.float32)
+    content[1:] = rng.normal(size=(300, 12)) * np.arange(1, 13) + 5.0  # of unlike spread, off the middle
+    content[[3, 9]] = 0  # of these nothing is known
+    start = start_vectors(content, 8)
+    assert start.shape == (301, 8)
+    known = start[content.any(axis=1)]
+    np.testing.assert_allclose(known.mean(axis=0), 0, atol=1e-6)
+    np.testing.assert_allclose(known.T @ known / len(known), np.eye(8) / 8, atol=1e-5)
+    assert not start[[0, 3, 9]].any()
+    # They are the leading components: what differs most between items is not lost.
+    wide = content[content.any(axis=1)][:, -1]
+    assert np.linalg.lstsq(known, wide - wide.mean())[1][0] < 0.02 * np.square(wide - wide.mean()).sum()
+
+
+def test_a_start_from_less_than_an_embedding_holds():
+    content = np.zeros((5, 3), np.float32)
+    content[1:, 0] = [1, 2, 3, 4]
+    start = start_vectors(content, 4)
+    np.testing.assert_allclose(np.square(start[1:, 0]).mean(), 1 / 4, rtol=1e-5)
+    assert not start[:, 1:].any()
+    assert not start_vectors(np.zeros((5, 3), np.float32), 4).any()

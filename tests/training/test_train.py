@@ -11,6 +11,7 @@ import lightning as L
 import numpy as np
 import polars as pl
 import pytest
+from safetensors.numpy import load_file
 
 from benchmarks import latency, quality, quality_reranking, reranking_latency, reranking_soundness, sources
 from engine.bundle import Bundle, resolve_bundle
@@ -89,7 +90,7 @@ def test_train_publishes_one_verified_bundle_and_leaves_logs(shop: Path) -> None
     assert found["transitions"][f"val_ndcg@10 at {weight:g}"] == max(found["transitions"].values())
     assert len(bundle.transitions.columns) > 100
     assert bundle.item_vectors.shape == (101, 16)
-    (run,) = (shop / "runs").iterdir()
+    run = min((shop / "runs").iterdir())  # that of the fixture
     for stage in ("retrieval", "ranking", "refit/retrieval", "refit/ranking"):
         assert list(run.glob(f"{stage}/csv/*/metrics.csv"))
         assert list(run.glob(f"{stage}/tensorboard/*/events.out.*"))
@@ -581,7 +582,8 @@ def test_resume_goes_on_in_each_of_the_four_fits(
         "fit_stage",
         lambda *args, **options: dataclasses.replace(fit_stage(*args, **options), epochs=2),
     )
-    fits = ["retrieval", "ranking", "refit/retrieval", "refit/ranking"]
+    fold = "folds/2/retrieval"
+    fits = ["retrieval", fold, "ranking", "refit/retrieval", f"refit/{fold}", "refit/ranking"]
     shown = []
     for number, fit in enumerate([*fits, None]):
 
@@ -598,7 +600,8 @@ def test_resume_goes_on_in_each_of_the_four_fits(
         assert bool(list(tmp_path.glob("bundles/*"))) == (fit is None)
         assert fit is None or "--resume" in shown[-1]
     lines = re.findall(r"^(\w+ (?:refit )?epoch \d)", "\n".join(shown), re.MULTILINE)
-    names = ["retrieval", "ranking", "retrieval refit", "ranking refit"]
+    folds = ["retrieval refit"] * 5
+    names = ["retrieval", *folds, "ranking", "retrieval refit", *folds, "ranking refit"]
     assert lines == [f"{name} epoch {epoch}" for name in names for epoch in (0, 1)]
     assert "fit 4 of 4: ranking on train and validation, 2 epochs as chosen" in shown[-1]
     assert "retrieval: already trained in this run" in shown[-1]
@@ -613,6 +616,35 @@ def test_resume_goes_on_in_each_of_the_four_fits(
     assert manifest["metrics"]["validation"]["retrieval"]["val_ndcg@20"] > 0
     assert manifest["metrics"]["validation"]["ranking"]["val_ndcg@10"] > 0
     assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_stage_one_is_cross_fitted_where_content_is_a_start_and_items_have_few_events(
+    shop: Path, tmp_path: Path
+) -> None:
+    data = load_split(shop / "data", SplitOptions())
+    parser = train.build_parser()
+
+    def found(*options: str, content: Path | None = Path("content.safetensors")) -> int:
+        config = parser.parse_args([str(shop / "data"), *options])
+        return train.num_folds_of(parser.instantiate(config).ranking, data.split, content)
+
+    assert len(data.split.train) < 50 * data.split.train.num_items
+    assert found() == 5
+    assert found(content=None) == 1
+    assert found("--ranking.model.content_as=input") == 1
+    assert found("--ranking.num_folds=3", content=None) == 3
+    for wrong in (0, 100_000):
+        with pytest.raises(ValueError, match=rf"ranking.num_folds is {wrong}; expected 1 to the number of"):
+            found(f"--ranking.num_folds={wrong}")
+    once = dataclasses.replace(data.split.train, users=np.ones_like(data.split.train.users))
+    alone = dataclasses.replace(data.split, train=once)
+    assert train.num_folds_of(parser.instantiate(parser.parse_args(["x"])).ranking, alone, Path("c")) == 1
+    # Of a run nothing is left of the fits but their vectors.
+    run = min((shop / "runs").iterdir())  # that of the fixture
+    for folder in (run, run / "refit"):
+        vectors = load_file(folder / "folds.safetensors")["fold_vectors"]
+        assert vectors.shape == (5, data.split.train.num_items + 1, 16)
+        assert not (folder / "folds").exists()
 
 
 def test_a_refit_repeats_epochs_and_not_steps(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,6 +132,7 @@ class RankingData(_StageData):
         context: keys of the context that the ranker takes (DatasetInfo.context, and hour and weekday where
             the data has unix times). None: all.
         max_validation_users: most users asked at each validation.
+        num_folds: that users are dealt into; each batch is of one. As many as model.folds has vectors of.
     """
 
     def __init__(
@@ -143,10 +144,13 @@ class RankingData(_StageData):
         history_length: int | None = None,
         context: list[str] | None = None,
         max_validation_users: int = 10_000,
+        num_folds: int = 1,
     ) -> None:
         super().__init__(directory, split, max_validation_users)
-        if history_length is not None and history_length < 1:
-            raise ValueError(f"history_length is {history_length}; expected 1 or more")
+        for name, value in (("history_length", history_length), ("num_folds", num_folds)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected 1 or more")
+        self.num_folds = num_folds
         self.batch_size, self.max_tokens, self._history_length = batch_size, max_tokens, history_length
         self._context_names = context
 
@@ -189,7 +193,12 @@ class _SequenceDataset(IterableDataset[SequenceBatch]):
     def __iter__(self) -> Iterator[SequenceBatch]:
         rng = np.random.default_rng(self.data.epoch_seed())
         yield from sequence_batches(
-            self.data.sequences, self.data.batch_size, self.data.max_tokens, rng, *_share()
+            self.data.sequences,
+            self.data.batch_size,
+            self.data.max_tokens,
+            rng,
+            *_share(),
+            num_folds=self.data.num_folds,
         )
 
 

@@ -36,6 +36,7 @@ class Sequences:
     is_target: NDArray[np.bool_]  # [N] whether the place may be predicted
     starts: NDArray[np.int64]  # [W] a window's places are starts[w] to ends[w]
     ends: NDArray[np.int64]  # [W]
+    users: NDArray[np.int32]  # [W] whose window it is
     has_start: NDArray[np.bool_]  # [W] whether the window begins where the user's history begins
     context: Encoded  # [N, K] of the moment of each event
     # [N] which kinds of events the user has with the item, here or later: 1 << code, added up
@@ -80,6 +81,7 @@ def make_sequences(
         target,
         np.asarray(starts, np.int64),
         np.asarray(ends, np.int64),
+        events.users[np.asarray(starts, np.int64)],
         np.asarray(has_start, bool),
         encoded_context(context, events),
         kinds,
@@ -112,6 +114,7 @@ class SequenceBatch:
     context_rows: Tensor  # [B, T+1, K] int64, of the moment at which each target is asked for
     context_weights: Tensor  # [B, T+1, K] float32
     target_kinds: Tensor  # [B, T+1] uint8, Sequences.kinds of each target
+    fold: int  # that all its users are of, see training/cross_fit.py
 
 
 def sequence_batches(
@@ -121,8 +124,9 @@ def sequence_batches(
     rng: np.random.Generator | None,
     rank: int = 0,
     world_size: int = 1,
+    num_folds: int = 1,
 ) -> Iterator[SequenceBatch]:
-    """Yield every window once, in batches of like length.
+    """Yield every window once, in batches of like length and of users of one fold.
 
     Args:
         sequences: the windows.
@@ -131,25 +135,29 @@ def sequence_batches(
         rng: shuffles which windows meet and the order of batches; None keeps one order.
         rank: which process of a distributed run this is; each yields batches of its own.
         world_size: how many processes there are.
+        num_folds: user rows that leave one remainder when divided by it are a fold.
     """
     length = sequences.ends - sequences.starts
     # Ties of length are broken at random: short histories abound and must not always meet the same ones.
     tie = rng.random(len(length)) if rng is not None else np.arange(len(length))
     order = np.lexsort((tie, length))
+    folds = sequences.users % num_folds
     batches: list[NDArray[np.int64]] = []
-    position = len(order)
-    while position > 0:  # from the longest, so that a batch's size follows from its first window
-        longest = int(length[order[position - 1]])
-        size = max(1, min(batch_size, max_tokens // longest))
-        batches.append(order[max(0, position - size) : position])
-        position -= size
+    for fold in range(num_folds):
+        of_fold = order[folds[order] == fold]
+        position = len(of_fold)
+        while position > 0:  # from the longest, so that a batch's size follows from its first window
+            longest = int(length[of_fold[position - 1]])
+            size = max(1, min(batch_size, max_tokens // longest))
+            batches.append(of_fold[max(0, position - size) : position])
+            position -= size
     if rng is not None:
         rng.shuffle(batches)
     for batch in equal_share(batches, rank, world_size):
-        yield _collate(sequences, batch)
+        yield _collate(sequences, batch, int(folds[batch[0]]))
 
 
-def _collate(sequences: Sequences, batch: NDArray[np.int64]) -> SequenceBatch:
+def _collate(sequences: Sequences, batch: NDArray[np.int64], fold: int) -> SequenceBatch:
     starts, ends = sequences.starts[batch], sequences.ends[batch]
     # The last item of a window is only a target, so the history is one shorter than the window.
     width = max(1, int((ends - starts).max()) - 1)
@@ -170,6 +178,7 @@ def _collate(sequences: Sequences, batch: NDArray[np.int64]) -> SequenceBatch:
         torch.from_numpy(sequences.context.rows[place]),
         torch.from_numpy(sequences.context.weights[place]),
         torch.from_numpy(sequences.kinds[place]),
+        fold,
     )
 
 

@@ -242,3 +242,19 @@ def test_the_kinds_of_an_item_are_all_that_the_user_did_with_it():
         (3, {cart}),
         (2, {view}),
     ]
+
+
+def test_a_batch_has_users_of_one_fold():
+    rng = np.random.default_rng(3)
+    sequences = make_sequences(interactions([rng.integers(1, 90, n % 9).tolist() for n in range(60)]), 6)
+    plain = predictions(sequence_batches(sequences, 5, 1000, np.random.default_rng(0)))
+    found = list(sequence_batches(sequences, 5, 1000, np.random.default_rng(0), num_folds=4))
+    assert sorted(map(str, predictions(found))) == sorted(map(str, plain))
+    assert {batch.fold for batch in found} == {0, 1, 2, 3}
+    sequences = make_sequences(interactions([[user, 20 + user, 40 + user] for user in range(1, 9)]), 6)
+    users = [
+        (int(user), batch.fold)
+        for batch in sequence_batches(sequences, 5, 1000, None, num_folds=3)
+        for user in batch.targets[:, 0]
+    ]
+    assert sorted(users) == [(user, user % 3) for user in range(1, 9)]
