@@ -18,6 +18,7 @@ what grows (memory, latency), and what fails.
 from __future__ import annotations
 
 import asyncio
+import http.client
 import itertools
 import json
 import os
@@ -28,7 +29,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -102,7 +102,7 @@ def swaps(
         root = Path(folder)
         newest = copy_of(bundle, root, 0)
         metrics = free_port()
-        words = ["--metrics", f"127.0.0.1:{metrics}", *options]
+        words = [*options, "--metrics", f"127.0.0.1:{metrics}"]
         with running_server(root, words) as (address, pid):
             published: list[float] = []
             memory: list[int] = []
@@ -141,7 +141,7 @@ def _num_refused(port: int) -> int:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{one}/metrics", timeout=10.0) as answer:
                 text += answer.read().decode()
-        except urllib.error.URLError:
+        except (OSError, http.client.HTTPException):  # nobody, or somebody else
             break
     return round(sum(map(float, re.findall(r'^trirank_rejected_total\{reason="limit"\} (.+)$', text, re.M))))
 

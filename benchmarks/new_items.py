@@ -47,6 +47,7 @@ from training.train import (
     fit_folds,
     fit_ranking,
     fit_retrieval,
+    num_folds_of,
     recipe_of,
 )
 
@@ -179,6 +180,7 @@ def compare(
     for name, its in (("ranker", settings), ("content", reading_settings)):
         done = out / name / f"{part}.json"
         if not done.is_file():
+            num_folds = num_folds_of(its().ranking, split, content)
             ranker, _ = fit_ranking(
                 directory,
                 split,
@@ -188,7 +190,7 @@ def compare(
                 seed,
                 resume=True,
                 content=content,
-                folds=fit_folds(directory, split, out, its, seed, True, chosen, content),
+                folds=fit_folds(directory, split, out, its, seed, True, chosen, num_folds),
             )
             alone = figures(ranker)
             give_new_items_vectors(ranker.eval(), degrees, new, like)

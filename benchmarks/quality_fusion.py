@@ -59,6 +59,7 @@ from training.train import (
     fit_folds,
     fit_ranking,
     fit_retrieval,
+    num_folds_of,
     recipe_of,
 )
 from training.transitions import best_weight, bonuses, training_transitions
@@ -216,14 +217,14 @@ class Experiment:
         if not (folder / EMBEDDINGS).is_file():
             _say(f"seed {seed}: retrieval on train; validation chooses the epochs")
         chosen = fit_retrieval(self.directory, self.data.split, folder, settings, seed, resume=True)
-        _drop_checkpoints(folder)  # the vectors are in their file
+        _drop_checkpoints(folder / "retrieval")  # the vectors are in their file
         if protocol == "strict":
             return folder / EMBEDDINGS
         final = split_as_trained(self.data, "refit")
         if not (folder / "refit" / EMBEDDINGS).is_file():
             _say(f"seed {seed}: retrieval on train and validation, {chosen.epochs} epochs as chosen")
         fit_retrieval(self.directory, final, folder / "refit", settings, seed, resume=True, chosen=chosen)
-        _drop_checkpoints(folder)
+        _drop_checkpoints(folder / "refit" / "retrieval")
         return folder / "refit" / EMBEDDINGS
 
     def _folder(self, variant: str, seed: int) -> Path:
@@ -295,7 +296,8 @@ class Experiment:
             chosen = Chosen(int(file.metadata()["epochs"]), float(file.metadata()["metric"]))
         split = split_as_trained(self.data, protocol)
         _, settings = self._recipe()
-        return fit_folds(self.directory, split, folder, settings, seed, True, chosen, self._content())
+        num_folds = num_folds_of(settings().ranking, self.data.split, self._content())
+        return fit_folds(self.directory, split, folder, settings, seed, True, chosen, num_folds)
 
     def _late_weight(self, seed: int) -> float:
         """Return the weight of LATE_WEIGHTS with the best NDCG@10 on validation."""

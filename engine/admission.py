@@ -30,14 +30,15 @@ class RejectedError(Exception):
         """Return what tells a client when to try again, to be sent as trailing metadata.
 
         `retry-after-ms` is for whoever reads it. A gRPC client whose service config retries this status obeys
-        `grpc-retry-pushback-ms` by itself (gRFC A6); -1 says not to where its deadline would be over by then,
-        so that it does not wait for nothing.
+        `grpc-retry-pushback-ms` by itself (gRFC A6); -1 says not to where its deadline would be over by then
+        or soon after, so that it does not wait for nothing.
 
         Args:
             time_left_s: until the caller's deadline; None where it has none.
         """
         after_ms = str(math.ceil(self.retry_after_s * 1000))
-        in_time = time_left_s is None or self.retry_after_s < time_left_s
+        # With as much time again for the answer, so that nobody waits to be too late.
+        in_time = time_left_s is None or 2 * self.retry_after_s <= time_left_s
         return (("retry-after-ms", after_ms), ("grpc-retry-pushback-ms", after_ms if in_time else "-1"))
 
 

@@ -84,7 +84,9 @@ def item_content(items: pl.DataFrame, options: ContentOptions, cache: Path) -> N
         return None
     parts = [_unit_scale(components)]
     if "price" in items.columns and items["price"].is_not_null().any():
-        parts.append(price_features(items["price"]))
+        prices = price_features(items["price"])
+        prices[~components.any(axis=1) & (prices[:, 1] > 0)] = 0  # neither text nor price: nothing is known
+        parts.append(prices)
     return np.ascontiguousarray(np.concatenate(parts, axis=1), np.float32)
 
 
@@ -399,7 +401,8 @@ def start_vectors(content: NDArray[np.float32], dim: int) -> NDArray[np.float32]
     """Return where the id embeddings of items may start, [I+1, dim], from what is known of the items.
 
     The leading principal components, each at the same variance ("whitened"), so that each number of an
-    embedding begins with something to tell; all at a mean square of 1 / dim. To start a sequence model from
+    embedding begins with something to tell; all at a mean square of 1 / dim, and none longer than 2, which a
+    rare feature of a catalog that says little would be. To start a sequence model from
     the components of text vectors is Harte et al., "Leveraging Large Language Models for Sequential
     Recommendation" (RecSys 2023). A row of zeros, of which nothing is known, stays one, and so do the last
     columns where the content has fewer components than `dim`.
@@ -415,6 +418,8 @@ def start_vectors(content: NDArray[np.float32], dim: int) -> NDArray[np.float32]
     start[:, : components.shape[1]] = np.divide(
         components, scale, out=np.zeros_like(components), where=scale > 0
     )
+    lengths = np.linalg.norm(start, axis=1, keepdims=True)
+    start *= np.minimum(1.0, 2.0 / np.maximum(lengths, 1e-12)).astype(np.float32)
     return start
 
 

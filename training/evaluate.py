@@ -267,7 +267,7 @@ def ranking_scores(bundle: Bundle, questions: Questions) -> NDArray[np.float32]:
     """
     assert bundle.scorer is not None
     history = left_padded(questions.histories, bundle.scorer.history_length)
-    scores = np.empty((len(history), bundle.catalog.num_items + 1), np.float32)
+    scores = np.zeros((len(history), bundle.catalog.num_items + 1), np.float32)
     context = encoded_context(bundle.scorer.context, questions.events, questions.ends)
     everything = np.arange(1, bundle.catalog.num_items + 1)[None]
     weights = default_head_weights(bundle)

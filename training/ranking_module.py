@@ -126,6 +126,11 @@ class RankingModule(L.LightningModule):
         """Make the ranker, now that the catalog and the histories are known."""
         if hasattr(self, "ranker"):
             return
+        # What it is made from lies on the CPU; Lightning would have it made elsewhere, and moves it later.
+        with torch.device("cpu"):
+            self._make_ranker()
+
+    def _make_ranker(self) -> None:
         graph = load_file(self.embeddings) if self.embeddings is not None else {}
         content = load_file(self.content) if self.content is not None else {}
         for file, rows, how in (

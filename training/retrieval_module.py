@@ -66,7 +66,8 @@ class RetrievalModule(L.LightningModule):
     def configure_model(self) -> None:
         """Make the encoder, now that the graph is known."""
         if not hasattr(self, "encoder"):
-            self.encoder = self.make_encoder(self.data.graph)
+            with torch.device("cpu"):  # where the graph lies; Lightning moves the encoder later
+                self.encoder = self.make_encoder(self.data.graph)
             # On the device from the start; not part of the weights.
             self.register_buffer("user_degrees", self.data.user_degrees, persistent=False)
             self.register_buffer("item_degrees", self.data.item_degrees, persistent=False)

@@ -270,6 +270,7 @@ def train(
         )
 
     content = content_of(directory, settings().content, run) if split.ordered else None
+    num_folds = num_folds_of(settings().ranking, split, content) if split.ordered else 1
     num_fits = (2 if split.ordered else 1) * (2 if refit else 1)
     step = iter(f"fit {number} of {num_fits}" for number in range(1, num_fits + 1))
     chosen: dict[str, Chosen] = {}
@@ -288,7 +289,7 @@ def train(
             chosen["ranking"] = before
         else:
             folds = fit_folds(
-                directory, split, run, settings, recipe["seed"], resume, chosen["retrieval"], content
+                directory, split, run, settings, recipe["seed"], resume, chosen["retrieval"], num_folds
             )
             ranker, chosen["ranking"] = fit_ranking(
                 directory,
@@ -321,7 +322,9 @@ def train(
             if stage == "retrieval":
                 fit_retrieval(directory, data.split, vectors.parent, *words, fit)
             else:
-                folds = fit_folds(directory, data.split, vectors.parent, *words, chosen["retrieval"], content)
+                folds = fit_folds(
+                    directory, data.split, vectors.parent, *words, chosen["retrieval"], num_folds
+                )
                 ranker, _ = fit_ranking(
                     directory, data.split, vectors, vectors.parent, *words, fit, content=content, folds=folds
                 )
@@ -360,16 +363,23 @@ def num_folds_of(options: Any, split: Split, content: Path | None) -> int:
         content: file of what items are; None where that is left out.
 
     Raises:
-        ValueError: the recipe's number is not 1 or more, and at most the number of users.
+        ValueError: the recipe's number is not 1 or more, and at most the number of users; or is not 1 where
+            the graph vectors are tuned.
     """
     num_users = len(np.unique(split.train.users))
+    is_tuned = options.model.fine_tune_graph
     if options.num_folds is None:
         density = len(split.train) / max(1, len(np.unique(split.train.items)))
-        starts = content is not None and options.model.content_as == "start"
+        starts = content is not None and options.model.content_as == "start" and not is_tuned
         return min(NUM_FOLDS, num_users) if starts and density < FOLDED_BELOW else 1
-    if not 1 <= options.num_folds <= num_users:
+    if not 1 <= options.num_folds <= (1 if is_tuned else num_users):
         raise ValueError(
-            f"ranking.num_folds is {options.num_folds}; expected 1 to the number of users, {num_users}"
+            f"ranking.num_folds is {options.num_folds}; expected "
+            + (
+                "1 with ranking.model.fine_tune_graph, which tunes one set of vectors"
+                if is_tuned
+                else f"1 to the number of users, {num_users}"
+            )
         )
     return int(options.num_folds)
 
@@ -462,7 +472,7 @@ def fit_folds(
     seed: int,
     resume: bool,
     chosen: Chosen,
-    content: Path | None,
+    num_folds: int,
 ) -> Path | None:
     """Fit stage one without each fold of the users, and return the file of their vectors; None for one fold.
 
@@ -475,12 +485,14 @@ def fit_folds(
         seed: of everything random.
         resume: go on with a fit that was cut short.
         chosen: for how many epochs.
-        content: file of what items are, see num_folds_of.
+        num_folds: of num_folds_of. A refit has as many as the fit whose epochs it repeats.
     """
-    num_folds = num_folds_of(settings().ranking, split, content)
     file = folder / FOLDS
-    if num_folds == 1 or file.is_file():
-        return file if num_folds > 1 else None
+    if num_folds == 1:
+        return None
+    if file.is_file():
+        shutil.rmtree(folder / "folds", ignore_errors=True)  # of a run that was cut short right here
+        return file
     fits = []
     for fold in range(num_folds):
         _say(f"retrieval without part {fold + 1} of {num_folds} of the users, {chosen.epochs} epochs")

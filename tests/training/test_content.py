@@ -186,7 +186,9 @@ def test_content_is_text_and_price(encoder, model, tmp_path):
     assert not found[0].any()
     if encoder == "model":  # attributes that are codes are features of lsa, and no text
         assert not found[[3, 4], :num_texts].any()
-    np.testing.assert_array_equal(found[:, num_texts:], price_features(ITEMS["price"]))
+    prices = price_features(ITEMS["price"])
+    prices[4] = 0  # of which nothing at all is known
+    np.testing.assert_array_equal(found[:, num_texts:], prices)
     filled = found[:, :num_texts].any(axis=1)
     assert np.square(found[filled, :num_texts]).mean() == pytest.approx(1, rel=1e-5)
     without_prices = item_content(ITEMS.drop("price"), options, tmp_path)
@@ -250,3 +252,25 @@ def test_a_start_from_less_than_an_embedding_holds():
     np.testing.assert_allclose(np.square(start[1:, 0]).mean(), 1 / 4, rtol=1e-5)
     assert not start[:, 1:].any()
     assert not start_vectors(np.zeros((5, 3), np.float32), 4).any()
+
+
+def test_a_rare_feature_makes_no_start_long():
+    content = np.zeros((1001, 2), np.float32)
+    content[1:, 0] = np.random.default_rng(0).normal(size=1000)
+    content[7, 1] = 1.0
+    lengths = np.linalg.norm(start_vectors(content, 4), axis=1)
+    assert lengths[7] == pytest.approx(2.0)
+    assert np.delete(lengths, 7).max() < 2.0
+
+
+def test_of_an_item_without_text_and_price_nothing_is_known(tmp_path):
+    items = pl.DataFrame(
+        {
+            "item_id": list("abcd"),
+            "title": ["red hat", "blue hat", None, None],
+            "price": [1.0, None, None, 3.0],
+        }
+    )
+    vectors = item_content(items, ContentOptions(encoder="lsa"), tmp_path)
+    assert vectors is not None
+    assert vectors.any(axis=1).tolist() == [False, True, True, False, True]

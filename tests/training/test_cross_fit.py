@@ -114,3 +114,19 @@ def test_vectors_that_do_not_fit(data: RankingData, tmp_path: Path) -> None:
         trainer.fit(module, datamodule=data)
     with pytest.raises(ValueError, match="num_folds is 0; expected 1 or more"):
         RankingData(tmp_path / "data", num_folds=0)
+
+
+def test_a_ranker_is_made_where_its_parts_lie(data: RankingData, tmp_path: Path, monkeypatch) -> None:
+    """Lightning makes it on the device that it trains on, which the files and tables know nothing of."""
+    data.setup("fit")
+    tables = np.ones((2, data.num_items + 1, DIM), np.float32)
+    made = module_of(data, tmp_path / "run", tables)
+    content = {"content_vectors": np.eye(data.num_items + 1, 5, dtype=np.float32)}
+    save_file(content, tmp_path / "content.safetensors")
+    module = RankingModule(
+        embeddings=made.embeddings, folds=made.folds, content=tmp_path / "content.safetensors"
+    )
+    monkeypatch.setattr(RankingModule, "data", data)
+    with torch.device("meta"):
+        module.configure_model()
+    assert {part.device.type for part in [*module.parameters(), *module.buffers()]} == {"cpu"}

@@ -636,6 +636,9 @@ def test_stage_one_is_cross_fitted_where_content_is_a_start_and_items_have_few_e
     for wrong in (0, 100_000):
         with pytest.raises(ValueError, match=rf"ranking.num_folds is {wrong}; expected 1 to the number of"):
             found(f"--ranking.num_folds={wrong}")
+    assert found("--ranking.model.fine_tune_graph=true") == 1
+    with pytest.raises(ValueError, match=r"num_folds is 2; expected 1 with ranking.model.fine_tune_graph"):
+        found("--ranking.model.fine_tune_graph=true", "--ranking.num_folds=2")
     once = dataclasses.replace(data.split.train, users=np.ones_like(data.split.train.users))
     alone = dataclasses.replace(data.split, train=once)
     assert train.num_folds_of(parser.instantiate(parser.parse_args(["x"])).ranking, alone, Path("c")) == 1

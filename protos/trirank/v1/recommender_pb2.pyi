@@ -6,7 +6,7 @@ The public contract of Trirank. Ids are the shop's own strings, exactly as in it
 Errors: INVALID_ARGUMENT names the field, its value and what is allowed; NOT_FOUND names an item that
 SimilarItems was asked about and does not have. An unknown user or unknown items in a history are not errors.
 RESOURCE_EXHAUSTED: the server or the caller is at its limit; the trailing metadata says in
-`grpc-retry-pushback-ms` when to come back. UNAUTHENTICATED: the server wants an API key, as
+`retry-after-ms` when to come back. UNAUTHENTICATED: the server wants an API key, as
 "authorization: Bearer KEY" or "x-api-key: KEY". UNAVAILABLE: events could not be made safe; send them again.
 `x-request-id` in the trailing metadata names the request in the server's log; a caller may bring its own.
 """
