@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,13 +131,7 @@ def compare(
     arguments = [str(directory), *(f"--{option}" for option in options)]
     config = parser.parse_args(arguments)
     reading = parser.parse_args([*arguments, "--ranking.model.content_as=input"])
-
-    def settings() -> Any:
-        return parser.instantiate(config)
-
-    def reading_settings() -> Any:
-        return parser.instantiate(reading)
-
+    settings, reading_settings = (partial(parser.instantiate, one) for one in (config, reading))
     content_options = settings().content
     data = load_split(directory, settings().split)
     split, withheld = withhold(data.split, share, seed)

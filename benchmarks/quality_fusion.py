@@ -38,7 +38,6 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from scipy.stats import ttest_rel
 
@@ -48,13 +47,14 @@ from ranking.ranker import HybridRanker
 from retrieval.fold_in import fold_in
 from training.answers import question_states
 from training.data.splits import Holdout, Protocol, SplitData, load_split, split_as_trained
-from training.stages import Chosen, keep_freed_memory, quiet_lightning
+from training.stages import keep_freed_memory, quiet_lightning
 from training.train import (
     EMBEDDINGS,
     PipelineOptions,
     Settings,
     build_parser,
     chosen_before,
+    chosen_of,
     content_of,
     fit_folds,
     fit_ranking,
@@ -292,8 +292,7 @@ class Experiment:
         if VARIANTS[variant].graph != "as they are" or not VARIANTS[variant].content:
             return None
         folder = self.embeddings(seed, protocol).parent
-        with safe_open(folder / EMBEDDINGS, "numpy") as file:
-            chosen = Chosen(int(file.metadata()["epochs"]), float(file.metadata()["metric"]))
+        chosen = chosen_of(folder / EMBEDDINGS)
         split = split_as_trained(self.data, protocol)
         _, settings = self._recipe()
         num_folds = num_folds_of(settings().ranking, self.data.split, self._content())

@@ -402,10 +402,10 @@ def start_vectors(content: NDArray[np.float32], dim: int) -> NDArray[np.float32]
 
     The leading principal components, each at the same variance ("whitened"), so that each number of an
     embedding begins with something to tell; all at a mean square of 1 / dim, and none longer than 2, which a
-    rare feature of a catalog that says little would be. To start a sequence model from
-    the components of text vectors is Harte et al., "Leveraging Large Language Models for Sequential
-    Recommendation" (RecSys 2023). A row of zeros, of which nothing is known, stays one, and so do the last
-    columns where the content has fewer components than `dim`.
+    rare feature of a catalog that says little would be. To start a sequence model from the components of text
+    vectors is Harte et al., "Leveraging Large Language Models for Sequential Recommendation" (RecSys 2023). A
+    row of zeros, of which nothing is known, stays one, and so do the last columns where the content has fewer
+    components than `dim`.
 
     Args:
         content: [I+1, C] of item_content.

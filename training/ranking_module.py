@@ -155,7 +155,7 @@ class RankingModule(L.LightningModule):
                     f"{self.folds} has vectors {list(folds.shape)}; expected {list(expected)}: "
                     "data.num_folds, and the items and dimension of embeddings"
                 )
-            graph["item_vectors"] = folds.mean(0)
+            graph["item_vectors"] = folds.mean(0)  # what is asked and served with
         dropout = dropout_for(self.data.events_per_item) if self.dropout is None else self.dropout
         vectors = content.get("content_vectors")
         self.ranker = HybridRanker(
@@ -172,7 +172,7 @@ class RankingModule(L.LightningModule):
             **self.dropouts,
         )
         if folds is not None:  # at the scale that the ranker gives their mean
-            scale = self.ranker.graph_vectors.norm() / folds.mean(0).norm().clamp(min=1e-12)
+            scale = self.ranker.graph_vectors.norm() / graph["item_vectors"].norm().clamp(min=1e-12)
             folds = functional.pad(folds * scale, (0, 0, 0, 1))
         self.register_buffer("fold_vectors", folds, persistent=False)
         if vectors is not None and self.content_as == "start":

@@ -279,8 +279,9 @@ def train(
     transitions = TransitionWeight.read(run / TRANSITION_WEIGHT)
     is_weighed = transitions is not None or pipeline.get("transition_weight") is not None
 
+    how = (settings, recipe["seed"], resume)
     _say(f"{next(step)}: retrieval on train; validation chooses the epochs")
-    chosen["retrieval"] = fit_retrieval(directory, split, run, settings, recipe["seed"], resume)
+    chosen["retrieval"] = fit_retrieval(directory, split, run, *how)
     if split.ordered:
         _say(f"{next(step)}: ranking on train; validation chooses the epochs")
         before = chosen_before(run) if refit and is_weighed else None
@@ -288,19 +289,9 @@ def train(
             _say("ranking: already trained in this run")
             chosen["ranking"] = before
         else:
-            folds = fit_folds(
-                directory, split, run, settings, recipe["seed"], resume, chosen["retrieval"], num_folds
-            )
+            folds = fit_folds(directory, split, run, *how, chosen["retrieval"], num_folds)
             ranker, chosen["ranking"] = fit_ranking(
-                directory,
-                split,
-                run / EMBEDDINGS,
-                run,
-                settings,
-                recipe["seed"],
-                resume,
-                content=content,
-                folds=folds,
+                directory, split, run / EMBEDDINGS, run, *how, content=content, folds=folds
             )
             if not is_weighed:
                 transitions = best_weight(ranker_scores(ranker), split, pipeline["num_neighbours"])
@@ -318,15 +309,12 @@ def train(
         vectors = run / "refit" / EMBEDDINGS
         for stage, fit in chosen.items():
             _say(f"{next(step)}: {stage} on train and validation, {fit.epochs} epochs as chosen")
-            words = (settings, recipe["seed"], resume)
             if stage == "retrieval":
-                fit_retrieval(directory, data.split, vectors.parent, *words, fit)
+                fit_retrieval(directory, data.split, vectors.parent, *how, fit)
             else:
-                folds = fit_folds(
-                    directory, data.split, vectors.parent, *words, chosen["retrieval"], num_folds
-                )
+                folds = fit_folds(directory, data.split, vectors.parent, *how, chosen["retrieval"], num_folds)
                 ranker, _ = fit_ranking(
-                    directory, data.split, vectors, vectors.parent, *words, fit, content=content, folds=folds
+                    directory, data.split, vectors, vectors.parent, *how, fit, content=content, folds=folds
                 )
 
     _say("export: writing and verifying the bundle")
@@ -373,14 +361,9 @@ def num_folds_of(options: Any, split: Split, content: Path | None) -> int:
         starts = content is not None and options.model.content_as == "start" and not is_tuned
         return min(NUM_FOLDS, num_users) if starts and density < FOLDED_BELOW else 1
     if not 1 <= options.num_folds <= (1 if is_tuned else num_users):
-        raise ValueError(
-            f"ranking.num_folds is {options.num_folds}; expected "
-            + (
-                "1 with ranking.model.fine_tune_graph, which tunes one set of vectors"
-                if is_tuned
-                else f"1 to the number of users, {num_users}"
-            )
-        )
+        tuned = "1 with ranking.model.fine_tune_graph, which tunes one set of vectors"
+        allowed = tuned if is_tuned else f"1 to the number of users, {num_users}"
+        raise ValueError(f"ranking.num_folds is {options.num_folds}; expected {allowed}")
     return int(options.num_folds)
 
 
@@ -440,9 +423,7 @@ def fit_retrieval(
     embeddings = folder / EMBEDDINGS
     if embeddings.is_file():
         _say("retrieval: already trained in this run")
-        with safe_open(embeddings, "numpy") as file:
-            metadata = file.metadata()
-        return Chosen(int(metadata["epochs"]), float(metadata["metric"]))
+        return chosen_of(embeddings)
     L.seed_everything(seed, verbose=False)
     options = settings().retrieval
     data, module = RetrievalData(directory, **options.data.as_dict()), options.model
@@ -462,6 +443,13 @@ def fit_retrieval(
     save_file(module.vectors(), unfinished, metadata=metadata)
     unfinished.rename(embeddings)
     return chosen
+
+
+def chosen_of(embeddings: Path) -> Chosen:
+    """Return what validation chose for the fit of stage one that left this file."""
+    with safe_open(embeddings, "numpy") as file:
+        metadata = file.metadata()
+    return Chosen(int(metadata["epochs"]), float(metadata["metric"]))
 
 
 def fit_folds(
