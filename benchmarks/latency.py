@@ -17,7 +17,8 @@ a server (`trirank serve`) in processes of its own on the same machine:
 Bundles are made where they are missing (benchmarks/simulated_bundle.py). A cell takes about a minute beside
 the server's start; the whole table of 18 cells with its bundles over half an hour. Finished cells are kept in
 --out: the same command goes on where it was interrupted. The generator shares the machine with the server and
-its processor time is given; with two cores it takes what the server could use.
+its processor time is given; with two cores it takes what the server could use, and more of it at three times
+the peak. With --apart it has a core of its own during the load, and the server has the others.
 
 One bundle: `Recommend` calls one after the other, for users of the bundle in a fixed random order; what the
 client saw and what the server says of its stages.
@@ -32,6 +33,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,7 @@ class Settings:
         rate_s: seconds of each rate of the load; 0 leaves the load out.
         growth: each rate is so many times the last.
         objective_ms: an answer within this is goodput.
+        apart: whether the generator of the load has a core of its own, and the server the others.
         dim: of the simulated vectors.
         serve_options: more options of trirank serve.
         seed: of users and arrivals.
@@ -80,6 +83,7 @@ class Settings:
     rate_s: float = 4.0
     growth: float = 1.2
     objective_ms: float = 50.0
+    apart: bool = False
     dim: int = 64
     serve_options: tuple[str, ...] = ()
     seed: int = 0
@@ -179,13 +183,14 @@ def sweep(
         seed=settings.seed,
     )
     start = 0.5 * 1000 / whole_ms * num_processes
-    return load.sweep(
-        load.rate_by_rate(address, requests, offered, server_pid=pid, pause_s=load.DRAIN_S / 2),
-        start_rate=start,
-        growth=settings.growth,
-        max_rate=start * settings.growth**MAX_RATES,
-        overload=3.0,
-    )
+    with load.apart(pid) if settings.apart else nullcontext():
+        return load.sweep(
+            load.rate_by_rate(address, requests, offered, server_pid=pid, pause_s=load.DRAIN_S / 2),
+            start_rate=start,
+            growth=settings.growth,
+            max_rate=start * settings.growth**MAX_RATES,
+            overload=3.0,
+        )
 
 
 def summary(results: Sequence[load.Result], objective_ms: float) -> dict[str, float | None]:
@@ -280,7 +285,9 @@ def run_table(bundles: Path, out: Path, cells: Sequence[Cell], settings: Setting
     out.mkdir(parents=True, exist_ok=True)
     file = out / "settings.json"
     record = json.loads(json.dumps(asdict(settings)))
-    if file.is_file() and (before := json.loads(file.read_text(encoding="utf-8"))) != record:
+    # What a directory does not say was not there to be set when its cells were measured.
+    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else record
+    if (before := {"apart": False} | said) != record:
         other = ", ".join(f"{key} {before.get(key)!r}" for key in record if before.get(key) != record[key])
         raise ValueError(f"{out} holds cells measured with {other}; expected the same, or another --out")
     file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

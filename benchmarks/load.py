@@ -5,6 +5,9 @@ rates until it saturates, then at a multiple of what it could do at most. The lo
 as a Poisson process whether or not earlier ones were answered, and a call's latency counts from the moment it
 was meant to be sent. A generator that waits for answers would send less just when the server is slow, and
 would not see the wait ("coordinated omission"; Tene, "How NOT to Measure Latency", 2013).
+
+The generator shares the machine with the server: what it takes of a core at three times the load, the server
+lacks there. With --apart it has the first core to itself, and the server has the others.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -319,6 +322,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--growth", type=float, default=1.4, help="Each rate is this many times the last.")
     parser.add_argument("--max_rate", type=float, default=10_000.0, help="Calls a second to end with.")
     parser.add_argument("--overload", type=float, default=3.0, help="Of the best goodput, once saturated.")
+    parser.add_argument("--apart", action="store_true", help="Keep the generator on a core of its own.")
     parser.add_argument("--serve_options", type=list[str], default=[], help="More options of trirank serve.")
     parser.add_class_arguments(Load, "load")
     parser.add_argument("--out", type=Path | None, default=None, help="Write the figures as JSON.")
@@ -328,7 +332,11 @@ def main(argv: list[str] | None = None) -> int:
         load = Load(**options.load.as_dict())
         bundle = resolve_bundle(options.bundle)
         requests = recommend_requests(bundle, options.limit, seed=load.seed)
-        with _server(bundle, options.address, options.serve_options) as (address, pid):
+        with ExitStack() as stack:
+            server = _server(bundle, options.address, options.serve_options)
+            address, pid = stack.enter_context(server)
+            if options.apart:
+                stack.enter_context(apart(pid))
             results = sweep(
                 rate_by_rate(address, requests, load, server_pid=pid, pause_s=DRAIN_S),
                 start_rate=options.start_rate,
@@ -345,6 +353,7 @@ def main(argv: list[str] | None = None) -> int:
             "bundle": bundle.name,
             "machine": machine,
             "limit": options.limit,
+            "apart": options.apart,
             "serve_options": options.serve_options,
             "load": asdict(load),
             "results": [asdict(result) for result in results],
@@ -461,6 +470,37 @@ def watched(server_pid: int | None) -> Iterator[dict[str, float | None]]:
         if server_pid is not None:
             usage["server_cores"] = (_processor_s(server_pid) - served) / elapsed
             usage["server_rss_mb"] = max(peak_bytes[0], rss(server_pid)) / 1e6
+
+
+@contextmanager
+def apart(server_pid: int | None) -> Iterator[None]:
+    """Keep the generator on the machine's first core and the server on the others, while the block lasts.
+
+    Raises:
+        ValueError: there is one core alone, the server is not of this machine, or the system is not Linux.
+    """
+    if server_pid is None or not hasattr(os, "sched_setaffinity"):
+        raise ValueError("apart is set; expected a server that was started here, on Linux")
+    allowed = os.sched_getaffinity(0)
+    first, *others = sorted(allowed)
+    if not others:
+        raise ValueError("apart is set; expected two cores or more, found one")
+    server = _family(server_pid)
+    _keep_on([first], [psutil.Process()])
+    _keep_on(others, server)
+    try:
+        yield
+    finally:
+        _keep_on(allowed, [psutil.Process(), *server])
+
+
+def _keep_on(cores: Collection[int], processes: Sequence[psutil.Process]) -> None:
+    """Let all threads of processes run on these cores alone; those that they start later follow them."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            for thread in process.threads():
+                with suppress(ProcessLookupError):  # it has ended since
+                    os.sched_setaffinity(thread.id, cores)
 
 
 def _family(pid: int | None) -> list[psutil.Process]:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,7 @@ from benchmarks.load import (
     Load,
     Outcome,
     Result,
+    apart,
     is_saturated,
     offer,
     percentile,
@@ -152,3 +157,27 @@ def test_results_are_json() -> None:
     from dataclasses import asdict
 
     assert json.loads(json.dumps(asdict(result_at(10, 100))))["offered_per_s"] == 10
+
+
+@pytest.fixture
+def other_process() -> Iterator[int]:
+    """The process id of one that waits."""
+    waiting = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    yield waiting.pid
+    waiting.communicate(b"\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux keeps processes on cores")
+def test_generator_and_server_keep_apart(other_process: int) -> None:
+    cores = os.sched_getaffinity(0)
+    if len(cores) < 2:
+        pytest.skip("one core alone")
+    with apart(other_process):
+        assert os.sched_getaffinity(0) == {min(cores)}
+        assert os.sched_getaffinity(other_process) == cores - {min(cores)}
+    assert os.sched_getaffinity(0) == os.sched_getaffinity(other_process) == cores
+
+
+def test_apart_wants_a_server_of_its_own() -> None:
+    with pytest.raises(ValueError, match="a server that was started here"), apart(None):
+        pass
