@@ -61,26 +61,43 @@ class EventLog:
         self._segment: int | None = None  # a file descriptor
         self._segment_path = self.directory
         self._segment_bytes = 0
+        self._ended_bytes: dict[int, int] = {}  # of the other segments, by their numbers
         self._remove_leftovers()
+        for number in self._numbers("log"):
+            self._ended_bytes[number] = self._path(number, "log").stat().st_size
         # Never on from where another process stopped: what it left at the end may be torn.
         self._next_number = max([0, self._snapshot_number() - 1, *self._numbers("log")]) + 1
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all segments, the snapshot left out."""
-        return sum(self._path(number, "log").stat().st_size for number in self._numbers("log"))
+        return sum(list(self._ended_bytes.values())) + self._segment_bytes
 
     def replay(self) -> Iterator[bytes]:
         """Yield every record, the oldest first: those of the snapshot, then those of the segments."""
-        names = [(number, "snapshot") for number in self._numbers("snapshot")]
-        for number, kind in [*names, *((number, "log") for number in self._numbers("log"))]:
-            path = self._path(number, kind)
-            payloads, num_lost = read_frames(path.read_bytes())
-            if num_lost:
-                # A warning, no error: after a crash a torn end is what is to be expected.
-                logger.warning("%s: %d bytes are no whole record; passed over", path, num_lost)
-                self.num_lost_bytes += num_lost
-            yield from payloads
+        for kind in ("snapshot", "log"):
+            for number in self._numbers(kind):
+                yield from self._read(number, kind)
+
+    def ended_parts(self) -> Iterator[tuple[int, list[bytes]]]:
+        """End the segment, and yield the records of each file apart, the oldest first.
+
+        With each comes the number that `replace_before` takes once they are not needed any more. What is
+        appended meanwhile is in none. The files may be read beside `append`.
+        """
+        end = self.rotate()
+        parts = [(number, kind) for kind in ("snapshot", "log") for number in self._numbers(kind)]
+        # A snapshot takes the place of the segments before its number: that of its number follows it.
+        return ((min(end, number + (kind == "log")), self._read(number, kind)) for number, kind in parts)
+
+    def _read(self, number: int, kind: str) -> list[bytes]:
+        path = self._path(number, kind)
+        payloads, num_lost = read_frames(path.read_bytes())
+        if num_lost:
+            # A warning, no error: after a crash a torn end is what is to be expected.
+            logger.warning("%s: %d bytes are no whole record; passed over", path, num_lost)
+            self.num_lost_bytes += num_lost
+        return payloads
 
     def append(self, payloads: Sequence[bytes]) -> None:
         """Write records with one flush to the disk; they are safe when this returns.
@@ -143,14 +160,21 @@ class EventLog:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         self._segment, self._segment_path, self._segment_bytes = descriptor, path, 0
         self._next_number += 1
-        self._sync_directory()
+        try:
+            self._sync_directory()
+        except OSError:
+            self._end_segment()  # or the next append would be safe in a file that may not be there
+            raise
 
     def _end_segment(self) -> None:
         if self._segment is not None:
             # Forgotten first: `close` closes also where it fails, and the number may be another file's then.
             segment, self._segment = self._segment, None
+            size, self._segment_bytes = self._segment_bytes, 0
+            if size:
+                self._ended_bytes[self._next_number - 1] = size
             os.close(segment)
-            if not self._segment_bytes:
+            if not size:
                 self._segment_path.unlink()
 
     def _cut_segment(self, length: int) -> None:
@@ -169,6 +193,8 @@ class EventLog:
             match = SEGMENT_NAME.fullmatch(path.name)
             if path.suffix == ".tmp" or (match and int(match[1]) < newest):
                 path.unlink()
+                if match and match[2] == "log":
+                    self._ended_bytes.pop(int(match[1]), None)
 
     def _snapshot_number(self) -> int:
         return max(self._numbers("snapshot"), default=0)

@@ -386,6 +386,13 @@ def decode(payload: bytes) -> list[UserEvent]:
     return [UserEvent(*fields) for fields in json.loads(payload)]
 
 
+def events_of(payload: bytes) -> list[UserEvent]:
+    """Return the events of a record of either kind, that of `encode` or that of `encode_users`."""
+    if not payload.startswith(USERS_MARK):
+        return decode(payload)
+    return [event for user_id, line in decode_users(payload) for event in unpacked(user_id, line)]
+
+
 def packed(events: Sequence[UserEvent]) -> bytes:
     """Return the events of one user, at least one, as a line of text: how many they are, and JSON.
 

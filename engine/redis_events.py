@@ -1,23 +1,26 @@
 """Events of users in Redis, for several servers that answer the same users.
 
-Each user is one hash, so that a user's events are one round trip and a cluster may spread users. While Redis
-is down, events are made safe on this machine's disk and delivered when it is back; the event ids make it
-harmless to deliver one twice. Needs the extra `redis`.
+Each user is one hash, so that a user's events are one round trip. While Redis is down, events are made safe
+on this machine's disk and delivered when it is back; the event ids make it harmless to deliver one twice.
+Requests find out that Redis is down; that it is back one thread finds out, which also delivers. Needs the
+extra `redis`, and one server of Redis, no cluster.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import logging
+import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.event_log import EventLog
-from engine.event_store import Recorded, StoreUnavailableError, UserEvent, decode, encode
+from engine.event_store import Recorded, StoreUnavailableError, UserEvent, encode, events_of
 from engine.telemetry import LimitedLog
 
 logger = logging.getLogger(__name__)
@@ -27,7 +30,11 @@ T = TypeVar("T")
 
 KEY = "trirank:events:{user_id}"
 DAY_MS = 86_400_000
-NEVER = float("-inf")
+DELIVERY_TIMEOUT_S = 1.0  # at least, of an answer that no request waits for
+EVENTS_AT_ONCE = 500  # of a delivery's round trip, about
+SEGMENT_BYTES = 1 << 20  # of undelivered events, that are sent again where their delivery was cut short
+CLOSE_S = 5.0  # for the thread that delivers; a name server may keep it for longer
+REFUSED = "refused.jsonl"  # beside the log: what Redis will never take
 NO_PACKAGE = "Redis needs a package more: pip install 'trirank[redis]'"
 
 # KEYS: the user's hash. ARGV: events to keep, ms to keep them, now in ms, then id, type, item and time of
@@ -90,21 +97,20 @@ class RedisEventStore:
         retry_s: float = 1.0,
         max_buffer_bytes: int = 256 << 20,
         clock: Callable[[], float] = time.time,
-        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make ready to talk to Redis, which may be down.
 
         Args:
             url: redis://[user:password@]host:port/db, or rediss:// or unix://.
-            buffer: directory of the log for undelivered events.
+            buffer: directory of the log for undelivered events. What a LocalEventStore has left there is
+                delivered too.
             max_per_user: events of one user that are given back; up to a quarter more are kept.
             keep_days: a user's events go when there was none for this long.
             timeout_s: how long one answer of Redis may take.
-            retry_s: for how long nobody asks Redis again once it has failed, so that a request does not wait
-                for the timeout each time.
+            retry_s: how often it is asked whether it is back, once it has failed; until then requests are
+                told at once that it does not answer.
             max_buffer_bytes: of undelivered events; more are refused.
             clock: seconds since 1970.
-            monotonic: seconds, for retry_s.
 
         Raises:
             ValueError: the url is none, or the redis package is not installed.
@@ -118,22 +124,23 @@ class RedisEventStore:
             raise ValueError(NO_PACKAGE) from error
         self._errors: tuple[type[Exception], ...] = (redis.RedisError, OSError)
         self._refusal: type[Exception] = redis.ResponseError  # Redis is there, and does not do what is asked
-        self._redis: Any = redis.Redis.from_url(
-            url,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),
-        )
+        self._moved: type[Exception] = redis.exceptions.MovedError
+
+        def client(answer_s: float) -> Any:
+            times = {"socket_timeout": answer_s, "socket_connect_timeout": answer_s}
+            return redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **times)
+
+        self._redis = client(timeout_s)
+        self._patient = client(max(timeout_s, DELIVERY_TIMEOUT_S))
         self._record_script = self._redis.register_script(RECORD)
         self._max_per_user = max_per_user
         self._keep_ms = round(keep_days * DAY_MS)
         self._retry_s = retry_s
         self._max_buffer_bytes = max_buffer_bytes
         self._clock = clock
-        self._monotonic = monotonic
-        self._asked_again_at = NEVER  # as long as it has not failed
+        self._is_away = False  # it has failed, and has not answered since
 
-        self._buffer = EventLog(buffer)
+        self._buffer = EventLog(buffer, max_segment_bytes=SEGMENT_BYTES)
         self._buffering = threading.Lock()
         self._has_undelivered = any(True for _ in self._buffer.replay())
         self._is_closed = threading.Event()
@@ -170,24 +177,36 @@ class RedisEventStore:
         """See EventStore: other machines record in the same Redis."""
 
     def deliver(self) -> int:
-        """Send what was buffered; return how many batches that were. Raises StoreUnavailableError."""
+        """Send what was buffered; return how many events that were. Raises StoreUnavailableError.
+
+        What is not there is left for the next time, and so is the rest when the store is closed. What Redis
+        will never take is kept in REFUSED.
+        """
+        num_events = 0
         with self._buffering:
-            number = self._buffer.rotate()
-            payloads = list(self._buffer.replay())
-        for payload in payloads:
-            self._send(decode(payload))
-        with self._buffering:
-            self._buffer.replace_before(number, [])
-            self._has_undelivered = self._buffer.num_bytes > 0
-        return len(payloads)
+            parts = self._buffer.ended_parts()
+        for number, payloads in parts:
+            for events in _some_at_once(self._readable(payloads)):
+                if self._is_closed.is_set():
+                    return num_events
+                self._send(events, is_delivery=True)
+                num_events += len(events)
+            with self._buffering:
+                if self._is_closed.is_set():
+                    return num_events
+                self._buffer.replace_before(number, [])
+                self._has_undelivered = self._buffer.num_bytes > 0
+        return num_events
 
     def close(self) -> None:
         """See EventStore. What is not delivered stays on disk for the next start."""
         self._is_closed.set()
         self._pool.shutdown()
-        self._delivery.join()
-        self._buffer.close()
+        self._delivery.join(CLOSE_S)
+        with self._buffering:
+            self._buffer.close()
         self._redis.close()
+        self._patient.close()
 
     def _record(self, events: Sequence[UserEvent]) -> Recorded:
         try:
@@ -196,16 +215,57 @@ class RedisEventStore:
             return self._set_aside(events)
         return Recorded(num_new, len(events) - num_new)
 
-    def _send(self, events: Sequence[UserEvent]) -> int:
-        """Record events in one round trip; return how many were new. Raises StoreUnavailableError."""
+    def _send(self, events: Sequence[UserEvent], *, is_delivery: bool = False) -> int:
+        """Record events in one round trip; return how many were new. Raises StoreUnavailableError.
+
+        In a delivery the events of a user whose key is no hash, which somebody else must have made, are kept
+        in REFUSED: those of others are not to wait for them for ever.
+        """
+        if not events:
+            return 0
         now_ms = round(self._clock() * 1000)
-        pipeline = self._redis.pipeline(transaction=False)
-        for user_id, of_user in itertools.groupby(sorted(events, key=_user), key=_user):  # stable
+        pipeline = (self._patient if is_delivery else self._redis).pipeline(transaction=False)
+        by_user = [
+            list(group) for _, group in itertools.groupby(sorted(events, key=_user), key=_user)
+        ]  # stable
+        for of_user in by_user:
             arguments: list[Any] = [self._max_per_user, self._keep_ms, now_ms]
             for event in of_user:
                 arguments += [event.event_id, event.event_type, event.item_id, event.timestamp]
-            self._record_script(keys=[_key(user_id)], args=arguments, client=pipeline)
-        return sum(self._ask(pipeline.execute)) if events else 0
+            self._record_script(keys=[_key(_user(of_user[0]))], args=arguments, client=pipeline)
+
+        answers = self._ask(
+            lambda: self._taken(pipeline.execute(raise_on_error=False), is_delivery), is_delivery
+        )
+        for of_user, answer in zip(by_user, answers, strict=True):
+            if isinstance(answer, Exception):
+                self._keep_refused(str(answer), events=of_user)
+        return sum(answer for answer in answers if isinstance(answer, int))
+
+    def _taken(self, answers: Sequence[int | Exception], is_delivery: bool) -> Sequence[int | Exception]:
+        """Raise what is wrong with Redis; in a delivery, what is wrong with one key is left in its place."""
+        for answer in answers:
+            if isinstance(answer, Exception) and not (is_delivery and "WRONGTYPE" in str(answer)):
+                raise answer
+        return answers
+
+    def _readable(self, payloads: Sequence[bytes]) -> Iterator[list[UserEvent]]:
+        """Yield the events of each record; one that holds none is kept in REFUSED."""
+        for payload in payloads:
+            try:
+                events = events_of(payload)
+            except (ValueError, TypeError, LookupError) as error:
+                self._keep_refused(f"no record of events: {error}", payload=payload.decode(errors="replace"))
+            else:
+                yield events
+
+    def _keep_refused(self, why: str, **what: Any) -> None:
+        path = self._buffer.directory / REFUSED
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"why": why, **what}, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        logger.error("events that Redis will never take are kept in %s: %s", path, why)
 
     def _set_aside(self, events: Sequence[UserEvent]) -> Recorded:
         now_ms = round(self._clock() * 1000)  # "just now" is now, not when they are delivered
@@ -226,36 +286,54 @@ class RedisEventStore:
 
     def _deliver_later(self) -> None:
         while not self._is_closed.wait(self._retry_s):
-            if self._has_undelivered:
-                try:
-                    logger.info("%d delayed batches of events are in Redis now", self.deliver())
-                except StoreUnavailableError:
-                    pass  # was logged when Redis failed
-                except Exception:
-                    logger.exception("delayed events could not be delivered; they stay on disk")
+            try:
+                if self._is_away:
+                    self._asked(self._redis.ping)
+                    self._is_away = False
+                    logger.info("Redis answers again")
+                if self._has_undelivered:
+                    logger.info("%d delayed events are in Redis now", self.deliver())
+            except StoreUnavailableError:
+                pass  # was logged when Redis failed
+            except Exception:
+                logger.exception("delayed events could not be delivered; they stay on disk")
 
-    def _ask(self, call: Callable[[], T]) -> T:
-        """Return what Redis says. Raises StoreUnavailableError, at once where it has failed a moment ago.
+    def _ask(self, call: Callable[[], T], is_delivery: bool = False) -> T:
+        """Return what Redis says. Raises StoreUnavailableError; at once where it has failed and is not back.
 
-        After a failure one caller at a time finds out whether it is back: the others need not wait for that.
+        A delivery waits for longer than requests do, so it goes on where they have failed, and says nothing
+        of whether they can be answered.
         """
-        now = self._monotonic()
-        if now < self._asked_again_at:
+        if self._is_away and not is_delivery:
             raise StoreUnavailableError("Redis did not answer a moment ago")
-        if self._asked_again_at > NEVER:
-            self._asked_again_at = now + self._retry_s
+        return self._asked(call)
+
+    def _asked(self, call: Callable[[], T]) -> T:
         try:
-            answer = call()
+            return call()
         except self._refusal as error:  # a full memory, say: reads go on
-            self._asked_again_at = NEVER
-            seldom.warning(f"Redis refuses: {error}")
-            raise StoreUnavailableError(f"Redis refuses: {error}") from error
+            self._is_away = False
+            text = f"Redis refuses: {error}"
+            if isinstance(error, self._moved):
+                text = f"Redis is part of a cluster; expected one server that has all keys: {error}"
+            seldom.warning(text)
+            raise StoreUnavailableError(text) from error
         except self._errors as error:
-            self._asked_again_at = self._monotonic() + self._retry_s
-            logger.warning("Redis does not answer: %s", error)
-            raise StoreUnavailableError(f"Redis does not answer: {error}") from error
-        self._asked_again_at = NEVER
-        return answer
+            self._is_away = True
+            text = f"Redis does not answer: {error}"
+            seldom.warning(text)
+            raise StoreUnavailableError(text) from error
+
+
+def _some_at_once(batches: Iterator[list[UserEvent]]) -> Iterator[list[UserEvent]]:
+    """Yield the events of batches, EVENTS_AT_ONCE or a little more together."""
+    waiting: list[UserEvent] = []
+    for events in batches:
+        waiting += events
+        if len(waiting) >= EVENTS_AT_ONCE:
+            yield waiting
+            waiting = []
+    yield waiting
 
 
 def check_url(url: str) -> None:

@@ -23,7 +23,8 @@ pytest.importorskip("redis", reason="the extra `redis` is not installed")
 import redis
 
 from engine.client import RecommenderClient, visitor
-from engine.event_store import Recorded, StoreUnavailableError, UserEvent
+from engine.event_log import EventLog
+from engine.event_store import LocalEventStore, Recorded, StoreUnavailableError, UserEvent, encode
 from engine.redis_events import RedisEventStore
 from protos.trirank.v1 import recommender_pb2 as pb
 
@@ -189,38 +190,105 @@ def failure(store: RedisEventStore) -> str:
     return ""
 
 
-def test_a_redis_that_hangs_is_asked_once_and_then_left_alone(tmp_path: Path) -> None:
+def test_a_redis_that_hangs_is_left_alone_until_it_is_back(tmp_path: Path) -> None:
     server = Server(tmp_path)
     server.start()
-    now = [0.0]
-    store = RedisEventStore(
-        server.url, tmp_path / "buffer", timeout_s=0.2, retry_s=1000, monotonic=lambda: now[0]
-    )
-    assert server.process
-    server.process.send_signal(signal.SIGSTOP)
+    line = SlowLine(server.port)
+    store = RedisEventStore(line.url, tmp_path / "buffer", timeout_s=0.2, retry_s=0.05)
+    line.delay_s = 1000.0
     with pytest.raises(StoreUnavailableError, match="does not answer"):
         store.recent("ann")
-    with pytest.raises(StoreUnavailableError, match="did not answer a moment ago"):
-        store.recent("ann")
-    # When it is time to try again, one caller waits for the answer and the others do not.
-    now[0] = 1000.5
-    with ThreadPoolExecutor(8) as callers:
-        failures = list(callers.map(lambda _: failure(store), range(8)))
-    assert sorted(text.split(":")[0] for text in failures) == [
-        *["Redis did not answer a moment ago"] * 7,
-        "Redis does not answer",
-    ]
+    # One thread finds out when it is back; requests do not wait for that.
+    for _ in range(20):
+        assert failure(store) == "Redis did not answer a moment ago"
+        time.sleep(0.02)
     assert record(store, UserEvent("e", "ann", "x")).is_delayed
-    server.process.send_signal(signal.SIGCONT)
-    store._redis.connection_pool.disconnect()
-    now[0] = 2001.0
-    store._redis.connection_pool.connection_kwargs["socket_timeout"] = WAIT_S
-    store._redis.connection_pool.reset()
-    assert store.recent("ann") == []
-    assert store.deliver() == 1
-    assert ids(store.recent("ann")) == ["e"]
-    store.close()
+    line.delay_s = 0.0
+    # On a starved machine it may be late again: what counts is that the answer comes.
+    wait_until(lambda: not store.has_undelivered and failure(store) == "")
+    direct = RedisEventStore(server.url, tmp_path / "direct", timeout_s=WAIT_S)
+    assert ids(direct.recent("ann")) == ["e"]
+    for one in (store, direct):
+        one.close()
+    line.close()
     server.stop()
+
+
+def test_an_outage_costs_nothing_but_the_room_of_its_events(tmp_path: Path) -> None:
+    store = RedisEventStore("redis://127.0.0.1:1/0", tmp_path, retry_s=0.01)
+    for number in range(20):
+        assert record(store, UserEvent(f"e{number}", "ann", "x")).is_delayed
+        time.sleep(0.02)
+    assert len(list(tmp_path.glob("*.log"))) == 1  # nothing was begun anew to ask whether Redis is back
+    store.close()
+
+
+def test_what_a_store_without_redis_has_left_is_delivered(server: Server, tmp_path: Path) -> None:
+    client = redis.Redis(port=server.port)
+    client.flushall()
+    before = LocalEventStore(tmp_path, compact_bytes=1)
+    for number in range(3):
+        before.record([UserEvent(f"e{number}", "ann", "x", timestamp=1 + number)]).result(WAIT_S)
+    before.close()
+    assert list(tmp_path.glob("*.snapshot"))
+    store = RedisEventStore(server.url, tmp_path, timeout_s=WAIT_S, retry_s=0.01)
+    wait_until(lambda: not store.has_undelivered)
+    assert ids(store.recent("ann")) == ["e0", "e1", "e2"]
+    store.close()
+    client.close()
+
+
+def test_what_redis_will_never_take_keeps_nobody_waiting(server: Server, tmp_path: Path) -> None:
+    client = redis.Redis(port=server.port)
+    client.flushall()
+    client.set("trirank:events:bob", "no hash")
+    log = EventLog(tmp_path)
+    log.append(
+        [b"no events", encode([UserEvent("e1", "ann", "x", timestamp=5), UserEvent("e2", "bob", "y")])]
+    )
+    log.close()
+    store = RedisEventStore(server.url, tmp_path, timeout_s=WAIT_S, retry_s=0.01)
+    wait_until(lambda: not store.has_undelivered)
+    assert ids(store.recent("ann")) == ["e1"]
+    refused = [json.loads(line) for line in (tmp_path / "refused.jsonl").read_text().splitlines()]
+    assert refused[0]["payload"] == "no events"
+    assert "WRONGTYPE" in refused[1]["why"]
+    assert refused[1]["events"] == [["e2", "bob", "y", "interaction", 0]]
+    store.close()
+    client.close()
+
+
+def test_a_delivery_does_not_hold_up_the_end(server: Server, tmp_path: Path) -> None:
+    log = EventLog(tmp_path)
+    for number in range(20):
+        user = f"u{number}"
+        log.append([encode([UserEvent(f"e{n}", user, "x", timestamp=1) for n in range(500)])])
+    log.close()
+    client = redis.Redis(port=server.port)
+    client.flushall()
+    line = SlowLine(server.port)
+    line.delay_s = 0.2
+    store = RedisEventStore(line.url, tmp_path, timeout_s=WAIT_S, retry_s=0.01)
+    wait_until(lambda: client.dbsize() >= 1)
+    store.close()
+    assert client.dbsize() < 20
+    store = RedisEventStore(server.url, tmp_path, timeout_s=WAIT_S, retry_s=0.01)
+    wait_until(lambda: not store.has_undelivered)
+    assert client.dbsize() == 20
+    store.close()
+    line.close()
+    client.close()
+
+
+def test_a_cluster_is_named(tmp_path: Path) -> None:
+    store = RedisEventStore("redis://127.0.0.1:1/0", tmp_path)
+
+    def moved() -> None:
+        raise redis.exceptions.MovedError("12928 127.0.0.1:16402")
+
+    with pytest.raises(StoreUnavailableError, match=r"part of a cluster; expected one server .*: 12928"):
+        store._asked(moved)
+    store.close()
 
 
 class SlowLine:
