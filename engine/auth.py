@@ -14,6 +14,7 @@ only keep equal keys apart, and there are none.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import hmac
 import json
@@ -151,32 +152,52 @@ def create_key(
     It is shown this once: the file cannot give it back. Raises KeyFileError, and ValueError for a bad role.
     """
     path = Path(path)
-    known = _read(path) if path.exists() else []
-    taken = {key.id for key in known}
-    while (key_id := "".join(secrets.choice(ID_ALPHABET) for _ in range(8))) in taken:
-        pass
-    key = f"trk_{key_id}_{secrets.token_urlsafe(32)}"
-    entry = ApiKey(
-        id=key_id,
-        name=name,
-        role=role,
-        sha256=hashlib.sha256(key.encode()).hexdigest(),
-        created=(now or datetime.now(UTC)).isoformat(timespec="seconds"),
-        requests_per_s=rate_limit.per_s if rate_limit else None,
-        burst=rate_limit.burst if rate_limit else None,
-    )
-    _write(path, [*known, entry])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _changing(path):
+        known = _read(path) if path.exists() else []
+        taken = {key.id for key in known}
+        while (key_id := "".join(secrets.choice(ID_ALPHABET) for _ in range(8))) in taken:
+            pass
+        key = f"trk_{key_id}_{secrets.token_urlsafe(32)}"
+        entry = ApiKey(
+            id=key_id,
+            name=name,
+            role=role,
+            sha256=hashlib.sha256(key.encode()).hexdigest(),
+            created=(now or datetime.now(UTC)).isoformat(timespec="seconds"),
+            requests_per_s=rate_limit.per_s if rate_limit else None,
+            burst=rate_limit.burst if rate_limit else None,
+        )
+        _write(path, [*known, entry])
     return key
 
 
 def remove_key(path: str | Path, key_id: str) -> None:
     """Take a key out of a key file. Raises KeyFileError where it has no key of this id."""
     path = Path(path)
-    known = _read(path)
-    kept = [key for key in known if key.id != key_id]
-    if len(kept) == len(known):
-        raise KeyFileError(f"{path} has no key {key_id!r}; it has {', '.join(key.id for key in known)}")
-    _write(path, kept)
+    with _changing(path):
+        known = _read(path)
+        kept = [key for key in known if key.id != key_id]
+        if len(kept) == len(known):
+            raise KeyFileError(f"{path} has no key {key_id!r}; it has {', '.join(key.id for key in known)}")
+        _write(path, kept)
+
+
+@contextlib.contextmanager
+def _changing(path: Path) -> Iterator[None]:
+    """Let one process at a time read a key file and replace it. KeyFileError where its directory is none.
+
+    The lock is the directory: the file itself is another one once it has been replaced.
+    """
+    try:
+        descriptor = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise KeyFileError(f"{path.parent} cannot be opened: {error}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _read(path: Path) -> list[ApiKey]:
@@ -204,7 +225,6 @@ def _read(path: Path) -> list[ApiKey]:
 def _write(path: Path, keys: Iterable[ApiKey]) -> None:
     """Replace the file at once: a new one readable by its owner alone, another as the old one was."""
     entries = [{name: value for name, value in asdict(key).items() if value is not None} for key in keys]
-    path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, draft = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)  # mode 0600
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:

@@ -167,13 +167,7 @@ class AsyncRecommenderClient:
         """Make ready to connect, which the first calls do; the arguments are those of RecommenderClient."""
         self._timeout_s = timeout_s
         self._metadata = _metadata(api_key)
-        options = _options(num_channels)
-        self._channels = [
-            grpc.aio.secure_channel(address, credentials, options=options)
-            if credentials
-            else grpc.aio.insecure_channel(address, options=options)
-            for _ in range(num_channels)
-        ]
+        self._channels = aio_channels(address, credentials, num_channels)
         self._stubs = itertools.cycle([pb_grpc.RecommenderServiceStub(one) for one in self._channels])
 
     async def recommend(
@@ -269,6 +263,19 @@ class AsyncRecommenderClient:
 
 def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {api_key}"),) if api_key else ()
+
+
+def aio_channels(
+    address: str, credentials: grpc.ChannelCredentials | None, num_channels: int
+) -> list[grpc.aio.Channel]:
+    """Return channels that balance and retry as SERVICE_CONFIG says; for the event loop they are made in."""
+    options = _options(num_channels)
+    return [
+        grpc.aio.secure_channel(address, credentials, options=options)
+        if credentials
+        else grpc.aio.insecure_channel(address, options=options)
+        for _ in range(num_channels)
+    ]
 
 
 def _options(num_channels: int) -> list[tuple[str, Any]]:

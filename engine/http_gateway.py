@@ -5,7 +5,8 @@
 
 Every unary call of the service is a path, made from the descriptors as is the OpenAPI document, so that a
 change of the .proto needs no change here. Fields are spelled as in the .proto; 64-bit numbers are strings, as
-protobuf's JSON mapping has it. The gateway only translates: limits, keys and deadlines are the server's.
+protobuf's JSON mapping has it. The gateway only translates: limits, keys and deadlines are the server's. As
+clients should, it asks all addresses of the server's name in turn, and comes back where the server says so.
 
 Needs the extra `http`, aiohttp: HTTP/1.1 that may face a network, in one package, which PyTorch Geometric
 brings along anyway. Starlette would need uvicorn and h11; the standard library says of its own server that it
@@ -14,11 +15,13 @@ is not for production.
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import logging
 import re
 import sys
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescri
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from engine.arguments import ArgumentParser
+from engine.client import aio_channels
 from engine.messages import MAX_MESSAGE_BYTES
 from engine.tls import client_credentials
 from protos.trirank.v1 import recommender_pb2 as pb
@@ -68,8 +72,8 @@ SCALARS: dict[int, dict[str, str]] = {
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 
-def gateway(channel: grpc.aio.Channel) -> web.Application:
-    """Return the application that answers from the server at the other end of a channel."""
+def gateway(channels: Sequence[grpc.aio.Channel]) -> web.Application:
+    """Return the application that answers from the servers at the other end of channels, used in turn."""
     application = web.Application(client_max_size=MAX_MESSAGE_BYTES)
     document = openapi()
 
@@ -77,7 +81,7 @@ def gateway(channel: grpc.aio.Channel) -> web.Application:
         return web.json_response(document)
 
     async def health(request: web.Request) -> web.Response:
-        stub = health_pb2_grpc.HealthStub(channel)
+        stub = health_pb2_grpc.HealthStub(channels[0])
         try:
             found = await stub.Check(health_pb2.HealthCheckRequest(service=SERVICE.full_name), timeout=2.0)
         except grpc.aio.AioRpcError as error:
@@ -88,7 +92,7 @@ def gateway(channel: grpc.aio.Channel) -> web.Application:
     application.router.add_get("/openapi.json", describe)
     application.router.add_get("/healthz", health)
     for method in SERVICE.methods:
-        application.router.add_post(path_of(method), _handler(channel, method))
+        application.router.add_post(path_of(method), _handler(channels, method))
     return application
 
 
@@ -138,19 +142,24 @@ def openapi() -> dict[str, Any]:
     }
 
 
-def _handler(channel: grpc.aio.Channel, method: MethodDescriptor) -> Handler:
+def _handler(channels: Sequence[grpc.aio.Channel], method: MethodDescriptor) -> Handler:
     request_class = message_factory.GetMessageClass(method.input_type)
     response_class = message_factory.GetMessageClass(method.output_type)
-    ask = channel.unary_unary(
-        f"/{SERVICE.full_name}/{method.name}",
-        request_serializer=request_class.SerializeToString,
-        response_deserializer=response_class.FromString,
+    asks = itertools.cycle(
+        [
+            channel.unary_unary(
+                f"/{SERVICE.full_name}/{method.name}",
+                request_serializer=request_class.SerializeToString,
+                response_deserializer=response_class.FromString,
+            )
+            for channel in channels
+        ]
     )
 
     async def handle(request: web.Request) -> web.Response:
         try:
             timeout_s = _timeout_s(request)
-            message = json_format.Parse(await request.text() or "{}", request_class())
+            message = json_format.Parse(await _text(request) or "{}", request_class())
         except (json_format.ParseError, ValueError) as error:  # not JSON, not UTF-8, or not these fields
             return _refusal(400, "INVALID_ARGUMENT", str(error))
         metadata = [(name, request.headers[name]) for name in HEADERS if name in request.headers]
@@ -158,7 +167,7 @@ def _handler(channel: grpc.aio.Channel, method: MethodDescriptor) -> Handler:
             if not (value.isascii() and value.isprintable()):  # gRPC takes no other
                 return _refusal(400, "INVALID_ARGUMENT", f"{name} is not of printable ASCII characters")
         try:
-            response = await ask(message, timeout=timeout_s, metadata=metadata)
+            response = await next(asks)(message, timeout=timeout_s, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             return _refusal(
                 HTTP_STATUS.get(error.code(), 500),
@@ -170,6 +179,13 @@ def _handler(channel: grpc.aio.Channel, method: MethodDescriptor) -> Handler:
         return web.Response(text=text, content_type="application/json")
 
     return handle
+
+
+async def _text(request: web.Request) -> str:
+    try:
+        return await request.text()
+    except LookupError as error:
+        raise ValueError(f"charset is {request.charset!r}; expected utf-8") from error
 
 
 def _timeout_s(request: web.Request) -> float:
@@ -227,6 +243,12 @@ def main(argv: list[str] | None = None) -> int:
     """Answer HTTP requests until SIGTERM or SIGINT."""
     parser = ArgumentParser(prog="python -m engine.http_gateway", description=main.__doc__)
     parser.add_argument("--server", type=str, default="127.0.0.1:50051", help="host:port of `trirank serve`")
+    parser.add_argument(
+        "--num_channels",
+        type=int,
+        default=1,
+        help="connections to each address of the server, which its --num_processes share",
+    )
     parser.add_argument("--host", type=str, default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8080, help="port to listen on")
     parser.add_argument(
@@ -242,6 +264,8 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(openapi(), indent=2))
         return 0
     try:
+        if options.num_channels < 1:
+            raise ValueError(f"num_channels is {options.num_channels}; expected at least 1")
         credentials = client_credentials(options.tls_ca, options.tls_cert, options.tls_key)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -249,15 +273,11 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     async def application() -> web.Application:
-        limit = ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)
-        if credentials:
-            channel = grpc.aio.secure_channel(options.server, credentials, options=[limit])
-        else:
-            channel = grpc.aio.insecure_channel(options.server, options=[limit])
-        made = gateway(channel)
+        channels = aio_channels(options.server, credentials, options.num_channels)
+        made = gateway(channels)
 
         async def close(_: web.Application) -> None:
-            await channel.close(None)
+            await asyncio.gather(*(channel.close(None) for channel in channels))
 
         made.on_cleanup.append(close)
         return made

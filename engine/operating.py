@@ -12,7 +12,10 @@ import functools
 import json
 import logging
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,13 +56,32 @@ def serve(argv: list[str]) -> int:
     else:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        with contextlib.ExitStack() as closing:
+        with _ending_on_signals(), contextlib.ExitStack() as closing:
             have_ended = _serve(args, argv, closing)
     except (ValueError, OSError) as error:  # such as a BundleError, a PolicyError, an AddressError
         return fail(str(error), 2)
     if not have_ended:
         _end_without_workers()
     return 0
+
+
+@contextlib.contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """End on SIGTERM, and pass over SIGHUP, until the server has handlers of its own.
+
+    The first process of a container ignores a SIGTERM for which it has no handler, and would begin to serve.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone may have handlers
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end_without_workers() -> None:

@@ -56,6 +56,8 @@ SERVICE = pb.DESCRIPTOR.services_by_name["RecommenderService"].full_name
 STATUSES = health_pb2.HealthCheckResponse
 # Requests for each worker that may be under way before the limit has measured anything: room for a burst.
 INITIAL_LIMIT = 4
+CONNECTION_AGE_S = 120.0  # give or take a tenth; then it takes no new calls, and the client connects anew
+CONNECTION_GRACE_S = 60.0  # for what is under way then; a Watch of the health ends with it
 END_S = 2.0  # after draining, for a worker to come back from the stage that it is in
 NO_OTHERS: Mapping[str, RecommendationPipeline] = MappingProxyType({})
 ROLE_OF = {"RecordEvents": "client"}  # of an API key; all other calls are for readers
@@ -612,6 +614,9 @@ async def serve(
                 ("grpc.max_receive_message_length", messages.MAX_MESSAGE_BYTES),
                 # Two servers that share a port by mistake would each get a part of the requests.
                 ("grpc.so_reuseport", int(reuse_port)),
+                # Clients look a name up anew when a connection ends: so they find servers that were added.
+                ("grpc.max_connection_age_ms", round(1000 * CONNECTION_AGE_S)),
+                ("grpc.max_connection_age_grace_ms", round(1000 * CONNECTION_GRACE_S)),
             ]
         )
         service = RecommenderService(

@@ -13,7 +13,6 @@ import contextlib
 import json
 import logging
 import mmap
-import os
 import socket
 import struct
 import threading
@@ -24,10 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from engine.event_store import EventStore, Recorded, StoreUnavailableError, UserEvent
+from engine.telemetry import LimitedLog
 
 logger = logging.getLogger(__name__)
+seldom = LimitedLog(logger)
 
 LENGTH = struct.Struct("<I")
+ACCEPT_AGAIN_S = 0.1
 MARKS_BYTES = 1 << 20  # with a million users with events, one in nine without any is asked about in vain
 
 
@@ -36,13 +38,12 @@ class _Marks:
 
     def __init__(self, path: str, *, create: bool = False) -> None:
         """Map the file at a path, made where `create`; FileNotFoundError where it is not there."""
-        descriptor = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0), 0o600)
-        try:
+        with open(path, "x+b" if create else "r+b") as file:
             if create:
-                os.ftruncate(descriptor, MARKS_BYTES)
-            self._bits = mmap.mmap(descriptor, MARKS_BYTES)
-        finally:
-            os.close(descriptor)
+                # Written, not only made long: where the disk is full this fails, and no mark does later.
+                file.write(bytes(MARKS_BYTES))
+                file.flush()
+            self._bits = mmap.mmap(file.fileno(), MARKS_BYTES)
 
     def add(self, user_id: str) -> None:
         """Mark a user; for one thread at a time."""
@@ -81,23 +82,27 @@ class EventServer:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
         self._listener.listen(64)
+        self._is_closed = threading.Event()
         threading.Thread(target=self._accept, name="event-server", daemon=True).start()
 
     def close(self) -> None:
         """Take no more connections; those there are end with their processes."""
+        self._is_closed.set()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._listener.close()
 
     def _accept(self) -> None:
-        while True:
+        while not self._is_closed.is_set():
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                return  # closed
-            threading.Thread(
-                target=self._answer, args=(connection,), name="event-server", daemon=True
-            ).start()
+                thread = threading.Thread(
+                    target=self._answer, args=(connection,), name="event-server", daemon=True
+                )
+                thread.start()
+            except (OSError, RuntimeError):  # closed; or no descriptor or thread is left, for now
+                if not self._is_closed.wait(ACCEPT_AGAIN_S):
+                    seldom.warning("a connection to the event store could not be taken; trying again")
 
     def _answer(self, connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):

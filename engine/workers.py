@@ -152,8 +152,13 @@ def _watch(
                 logger.error("worker %d has ended with %d; it is started again", number, worker.returncode)
                 ended_at[number] = time.monotonic()
             elif time.monotonic() - ended_at[number] >= RESTART_S:
-                del ended_at[number]
-                workers[number] = start(number)
+                try:
+                    workers[number] = start(number)
+                except OSError as error:  # no memory, process or descriptor is left, for now
+                    logger.error("worker %d could not be started, and will be tried again: %s", number, error)
+                    ended_at[number] = time.monotonic()
+                else:
+                    del ended_at[number]
         time.sleep(POLL_S)
 
 

@@ -23,7 +23,7 @@ CHART = DEPLOY / "helm" / "trirank"
 FILES = sorted(path for path in DEPLOY.rglob("*") if path.is_file())
 
 
-def rendered(**changed: str) -> dict[str, Any]:
+def rendered(**changed: Any) -> dict[str, Any]:
     """The chart's objects by kind, as `helm template shop` makes them; of its actions, those in use here."""
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     for path, value in changed.items():
@@ -47,6 +47,8 @@ def render(template: str, scope: dict[str, Any]) -> str:
             shown.append(shown[-1] and bool(look_up(match[2], scope)) != bool(match[1]))
         elif line == "{{- end }}":
             shown.pop()
+        elif shown[-1] and (failure := re.fullmatch(r"\{\{- fail \"(.+)\" \}\}", line)):
+            raise ValueError(failure[1])
         elif shown[-1]:
             lines.append(re.sub(r"\{\{ (.+?) \}\}", lambda found: evaluate(found[1], scope), line))
     assert shown == [True]
@@ -147,16 +149,13 @@ def test_compose_mounts_files_that_are_there() -> None:
 
 def test_the_chart() -> None:
     objects = rendered()
-    assert set(objects) == {"StatefulSet", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget"}
+    assert set(objects) == {"StatefulSet", "Service", "PodDisruptionBudget"}
     spec = objects["StatefulSet"]["spec"]
     labels = spec["template"]["metadata"]["labels"]
     assert spec["selector"]["matchLabels"] == labels
     assert objects["Service"]["spec"]["selector"] == labels
     assert objects["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
-    assert "replicas" not in spec  # the autoscaler's
-    scaler = objects["HorizontalPodAutoscaler"]["spec"]
-    assert scaler["scaleTargetRef"]["name"] == objects["StatefulSet"]["metadata"]["name"]
-    assert scaler["metrics"][0]["pods"]["metric"]["name"] == "trirank_in_flight"
+    assert spec["replicas"] == 2
     pod = spec["template"]["spec"]
     assert pod["securityContext"]["runAsNonRoot"]
     (served,) = pod["containers"]
@@ -177,14 +176,21 @@ def test_the_chart() -> None:
 
 
 def test_the_chart_with_its_options() -> None:
-    objects = rendered(autoscaling__enabled="", redis__existingSecret="r", apiKeys__existingSecret="k")
-    assert "HorizontalPodAutoscaler" not in objects
+    objects = rendered(autoscaling__enabled=True, redis__existingSecret="r", apiKeys__existingSecret="k")
     spec = objects["StatefulSet"]["spec"]
-    assert spec["replicas"] == 2
+    assert "replicas" not in spec  # the autoscaler's
+    scaler = objects["HorizontalPodAutoscaler"]["spec"]
+    assert scaler["scaleTargetRef"]["name"] == objects["StatefulSet"]["metadata"]["name"]
+    assert scaler["metrics"][0]["pods"]["metric"]["name"] == "trirank_in_flight"
     (served,) = spec["template"]["spec"]["containers"]
     assert served["env"][0]["valueFrom"]["secretKeyRef"] == {"name": "r", "key": "url"}
     mounts = {mount["name"]: mount["mountPath"] for mount in served["volumeMounts"]}
     assert f"--api_keys={mounts['api-keys']}/keys.json" in served["args"]
+
+
+def test_pods_that_come_and_go_need_redis() -> None:
+    with pytest.raises(ValueError, match=r"autoscaling\.enabled needs redis\.existingSecret"):
+        rendered(autoscaling__enabled=True)
 
 
 def test_the_image() -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -170,3 +172,14 @@ def test_the_work_is_the_same_for_a_known_and_an_unknown_id(
     for presented in (key, key[:-1] + "~", "trk_22222222_" + "x" * 43, "", None):
         keys.find(presented)
     assert compared == [(64, 64)] * 5
+
+
+def test_keys_made_at_once_are_all_there(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "keys.json"
+    script = (
+        "import sys; from engine.auth import create_key; [create_key(sys.argv[1], 'x') for _ in range(5)]"
+    )
+    makers = [subprocess.Popen([sys.executable, "-c", script, str(path)]) for _ in range(4)]
+    assert [maker.wait() for maker in makers] == [0] * 4
+    assert len(json.loads(path.read_text())["keys"]) == 20
+    assert [file.name for file in path.parent.iterdir()] == ["keys.json"]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -195,3 +196,57 @@ def test_a_record_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match="a record has 11 bytes; expected at most 10"):
         log.append([b"x" * 11])
     log.close()
+
+
+def test_a_directory_that_could_not_be_synced_is_synced_before_the_next_record_is_safe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = EventLog(tmp_path)
+    synced: list[bool] = []
+    fsync = os.fsync
+
+    def fails_once(descriptor: int) -> None:
+        synced.append(bool(synced))
+        if not synced[-1]:
+            raise OSError(errno.EIO, "a failing disk")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails_once)
+    with pytest.raises(OSError, match="a failing disk"):
+        log.append([b"refused"])
+    log.append([b"a"])
+    assert synced == [False, True]
+    log.close()
+    assert replayed(tmp_path) == [b"a"]
+
+
+@given(st.lists(st.sampled_from(["append", "part", "all", "snapshot", "reopen"]), max_size=25))
+@settings(max_examples=60, deadline=None)
+def test_what_is_taken_part_by_part_is_taken_once_and_in_order(steps: list[str]) -> None:
+    """Whatever comes between: no record is left out, none that was not yet taken is lost."""
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        log = EventLog(directory, max_segment_bytes=60)
+        expected: list[bytes] = []
+        for number, step in enumerate(steps):
+            if step == "append":
+                expected.append(b"record %d" % number)
+                log.append([expected[-1]])
+            elif step == "snapshot":
+                log.replace_before(log.rotate(), list(log.replay()))
+            elif step == "reopen":
+                log.close()
+                log = EventLog(directory, max_segment_bytes=60)
+            else:
+                parts = log.ended_parts()
+                expected.append(b"meanwhile %d" % number)
+                log.append([expected[-1]])
+                for end, payloads in parts:
+                    assert payloads == expected[: len(payloads)]
+                    del expected[: len(payloads)]
+                    log.replace_before(end, [])
+                    if step == "part":
+                        break
+            assert list(log.replay()) == expected
+            assert log.num_bytes == sum(path.stat().st_size for path in directory.glob("*.log"))
+        log.close()

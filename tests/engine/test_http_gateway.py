@@ -12,7 +12,7 @@ pytest.importorskip("aiohttp", reason="the extra `http` is not installed")
 
 from aiohttp import test_utils
 
-from engine.client import RecommenderClient, visitor
+from engine.client import RecommenderClient, aio_channels, visitor
 from engine.http_gateway import SERVICE, _refusal, gateway, main, openapi, path_of
 from protos.trirank.v1 import recommender_pb2 as pb
 
@@ -25,7 +25,7 @@ def through(address: str, work: Callable[[Ask], Awaitable[Any]]) -> Any:
     async def run() -> Any:
         async with (
             grpc.aio.insecure_channel(address) as channel,
-            test_utils.TestClient(test_utils.TestServer(gateway(channel))) as client,
+            test_utils.TestClient(test_utils.TestServer(gateway([channel]))) as client,
         ):
 
             async def ask(method: str, path: str, **options: Any) -> tuple[int, Any]:
@@ -74,15 +74,19 @@ def test_refusals(server_address: str) -> None:
             await ask("POST", "/v1/recommend", json={}, headers={"x-timeout-ms": "soon"}),
             await ask("POST", "/v1/similar-items", json={"item_id": "🤷"}),
             await ask("POST", "/v1/recommend", json={}, headers={"authorization": "Bearer ключ"}),
+            await ask(
+                "POST", "/v1/recommend", data=b"{}", headers={"content-type": "text/x; charset=klingon"}
+            ),
         ]
 
     answers = through(server_address, work)
-    assert [status for status, _ in answers] == [400, 400, 400, 400, 400, 404, 400]
+    assert [status for status, _ in answers] == [400, 400, 400, 400, 400, 404, 400, 400]
     assert answers[0][1] == {"code": "INVALID_ARGUMENT", "message": "limit is 501; expected 1 to 500"}
     assert "limmit" in answers[3][1]["message"]
     assert answers[4][1]["message"] == "x-timeout-ms is 'soon'; expected 1 to 999999"
     assert answers[5][1]["code"] == "NOT_FOUND"
     assert answers[6][1]["message"] == "authorization is not of printable ASCII characters"
+    assert answers[7][1]["message"] == "charset is 'klingon'; expected utf-8"
 
 
 def test_without_a_server() -> None:
@@ -91,6 +95,38 @@ def test_without_a_server() -> None:
 
     (status, body), (health, _) = through("127.0.0.1:1", work)
     assert (status, body["code"], health) == (503, "UNAVAILABLE", 503)
+
+
+def test_all_servers_are_asked() -> None:
+    asked: list[int] = []
+
+    async def run() -> None:
+        servers, ports = [], []
+        for number in range(2):
+            server = grpc.aio.server()
+
+            async def answer(_: bytes, context: Any, number: int = number) -> bytes:
+                asked.append(number)
+                return b""
+
+            handler = grpc.unary_unary_rpc_method_handler(answer)
+            generic = grpc.method_handlers_generic_handler(SERVICE.full_name, {"Recommend": handler})
+            server.add_generic_rpc_handlers((generic,))
+            ports.append(server.add_insecure_port("127.0.0.1:0"))
+            await server.start()
+            servers.append(server)
+        name = "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in ports)
+        channels = aio_channels(name, None, 2)
+        async with test_utils.TestClient(test_utils.TestServer(gateway(channels))) as client:
+            while len(set(asked)) < 2:  # a second connection may come later than the first call
+                async with client.post("/v1/recommend", json={}) as response:
+                    assert response.status == 200
+        for channel in channels:
+            await channel.close(None)
+        for server in servers:
+            await server.stop(None)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_events_over_http(server_address: str) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import random
 import signal
 import socket
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
@@ -457,3 +459,45 @@ def test_random_bytes_and_mutated_requests(server_address: str) -> None:
                     seen[error.code(), error.details()[:15]] = bytes(payload)
     assert {code for code, _ in seen} == {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}, seen
     assert (grpc.StatusCode.INVALID_ARGUMENT, "the request is ") in seen
+
+
+def test_sigterm_before_it_serves(bundle_path: Path, tmp_path: Path) -> None:
+    """The first process of a container would otherwise ignore it, and begin to serve."""
+    waits = tmp_path / "policies.yaml"
+    os.mkfifo(waits)  # who opens it waits for a writer
+    command = [sys.executable, "-m", "engine.cli", "serve", str(bundle_path), "--policies", str(waits)]
+    process = subprocess.Popen([*command, "--address", "127.0.0.1:0", "--json"], stdout=subprocess.PIPE)
+
+    def has_handler() -> bool:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+        return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+    ends = time.monotonic() + 60
+    while not has_handler():
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert (process.returncode, said) == (0, b"")
+
+
+def test_a_connection_ends_with_its_age_and_no_call_with_it(bundle_path: Path, start_process: Any) -> None:
+    """So that clients look the name up anew, and find servers that were added."""
+    script = "from engine import cli, server; server.CONNECTION_AGE_S = 0.2; raise SystemExit(cli.main())"
+    command = [sys.executable, "-c", script, "serve", str(bundle_path), "--address", "127.0.0.1:0", "--json"]
+    with start_process(command) as (process, ready):
+        address = json.loads(ready)["address"]
+        port = int(address.rpartition(":")[2])
+        own_ports: set[int] = set()
+        ends = time.monotonic() + 60
+        with grpc.insecure_channel(address) as channel:
+            stub = pb_grpc.RecommenderServiceStub(channel)
+            while len(own_ports) < 4:
+                stub.Recommend(pb.RecommendRequest(), timeout=60)
+                found = psutil.Process().net_connections("tcp")
+                own_ports |= {one.laddr.port for one in found if one.raddr and one.raddr.port == port}
+                assert time.monotonic() < ends
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,9 +21,10 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from engine import shared_events, workers
 from engine.client import visitor
 from engine.event_store import LocalEventStore, MemoryEventStore, Recorded, StoreUnavailableError, UserEvent
-from engine.shared_events import EventServer, SharedEventStore
+from engine.shared_events import MARKS_BYTES, EventServer, SharedEventStore
 from engine.workers import WORKER, Worker
 from protos.trirank.v1 import recommender_pb2 as pb
 from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
@@ -79,6 +82,29 @@ def test_nobody_is_asked_about_who_has_no_events(tmp_path: Path) -> None:
         assert not any(store.recent(user) for user in users[1:])
         store.close()
     assert set(asked) == {"new ü", "of old"}
+    server.close()
+
+
+def test_the_room_for_marks_is_taken_at_once(tmp_path: Path) -> None:
+    """A full disk must be an error at the start, and not the end of all processes at some later mark."""
+    server = EventServer(MemoryEventStore(), tmp_path / "events")
+    assert (tmp_path / "events.users").stat().st_blocks * 512 >= MARKS_BYTES
+    server.close()
+
+
+def test_a_shortage_of_descriptors_ends(tmp_path: Path) -> None:
+    server = EventServer(MemoryEventStore(), tmp_path / "events")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX) as waiting:
+        waiting.settimeout(WAIT_S)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            waiting.connect(str(tmp_path / "events"))
+            time.sleep(0.3)  # it is refused to the server meanwhile
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        shared_events._send(waiting, {"recent": "ann"})
+        assert shared_events._receive(waiting) == {"events": []}
     server.close()
 
 
@@ -192,6 +218,29 @@ def test_two_servers_on_one_port(bundle_path: Path, start_process: Any, tmp_path
     store = LocalEventStore(tmp_path / "events")
     assert [event.event_id for event in store.recent("somebody")] == ["1"]
     store.close()
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(workers, "RESTART_S", 0.0)
+    monkeypatch.setattr(workers, "POLL_S", 0.01)
+    ended = subprocess.Popen([sys.executable, "-c", ""], text=True)
+    ended.wait()
+    running, signals, tries = [ended], [], []
+
+    def start(number: int) -> subprocess.Popen[str]:
+        tries.append(number)
+        if len(tries) < 3:
+            raise BlockingIOError(11, "no process is left")
+        signals.append(signal.SIGTERM)
+        return subprocess.Popen([sys.executable, "-c", ""], text=True)
+
+    workers._watch(running, start, signals)
+    assert tries == [0, 0, 0]
+    assert running[0] is not ended
+    assert caplog.text.count("could not be started, and will be tried again") == 2
+    running[0].wait()
 
 
 def test_a_worker_ends_with_the_process_that_started_it() -> None:
