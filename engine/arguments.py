@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import inspect
@@ -20,6 +21,10 @@ UNKNOWN_KEY = (
 )
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
+    """jsonargparse's, which leaves the lines of a description as they are: commands stand in them."""
+
+
 class SuggestKeys:
     """Adds "did you mean" to what a jsonargparse parser says of an unknown key; to be mixed in."""
 
@@ -35,6 +40,7 @@ class ArgumentParser(SuggestKeys, jsonargparse.ArgumentParser):
     """The parser of every trirank command: no abbreviated options, but `--config` and `--print_config`."""
 
     def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
         self.add_argument(
             "--config", action="config", help="Options from a YAML file; those after it take precedence."
@@ -44,7 +50,10 @@ class ArgumentParser(SuggestKeys, jsonargparse.ArgumentParser):
 def nearest(unknown: Iterable[str], known: Iterable[str]) -> str:
     """Return "; did you mean X?" with the known name nearest to each unknown one, or "" for none."""
     names = sorted(known)
-    found = [match for key in unknown for match in difflib.get_close_matches(key, names, n=1)]
+    # One that is known, and yet not taken, is not what was meant.
+    found = [
+        match for key in unknown if key not in names for match in difflib.get_close_matches(key, names, n=1)
+    ]
     return f"; did you mean {' or '.join(dict.fromkeys(found))}?" if found else ""
 
 

@@ -225,6 +225,7 @@ def _serve(args: Any, argv: list[str], closing: contextlib.ExitStack) -> bool:
     if worker is None and num_cores > 1:
         logger.info("one process, %d cores: --num_processes %d would use them", num_cores, num_cores)
     address, metrics_address = (worker.address, worker.metrics) if worker else (args.address, args.metrics)
+    _host_and_port("address", address)
     set_up_for_serving()
     open_bundle = functools.partial(Bundle.load, num_threads=args.num_threads, provider=args.provider)
     bundle = open_bundle(bundle_to_serve(args.bundle))

@@ -44,7 +44,14 @@ from reranking.items import Request
 from reranking.policy import Policies, Policy, policies_from_config
 from reranking.reranker import NO_PURCHASES, Funnel, Purchases, Reranker
 from retrieval.fold_in import event_weights, fold_in
-from retrieval.sources import Candidates, EmbeddingSource, Gathering, Query
+from retrieval.sources import (
+    Candidates,
+    CandidateSource,
+    EmbeddingSource,
+    Gathering,
+    PopularSource,
+    Query,
+)
 from retrieval.transitions import next_items
 
 MAX_LIMIT = 500  # items of a slate
@@ -136,6 +143,7 @@ class RecommendationPipeline:
         settings = bundle.manifest["pipeline"]
         check_settings(settings)
         self.sources, self.quotas = sources_from_config(settings["sources"], bundle)
+        self.last_resort = [source for source in self.sources if isinstance(source, PopularSource)]
         facts = item_facts(bundle.catalog, bundle.item_vectors, bundle.content_vectors)
         self.reranker = Reranker(policies or policies_from_config(bundle.manifest["policies"]), facts)
         self.norms = np.linalg.norm(bundle.item_vectors, axis=1)  # [I+1]
@@ -225,9 +233,8 @@ class RecommendationPipeline:
         candidates = trace.run(
             "retrieval",
             lambda: self._retrieve(query, eligible, seen, limit, trace),
-            otherwise=lambda: self._retrieve(
-                self.query(NOBODY, now, context, head_weights), eligible, seen, limit, trace
-            ),
+            # A source that gives what is no item fails where all are gathered, and would again.
+            otherwise=lambda: self._retrieve(query, eligible, seen, limit, trace, self.last_resort),
             num_in=trace.timings[-1].num_out,
         )
         num_ranked = max(self.num_ranked, limit)
@@ -407,26 +414,41 @@ class RecommendationPipeline:
         return visitor.history.items
 
     def _retrieve(
-        self, query: Query, eligible: NDArray[np.bool_], seen: NDArray[np.int32], limit: int, trace: Trace
+        self,
+        query: Query,
+        eligible: NDArray[np.bool_],
+        seen: NDArray[np.int32],
+        limit: int,
+        trace: Trace,
+        sources: Sequence[CandidateSource] | None = None,
     ) -> ItemList:
         """Return unseen candidates; where they cannot fill a slate, seen ones fill up behind them."""
         allowed = eligible.copy()
         allowed[seen] = False
-        unseen = self._find(query, allowed, max(self.num_candidates, limit), trace)
+        unseen = self._find(query, allowed, max(self.num_candidates, limit), trace, sources)
         if len(unseen) >= limit or not len(seen):
             return unseen
         is_seen = np.zeros_like(eligible)
         is_seen[seen] = True
-        others = self._find(query, eligible & is_seen, limit - len(unseen), trace)
+        others = self._find(query, eligible & is_seen, limit - len(unseen), trace, sources)
         return unseen.in_turns(self.quotas).followed_by(others.in_turns(self.quotas))
 
-    def _find(self, query: Query, allowed: NDArray[np.bool_], limit: int, trace: Trace) -> ItemList:
-        """Ask the sources, each of which may fail alone, and gather what they found, source by source.
+    def _find(
+        self,
+        query: Query,
+        allowed: NDArray[np.bool_],
+        limit: int,
+        trace: Trace,
+        sources: Sequence[CandidateSource] | None = None,
+    ) -> ItemList:
+        """Ask sources (None: all), each of which may fail alone, and gather what they find, source by source.
 
         `allowed` is changed.
         """
-        gathering = Gathering(self.quotas, limit, allowed)
-        for source in self.sources:
+        quotas = self.quotas if sources is None else [1.0] * len(sources)
+        sources = self.sources if sources is None else sources
+        gathering = Gathering(quotas, limit, allowed)
+        for source in sources:
             part = Candidates.none(source.name)
             if gathering.wanted:
                 part = trace.run(
@@ -436,7 +458,7 @@ class RecommendationPipeline:
                     num_in=len(allowed) - 1,
                 )
             gathering.add(part)
-        found = ItemList(*gathering.merged(), tuple(source.name for source in self.sources))
+        found = ItemList(*gathering.merged(), tuple(source.name for source in sources))
         if len(found) == limit:
             return found
         # Too few items are allowed, or popular failed, which knows all of them.

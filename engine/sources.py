@@ -38,8 +38,9 @@ def sources_from_config(
     """
     quotas = {entry["source"]: float(entry["quota"]) for entry in entries}
     quotas.setdefault("popular", 0.0)
-    sources = [source for name in quotas if (source := SOURCES[name](bundle)) is not None]
-    return sources, [quotas[source.name] for source in sources]
+    made = [(SOURCES[name](bundle), quota) for name, quota in quotas.items()]
+    there = [(source, quota) for source, quota in made if source is not None]
+    return [source for source, _ in there], [quota for _, quota in there]
 
 
 def check_sources(entries: Sequence[Mapping[str, Any]]) -> None:

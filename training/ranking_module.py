@@ -20,8 +20,10 @@ from ranking.ranker import HybridRanker
 from training.content import start_vectors
 from training.data.modules import QuestionBatch, RankingData
 from training.data.sequences import SequenceBatch
+from training.encoder_checks import check_sequence_encoder
 from training.losses import sampled_softmax_loss
 from training.metrics import mean_accuracy
+from training.stages import check_numbers
 
 # Above this the softmax over the whole catalog costs more than it brings, and negatives are sampled.
 FULL_SOFTMAX_ITEMS = 50_000
@@ -103,6 +105,15 @@ class RankingModule(L.LightningModule):
         context_dropout: float = 0.1,
     ) -> None:
         super().__init__()
+        check_numbers("ranking.model", 1, {"num_negatives": num_negatives})
+        check_numbers("ranking.model", 0, {"learning_rate": learning_rate}, above=True)
+        shares = {
+            "dropout": dropout,
+            "content_dropout": content_dropout,
+            "id_dropout": id_dropout,
+            "context_dropout": context_dropout,
+        }
+        check_numbers("ranking.model", 0, shares, below=1)
         self.make_encoder, self.embeddings, self.content = encoder, embeddings, content
         self.folds = folds
         self.dropout, self.fine_tune_graph, self.content_as = dropout, fine_tune_graph, content_as
@@ -156,6 +167,7 @@ class RankingModule(L.LightningModule):
                     "data.num_folds, and the items and dimension of embeddings"
                 )
             graph["item_vectors"] = folds.mean(0)  # what is asked and served with
+        check_sequence_encoder(self.make_encoder)
         dropout = dropout_for(self.data.events_per_item) if self.dropout is None else self.dropout
         vectors = content.get("content_vectors")
         self.ranker = HybridRanker(

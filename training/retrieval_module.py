@@ -18,9 +18,11 @@ from torch_geometric.data import HeteroData
 from retrieval.encoders.lightgcn import LightGCN
 from retrieval.fold_in import fold_in
 from training.data.modules import QuestionBatch, RetrievalData
+from training.encoder_checks import check_graph_encoder
 from training.losses import embedding_l2
 from training.metrics import mean_accuracy
 from training.retrieval_losses import EdgeBatch, RetrievalLoss, SampledSoftmax
+from training.stages import check_numbers
 
 RETRIEVAL_EPOCHS = 20  # by default: how long the learning rate takes to fall to zero
 
@@ -54,6 +56,8 @@ class RetrievalModule(L.LightningModule):
         schedule: Literal["constant", "linear"] = "linear",
     ) -> None:
         super().__init__()
+        check_numbers("retrieval.model", 0, {"learning_rate": learning_rate}, above=True)
+        check_numbers("retrieval.model", 0, {"l2": l2})
         self.make_encoder, self.loss = encoder, loss or SampledSoftmax()
         self.learning_rate, self.l2, self.schedule = learning_rate, l2, schedule
 
@@ -66,6 +70,7 @@ class RetrievalModule(L.LightningModule):
     def configure_model(self) -> None:
         """Make the encoder, now that the graph is known."""
         if not hasattr(self, "encoder"):
+            check_graph_encoder(self.make_encoder)
             with torch.device("cpu"):  # where the graph lies; Lightning moves the encoder later
                 self.encoder = self.make_encoder(self.data.graph)
             # On the device from the start; not part of the weights.

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
+import inspect
 import logging
+import pkgutil
 import platform
+import re
 import signal
 import sys
 import time
@@ -12,7 +16,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -20,7 +25,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, Mod
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from engine.arguments import SuggestKeys
+from engine.arguments import HelpFormatter, SuggestKeys, nearest
 
 MONITOR = {"retrieval": "val_ndcg@20", "ranking": "val_ndcg@10"}  # what each stage keeps the best of
 
@@ -62,7 +67,84 @@ class EpochReport(Callback):
 
 
 class StageParser(SuggestKeys, LightningArgumentParser):
-    """Lightning's parser, with the nearest key in its errors."""
+    """Lightning's parser, with the nearest key in its errors, and a class that is named has its own defaults.
+
+    jsonargparse would keep the settings of the class that it replaces, wherever the new one takes them too.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        options.setdefault("formatter_class", HelpFormatter)
+        super().__init__(*args, **options)
+        for stage in MONITOR:  # those that are loaded can be named without their path
+            _encoder_modules(stage)
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *others: Any, **options: Any
+    ) -> Any:
+        """Parse the arguments; twice where they name another class than the default."""
+        words = list(sys.argv[1:] if args is None else args)
+        defaults = _class_paths(self.get_defaults(skip_validation=True))
+        printed = [word for word in words if word.partition("=")[0] == "--print_config"]
+        named = super().parse_args([word for word in words if word not in printed], *others, **options)
+        others_named = {
+            key: {"class_path": name}
+            for key, name in _class_paths(named).items()
+            if key in defaults and name != defaults[key]
+        }
+        if not (others_named or printed):
+            return named
+        self.set_defaults(others_named)
+        return super().parse_args(words, *others, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message, where an encoder is not found with those that there are, and exit with 2."""
+        if wrong := re.search(r'key "([\w.]*\bencoder)"', message):
+            stage = next(name for name in MONITOR if name in f"{wrong[1]} {self.prog}")
+            message += _encoder_hint(stage, message)
+        super().error(message, ex)
+
+    def format_help(self, *formatter: Any) -> str:
+        """Return the help, without the names of all modules of torch where an encoder is expected."""
+        return re.sub(r",\s+known\s+subclasses:[^()]*\)", ")", str(super().format_help(*formatter)))
+
+    def format_usage(self) -> str:
+        """Return a line: all options of two stages and a trainer would be some hundred."""
+        return f"usage: {self.prog} [options]\n"
+
+
+def _encoder_hint(stage: str, message: str) -> str:
+    """Return which encoders a stage has, and which of them is nearest to a word of the message."""
+    known = [
+        f"{module.__name__}.{value.__name__}"
+        for module in _encoder_modules(stage)
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__ == module.__name__ and _has_default_dim(value)
+    ]
+    close = nearest([message.split()[-1]], known)
+    return f"\nexpected a class by its import path, or one of {', '.join(known)} by its name{close}"
+
+
+def _encoder_modules(stage: str) -> list[ModuleType]:
+    package = importlib.import_module(f"{stage}.encoders")
+    return [
+        importlib.import_module(f"{stage}.encoders.{entry.name}")
+        for entry in pkgutil.iter_modules(package.__path__)
+    ]
+
+
+def _has_default_dim(encoder: type) -> bool:
+    dim = inspect.signature(encoder).parameters.get("dim")
+    return dim is not None and dim.default is not inspect.Parameter.empty
+
+
+def _class_paths(settings: Any) -> dict[str, str]:
+    """Return which class each setting that is one names."""
+    found = {}
+    for key, value in settings.items(branches=True):
+        class_path = getattr(value, "class_path", None)
+        if class_path is not None:
+            found[key] = str(class_path)
+    return found
 
 
 class StageCLI(LightningCLI):
@@ -91,12 +173,46 @@ class StageCLI(LightningCLI):
             },
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
+            parser_kwargs={
+                "prog": f"python -m training.{stage}",
+                "description": f"Fit, validate or test the {stage} stage alone, with any Lightning trainer.",
+            },
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return the parser of one subcommand."""
         kwargs.setdefault("dump_header", [f"lightning.pytorch=={L.__version__}"])
-        return StageParser(**kwargs, allow_abbrev=False)
+        parser = StageParser(**kwargs, allow_abbrev=False)
+        parser.add_argument(
+            "--config", action="config", help="Options from a YAML file; those after it take precedence."
+        )
+        return parser
+
+
+def check_numbers(
+    where: str,
+    least: float,
+    values: Mapping[str, float | None],
+    *,
+    above: bool = False,
+    below: float | None = None,
+) -> None:
+    """Raise ValueError unless settings are in their range; one of None is left to the data.
+
+    Args:
+        where: what stands before a setting's name in the recipe; nothing for "".
+        least: no value may be less.
+        values: by the settings' names.
+        above: nor equal to it.
+        below: if given, a value must be less than this.
+    """
+    for name, value in values.items():
+        if value is None:
+            continue
+        if not value >= least or (above and value == least) or (below is not None and not value < below):
+            expected = f"above {least:g}" if above else f"{least:g} or more"
+            upper = "" if below is None else f" and below {below:g}"
+            raise ValueError(f"{where}{'.' * bool(where)}{name} is {value:g}; expected {expected}{upper}")
 
 
 class PatientEarlyStopping(EarlyStopping):

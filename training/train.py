@@ -29,9 +29,11 @@ from retrieval.item_index import IndexOptions
 from training.answers import ranker_scores
 from training.content import ContentOptions, encoder_name, write_content
 from training.cross_fit import fold_vectors, without_fold
+from training.data.context import context_table
 from training.data.dataset import Dataset
 from training.data.modules import RankingData, RetrievalData
 from training.data.splits import Split, SplitOptions, final_split, load_split
+from training.encoder_checks import check_graph_encoder, check_sequence_encoder
 from training.export import DEFAULT_POLICIES, DEFAULT_SOURCES, export_bundle
 from training.quantization import Precision
 from training.ranking_module import RANKING_EPOCHS, RankingModule, check_heads
@@ -40,6 +42,7 @@ from training.stages import (
     MONITOR,
     Chosen,
     StageParser,
+    check_numbers,
     default_precision,
     fit_stage,
     keep_freed_memory,
@@ -117,7 +120,8 @@ class PipelineOptions:
 
 def build_parser() -> LightningArgumentParser:
     """Return the parser of `trirank train`."""
-    parser = StageParser(prog="trirank train", description=DESCRIPTION, allow_abbrev=False)
+    usage = "trirank train [options] dataset"
+    parser = StageParser(prog="trirank train", usage=usage, description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument(
         "dataset", type=Path, help="Data set directory (`trirank import`, `trirank simulate`)."
     )
@@ -130,7 +134,8 @@ def build_parser() -> LightningArgumentParser:
         nargs="?",
         const=True,
         default=False,
-        help="Go on with the newest run of the same data set and settings that was cut short.",
+        help="Go on with the newest run of the same data set and settings that was cut short. Where only "
+        "pipeline.* differs from a finished run, what it has trained is exported anew.",
     )
     parser.add_argument("--seed", type=int, default=0, help="Of everything random.")
     parser.add_argument(
@@ -230,12 +235,13 @@ def train(
         directory: data set directory.
         out: directory of bundles.
         runs: directory of runs.
-        resume: go on with the newest unfinished run of the same recipe and data.
+        resume: go on with the newest run of the same training and data that has not made this bundle.
         recipe: the settings as plain data.
         settings: makes the settings as objects, as build_parser's parser instantiates them.
     """
     # What can be wrong is found before the training, not after it.
     check_settings(recipe["pipeline"])
+    check_numbers("", 0, {"seed": recipe["seed"]}, below=2**32)
     heads = recipe["ranking"]["model"].get("heads") or []
     for name in recipe["pipeline"]["head_weights"]:
         if name not in (NEXT, *heads) or not heads:
@@ -243,6 +249,10 @@ def train(
             raise ValueError(f"pipeline.head_weights names {name!r}; expected {known}")
     for stage in ("retrieval", "ranking"):
         check_one_process(stage, recipe[stage]["trainer"])
+        epochs = recipe[stage]["trainer"]["max_epochs"]
+        if epochs != -1:  # without end
+            check_numbers(f"{stage}.trainer", 1, {"max_epochs": epochs})
+        check_numbers(stage, 1, {"patience": recipe[stage]["patience"]})
     refit: bool = recipe["refit"]
     for stage in ("retrieval", "ranking") if refit else ():
         max_steps = recipe[stage]["trainer"]["max_steps"]
@@ -253,8 +263,14 @@ def train(
             )
     dataset = Dataset.open(directory)
     check_policies(recipe["pipeline"]["policies"], Catalog(dataset.items.collect()))
-    data = load_split(directory, settings().split)
+    options = settings()
+    data = load_split(directory, options.split)
     check_heads(heads, data.split.train.wanted_types)
+    context_table(data.split.train, recipe["ranking"]["data"].get("context"))
+    RetrievalData(directory, **options.retrieval.data.as_dict())
+    RankingData(directory, **options.ranking.data.as_dict())
+    check_graph_encoder(options.retrieval.model.make_encoder)
+    check_sequence_encoder(options.ranking.model.make_encoder)
     run = _run_directory(runs, dataset, recipe, resume)
     split = data.split
     _say(
@@ -552,24 +568,46 @@ def chosen_before(folder: Path) -> Chosen | None:
 
 
 def _run_directory(runs: Path, dataset: Dataset, recipe: dict[str, Any], resume: bool) -> Path:
-    """Return a new run directory, or the newest unfinished one of the same recipe and data."""
+    """Return a new run directory, or the newest of the same training and data that has not made this bundle.
+
+    What a bundle is served with (recipe["pipeline"]) plays no part in the training: a run goes on with other
+    settings of it, and where it was finished there is nothing left but the export.
+    """
     record = {"fingerprint": dataset.info.fingerprint, "recipe": recipe}
     prefix = dataset.directory.resolve().name
     if resume:
         for run in sorted(runs.glob(f"{prefix}-*"), reverse=True):
-            started = run / "run.json"
-            if not started.is_file() or (run / "bundle.txt").is_file():
+            started, published = run / "run.json", run / "bundle.txt"
+            if not started.is_file():
                 continue
-            if json.loads(started.read_text(encoding="utf-8")) == record:
+            before = json.loads(started.read_text(encoding="utf-8"))
+            if before == record and published.is_file():
+                continue
+            if _of_training(before) == _of_training(record):
+                if before["recipe"]["pipeline"]["num_neighbours"] != recipe["pipeline"]["num_neighbours"]:
+                    (run / TRANSITION_WEIGHT).unlink(missing_ok=True)  # it was chosen for others
+                published.unlink(missing_ok=True)
+                _write_json(started, record)
                 return run
         raise ValueError(
-            f"--resume: {runs} has no unfinished run of {dataset.directory} with these settings; "
-            "start without --resume"
+            f"--resume: {runs} has no run of {dataset.directory} with these settings that has anything left "
+            "to do; start without --resume"
         )
     run = runs / f"{prefix}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     run.mkdir(parents=True)
-    (run / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    _write_json(run / "run.json", record)
     return run
+
+
+def _of_training(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a run's record decides what is trained."""
+    return {**record, "recipe": {**record["recipe"], "pipeline": None}}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    unfinished.rename(path)
 
 
 def _say(text: str) -> None:

@@ -28,6 +28,7 @@ from engine.trace import VisitorKind
 from ranking.context import ContextTable, Encoded
 from ranking.transitions import FLOOR
 from retrieval.fold_in import fold_in
+from retrieval.sources import Candidates
 
 MakeBundle = Callable[..., Path]
 ALL_SOURCES = ("sequence", "embedding", "neighbours", "popular", "fresh")
@@ -582,6 +583,20 @@ def test_each_source_fails_alone(
         scores = ranker_scores(plain.bundle, history or [0])
         if history:
             assert items.rows.tolist() == sorted(expected, key=lambda row: -scores[row])[:10]
+
+
+@pytest.mark.parametrize("rows", [[1, 1000], ["a"], [[1, 2]]])
+def test_a_source_that_gives_what_is_no_item_leaves_what_is_popular(
+    plain: RecommendationPipeline, rows: list[Any]
+) -> None:
+    broken = without(plain)
+    wrong = Candidates(np.array(rows), np.ones(len(rows), np.float32), "embedding")
+    stranger = SimpleNamespace(name="embedding", find=lambda *_: wrong)
+    broken.sources = [stranger if source.name == "embedding" else source for source in broken.sources]
+    items, trace = broken.recommend(visitor_of(2, 3, 5), 10)
+    assert trace.degraded_stages == ["retrieval"]
+    assert len(set(items.rows.tolist())) == 10
+    assert set(items.sources) == {"popular"}
 
 
 def test_when_all_sources_fail_there_is_still_the_catalog(plain: RecommendationPipeline) -> None:

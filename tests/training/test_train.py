@@ -1,6 +1,8 @@
 """From a data set directory to a bundle and its metrics, through the public commands, on tiny data."""
 
 import dataclasses
+import importlib
+import inspect
 import json
 import re
 import shutil
@@ -11,6 +13,7 @@ import lightning as L
 import numpy as np
 import polars as pl
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 from benchmarks import latency, quality, quality_reranking, reranking_latency, reranking_soundness, sources
@@ -528,15 +531,33 @@ def test_heads_are_weighed_by_the_recipe_and_by_each_request(shop: Path, tmp_pat
         (["--ranking.model.heads=[cart]", "--pipeline.head_weights={cart: -1}"], "head_weights.cart is -1"),
         (["--ranking.model.heads=[cart]", "--pipeline.head_weights={cart: 0}"], "head_weights are all 0"),
         (["--content.encoder=no/such/folder/model"], "content.encoder is 'no/such/folder/model'"),
+        (
+            ["--ranking.model.encoder.num_heads=3"],
+            "ranking.model.encoder: num_heads is 3; expected a divisor",
+        ),
+        (["--ranking.model.encoder.dim=0"], "ranking.model.encoder: it fails on a toy, ZeroDivisionError"),
+        (["--retrieval.model.encoder=ranking.encoders.hstu.HSTU"], "retrieval.model.encoder: it fails"),
+        (["--ranking.trainer.max_epochs=0"], "ranking.trainer.max_epochs is 0; expected 1 or more"),
+        (["--retrieval.patience=-3"], "retrieval.patience is -3; expected 1 or more"),
+        (["--ranking.data.history_length=0"], "ranking.data.history_length is 0; expected 1 or more"),
+        (["--ranking.data.batch_size=-5"], "ranking.data.batch_size is -5; expected 1 or more"),
+        (["--retrieval.data.batch_size=0"], "retrieval.data.batch_size is 0; expected 1 or more"),
+        (["--retrieval.data.max_validation_users=0"], "retrieval.data.max_validation_users is 0; expected 1"),
+        (["--ranking.data.context=[regoin]"], "context names 'regoin'"),
+        (["--ranking.model.dropout=1.5"], "ranking.model.dropout is 1.5; expected 0 or more and below 1"),
+        (["--ranking.model.learning_rate=-1"], "ranking.model.learning_rate is -1; expected above 0"),
+        (["--ranking.model.num_negatives=0"], "ranking.model.num_negatives is 0; expected 1 or more"),
+        (["--retrieval.model.l2=-1"], "retrieval.model.l2 is -1; expected 0 or more"),
+        (["--seed=-1"], "seed is -1; expected 0 or more"),
     ],
 )
-def test_wrong_heads_and_encoders_are_refused_before_training(
+def test_what_is_wrong_is_refused_before_training(
     shop: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _train(shop, *options) == 2
     shown = capsys.readouterr().err
     assert message in shown
-    assert "epoch" not in shown
+    assert "train_loss" not in shown
 
 
 @pytest.mark.parametrize("stage", ["retrieval", "ranking"])
@@ -657,12 +678,39 @@ def test_a_refit_repeats_epochs_and_not_steps(shop: Path, capsys: pytest.Capture
     assert "epoch 0" not in shown
 
 
+@pytest.mark.parametrize("protocol", ["--refit", "--no-refit"])
+def test_a_finished_run_is_exported_anew_with_other_settings_of_serving(
+    shop: Path, tmp_path: Path, protocol: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", str(shop / "data"), *_paths(tmp_path), *FAST, protocol]
+    assert main(words) == 0
+    first = Bundle.load(Path(capsys.readouterr().out.strip()))
+    for more in (
+        ["--pipeline.num_candidates=50"],
+        ["--pipeline.num_candidates=50", "--pipeline.num_neighbours=7"],
+    ):
+        assert main([*words, "--resume", *more]) == 0
+        said = capsys.readouterr()
+        assert "train_loss" not in said.err
+        again = Bundle.load(Path(said.out.strip()))
+        assert again.version != first.version
+        assert again.manifest["pipeline"]["num_candidates"] == 50
+        assert again.manifest["training"] == first.manifest["training"]
+        np.testing.assert_array_equal(again.item_vectors, first.item_vectors)
+        history = np.array([[1, 2, 3]])
+        states = [one.scorer.user_states(history) for one in (first, again) if one.scorer]
+        np.testing.assert_array_equal(*states)
+    assert again.manifest["pipeline"]["num_neighbours"] == 7
+    assert main([*words, "--resume", *more]) == 2  # it has been published
+    assert "anything left to do" in capsys.readouterr().err
+
+
 def test_resume_without_anything_to_resume_says_so(
     shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--runs", str(tmp_path), "--out", str(tmp_path), "--resume"]
     assert main(["train", str(shop / "data"), *options]) == 2
-    assert "no unfinished run" in capsys.readouterr().err
+    assert "has anything left to do" in capsys.readouterr().err
 
 
 def test_data_without_order_trains_and_serves_retrieval_alone(
@@ -726,6 +774,44 @@ def test_unknown_options_name_the_nearest(
     assert f"did you mean {nearest}?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [("ranking", "hstu.HSTU"), ("retrieval", "ngcf.NGCF"), ("retrieval", "spectral.SpectralFilter")],
+)
+@pytest.mark.parametrize("by", ["option", "name", "recipe"])
+def test_an_encoder_that_is_named_has_its_own_defaults(
+    stage: str, name: str, by: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not those of the encoder that it replaces, which is what jsonargparse would give it."""
+    path = f"{stage}.encoders.{name}"
+    if by != "recipe":
+        given = path if by == "option" else path.rpartition(".")[2]
+        words = [f"--{stage}.model.encoder", given, f"--{stage}.model.encoder.dim=24"]
+    else:
+        settings = {"class_path": path, "init_args": {"dim": 24}}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({stage: {"model": {"encoder": settings}}}))
+        words = ["--config", str(tmp_path / "recipe.yaml")]
+    with pytest.raises(SystemExit) as stop:
+        train.main(["data", *words, "--print_config"])
+    assert stop.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)[stage]["model"]["encoder"]
+    module, _, class_name = path.rpartition(".")
+    parameters = inspect.signature(getattr(importlib.import_module(module), class_name)).parameters
+    expected = {key: one.default for key, one in parameters.items() if one.default is not one.empty}
+    expected.pop("dropout", None)  # the data's
+    assert printed == {"class_path": path, "init_args": expected | {"dim": 24}}
+
+
+def test_an_encoder_that_is_none_is_told_of_those_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    for given in ("ranking.encoders.gru4rec.GRU", "STU", "ranking.encoders.sasrec.SASrec"):
+        with pytest.raises(SystemExit):
+            train.main(["data", "--ranking.model.encoder", given])
+        shown = capsys.readouterr().err
+        assert "one of ranking.encoders.hstu.HSTU, ranking.encoders.sasrec.SASRec by its name" in shown
+        assert len(shown.splitlines()) < 8
+    assert "did you mean ranking.encoders.sasrec.SASRec?" in shown
+
+
 def test_unknown_keys_of_a_recipe_name_the_nearest(
     shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -757,14 +843,14 @@ def test_a_wrong_policy_is_refused_before_training(shop: Path, capsys: pytest.Ca
         assert _train(shop, "--pipeline.policies", policies) == 2
         shown = capsys.readouterr().err
         assert message in shown
-        assert "epoch" not in shown
+        assert "train_loss" not in shown
 
 
 def test_a_wrong_source_is_refused_before_training(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _train(shop, "--pipeline.sources", '[{"source": "neighbors", "quota": 1}]') == 2
     shown = capsys.readouterr().err
     assert "did you mean 'neighbours'?" in shown
-    assert "epoch" not in shown
+    assert "train_loss" not in shown
 
 
 def test_evaluate_refuses_data_that_changed_since(

@@ -21,6 +21,7 @@ from training.data.context import context_table, encoded_context
 from training.data.graph import build_graph
 from training.data.sequences import SequenceBatch, equal_share, make_sequences, sequence_batches
 from training.data.splits import Holdout, Split, SplitOptions, load_split
+from training.stages import check_numbers
 
 
 class _StageData(L.LightningDataModule):
@@ -75,6 +76,8 @@ class RetrievalData(_StageData):
         max_validation_users: int = 5000,
     ) -> None:
         super().__init__(directory, split, max_validation_users)
+        numbers = {"batch_size": batch_size, "max_validation_users": max_validation_users}
+        check_numbers("retrieval.data", 1, numbers)
         self.batch_size = batch_size
 
     def setup(self, stage: str) -> None:
@@ -147,9 +150,14 @@ class RankingData(_StageData):
         num_folds: int = 1,
     ) -> None:
         super().__init__(directory, split, max_validation_users)
-        for name, value in (("history_length", history_length), ("num_folds", num_folds)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; expected 1 or more")
+        numbers = {
+            "batch_size": batch_size,
+            "max_tokens": max_tokens,
+            "history_length": history_length,
+            "max_validation_users": max_validation_users,
+        }
+        check_numbers("ranking.data", 1, numbers)
+        check_numbers("ranking", 1, {"num_folds": num_folds})
         self.num_folds = num_folds
         self.batch_size, self.max_tokens, self._history_length = batch_size, max_tokens, history_length
         self._context_names = context
