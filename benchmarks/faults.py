@@ -217,7 +217,7 @@ def crashes(bundle: Path, *, times: int, seconds: float, options: Sequence[str])
     """
     acknowledged: list[int] = []
     ready_s: list[float] = []
-    lost = 0
+    lost = num_acknowledged = 0
     with tempfile.TemporaryDirectory() as folder:
         words = ["--events", folder, *options]
         for number in range(times + 1):
@@ -229,9 +229,11 @@ def crashes(bundle: Path, *, times: int, seconds: float, options: Sequence[str])
                     acknowledged = []
                     if number < times:
                         acknowledged = _record_until_killed(client, pid, number, seconds)
+            num_acknowledged += len(acknowledged)
             stderr.print(f"{number + 1} of {times + 1}: {len(acknowledged)} events acknowledged, {lost} lost")
     return {
         "kills": times,
+        "acknowledged": num_acknowledged,
         "lost": lost,
         "ready_s_max": max(ready_s),
         "ready_s_mean": float(np.mean(ready_s)),
