@@ -56,7 +56,8 @@ def serve(argv: list[str]) -> int:
     else:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        with _ending_on_signals(), contextlib.ExitStack() as closing:
+        # With --check 0 would mean that it could be served.
+        with _ending_on_signals(128 + signal.SIGTERM if args.check else 0), contextlib.ExitStack() as closing:
             have_ended = _serve(args, argv, closing)
     except (ValueError, OSError) as error:  # such as a BundleError, a PolicyError, an AddressError
         return fail(str(error), 2)
@@ -66,8 +67,8 @@ def serve(argv: list[str]) -> int:
 
 
 @contextlib.contextmanager
-def _ending_on_signals() -> Iterator[None]:
-    """End on SIGTERM, and pass over SIGHUP, until the server has handlers of its own.
+def _ending_on_signals(code: int) -> Iterator[None]:
+    """End with a code on SIGTERM, and pass over SIGHUP, until the server has handlers of its own.
 
     The first process of a container ignores a SIGTERM for which it has no handler, and would begin to serve.
     """
@@ -75,8 +76,8 @@ def _ending_on_signals() -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(code))
     try:
         yield
     finally:

@@ -34,6 +34,8 @@ DELIVERY_TIMEOUT_S = 1.0  # at least, of an answer that no request waits for
 EVENTS_AT_ONCE = 500  # of a delivery's round trip, about
 SEGMENT_BYTES = 1 << 20  # of undelivered events, that are sent again where their delivery was cut short
 CLOSE_S = 5.0  # for the thread that delivers; a name server may keep it for longer
+# What an error begins with that is not of one key; others are classes of their own in redis-py.
+OF_REDIS = ("MISCONF", "BUSY", "NOREPLICAS", "CLUSTERDOWN", "MASTERDOWN", "OOM", "READONLY", "NOPERM")
 REFUSED = "refused.jsonl"  # beside the log: what Redis will never take
 NO_PACKAGE = "Redis needs a package more: pip install 'trirank[redis]'"
 
@@ -139,6 +141,7 @@ class RedisEventStore:
         self._max_buffer_bytes = max_buffer_bytes
         self._clock = clock
         self._is_away = False  # it has failed, and has not answered since
+        self._asked_again_at = float("-inf")
 
         self._buffer = EventLog(buffer, max_segment_bytes=SEGMENT_BYTES)
         self._buffering = threading.Lock()
@@ -186,14 +189,17 @@ class RedisEventStore:
         with self._buffering:
             parts = self._buffer.ended_parts()
         for number, payloads in parts:
-            for events in _some_at_once(self._readable(payloads)):
+            refused: list[dict[str, Any]] = []
+            for events in _some_at_once(_readable(payloads, refused)):
                 if self._is_closed.is_set():
                     return num_events
-                self._send(events, is_delivery=True)
+                self._send(events, refused)
                 num_events += len(events)
+                self._look_again()
             with self._buffering:
                 if self._is_closed.is_set():
                     return num_events
+                self._keep(refused)
                 self._buffer.replace_before(number, [])
                 self._has_undelivered = self._buffer.num_bytes > 0
         return num_events
@@ -215,14 +221,17 @@ class RedisEventStore:
             return self._set_aside(events)
         return Recorded(num_new, len(events) - num_new)
 
-    def _send(self, events: Sequence[UserEvent], *, is_delivery: bool = False) -> int:
+    def _send(self, events: Sequence[UserEvent], refused: list[dict[str, Any]] | None = None) -> int:
         """Record events in one round trip; return how many were new. Raises StoreUnavailableError.
 
-        In a delivery the events of a user whose key is no hash, which somebody else must have made, are kept
-        in REFUSED: those of others are not to wait for them for ever.
+        Args:
+            events: in the order in which they came.
+            refused: of a delivery, which waits for longer: gets the events of users for whose keys the script
+                fails, which somebody else must have made. Others are not to wait for them for ever.
         """
         if not events:
             return 0
+        is_delivery = refused is not None
         now_ms = round(self._clock() * 1000)
         pipeline = (self._patient if is_delivery else self._redis).pipeline(transaction=False)
         by_user = [
@@ -234,38 +243,34 @@ class RedisEventStore:
                 arguments += [event.event_id, event.event_type, event.item_id, event.timestamp]
             self._record_script(keys=[_key(_user(of_user[0]))], args=arguments, client=pipeline)
 
-        answers = self._ask(
-            lambda: self._taken(pipeline.execute(raise_on_error=False), is_delivery), is_delivery
-        )
-        for of_user, answer in zip(by_user, answers, strict=True):
-            if isinstance(answer, Exception):
-                self._keep_refused(str(answer), events=of_user)
-        return sum(answer for answer in answers if isinstance(answer, int))
+        def answers() -> list[int | Exception]:
+            found: list[int | Exception] = pipeline.execute(raise_on_error=False)
+            for answer in found:
+                if isinstance(answer, Exception) and not (is_delivery and self._is_of_a_key(answer)):
+                    raise answer
+            return found
 
-    def _taken(self, answers: Sequence[int | Exception], is_delivery: bool) -> Sequence[int | Exception]:
-        """Raise what is wrong with Redis; in a delivery, what is wrong with one key is left in its place."""
-        for answer in answers:
-            if isinstance(answer, Exception) and not (is_delivery and "WRONGTYPE" in str(answer)):
-                raise answer
-        return answers
+        found = self._asked(answers) if is_delivery else self._ask(answers)
+        for of_user, answer in zip(by_user, found, strict=True):
+            if isinstance(answer, Exception) and refused is not None:
+                refused.append({"why": str(answer), "events": of_user})
+        return sum(answer for answer in found if isinstance(answer, int))
 
-    def _readable(self, payloads: Sequence[bytes]) -> Iterator[list[UserEvent]]:
-        """Yield the events of each record; one that holds none is kept in REFUSED."""
-        for payload in payloads:
-            try:
-                events = events_of(payload)
-            except (ValueError, TypeError, LookupError) as error:
-                self._keep_refused(f"no record of events: {error}", payload=payload.decode(errors="replace"))
-            else:
-                yield events
+    def _is_of_a_key(self, error: Exception) -> bool:
+        """Return whether the script failed for what stands under one key, and not for all of Redis."""
+        text = str(error)
+        return type(error) is self._refusal and "script" in text and not text.startswith(OF_REDIS)
 
-    def _keep_refused(self, why: str, **what: Any) -> None:
+    def _keep(self, refused: Sequence[dict[str, Any]]) -> None:
+        if not refused:
+            return
         path = self._buffer.directory / REFUSED
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"why": why, **what}, ensure_ascii=False) + "\n")
+            file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in refused)
             file.flush()
             os.fsync(file.fileno())
-        logger.error("events that Redis will never take are kept in %s: %s", path, why)
+        reasons = "; ".join(dict.fromkeys(one["why"] for one in refused))
+        logger.error("events that Redis will never take are kept in %s: %s", path, reasons)
 
     def _set_aside(self, events: Sequence[UserEvent]) -> Recorded:
         now_ms = round(self._clock() * 1000)  # "just now" is now, not when they are delivered
@@ -287,24 +292,32 @@ class RedisEventStore:
     def _deliver_later(self) -> None:
         while not self._is_closed.wait(self._retry_s):
             try:
-                if self._is_away:
-                    self._asked(self._redis.ping)
-                    self._is_away = False
-                    logger.info("Redis answers again")
-                if self._has_undelivered:
+                self._look_again()
+                if self._has_undelivered and not self._is_away:
                     logger.info("%d delayed events are in Redis now", self.deliver())
             except StoreUnavailableError:
                 pass  # was logged when Redis failed
             except Exception:
                 logger.exception("delayed events could not be delivered; they stay on disk")
 
-    def _ask(self, call: Callable[[], T], is_delivery: bool = False) -> T:
-        """Return what Redis says. Raises StoreUnavailableError; at once where it has failed and is not back.
+    def _look_again(self) -> None:
+        """Let requests be answered again where Redis has failed and is back; asks at most every retry_s."""
+        if not self._is_away or time.monotonic() < self._asked_again_at:
+            return
+        self._asked_again_at = time.monotonic() + self._retry_s
+        try:
+            self._redis.ping()
+        except self._refusal:
+            pass  # it answers
+        except self._errors as error:
+            seldom.warning(f"Redis does not answer: {error}")
+            return
+        self._is_away = False
+        logger.info("Redis answers again")
 
-        A delivery waits for longer than requests do, so it goes on where they have failed, and says nothing
-        of whether they can be answered.
-        """
-        if self._is_away and not is_delivery:
+    def _ask(self, call: Callable[[], T]) -> T:
+        """Return what Redis says. Raises StoreUnavailableError, at once while it is away."""
+        if self._is_away:
             raise StoreUnavailableError("Redis did not answer a moment ago")
         return self._asked(call)
 
@@ -312,7 +325,6 @@ class RedisEventStore:
         try:
             return call()
         except self._refusal as error:  # a full memory, say: reads go on
-            self._is_away = False
             text = f"Redis refuses: {error}"
             if isinstance(error, self._moved):
                 text = f"Redis is part of a cluster; expected one server that has all keys: {error}"
@@ -323,6 +335,18 @@ class RedisEventStore:
             text = f"Redis does not answer: {error}"
             seldom.warning(text)
             raise StoreUnavailableError(text) from error
+
+
+def _readable(payloads: Sequence[bytes], refused: list[dict[str, Any]]) -> Iterator[list[UserEvent]]:
+    """Yield the events of each record; `refused` gets what holds none."""
+    for payload in payloads:
+        try:
+            events = events_of(payload)
+        except (ValueError, TypeError, LookupError) as error:
+            text = payload.decode(errors="replace")
+            refused.append({"why": f"no record of events: {error}", "payload": text})
+        else:
+            yield events
 
 
 def _some_at_once(batches: Iterator[list[UserEvent]]) -> Iterator[list[UserEvent]]:

@@ -42,6 +42,9 @@ def check_sequence_encoder(make: Callable[[int, float], nn.Module]) -> None:
             raise ValueError(
                 f"it has max_length {encoder.max_length}; expected its first argument, {MAX_LENGTH}"
             )
+        for parameter in encoder.parameters():  # a branch that begins at nothing shows what it does later
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.1)
         dim = int(encoder.dim)  # type: ignore[arg-type]
         longest = max(LENGTHS)
         items = torch.zeros(len(LENGTHS), longest, dtype=torch.long)

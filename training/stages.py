@@ -85,7 +85,11 @@ class StageParser(SuggestKeys, LightningArgumentParser):
         words = list(sys.argv[1:] if args is None else args)
         defaults = _class_paths(self.get_defaults(skip_validation=True))
         printed = [word for word in words if word.partition("=")[0] == "--print_config"]
-        named = super().parse_args([word for word in words if word not in printed], *others, **options)
+        # What is missing is for the second time to say: a recipe is printed without a data set, too.
+        unsaid = {"_skip_validation": True} if printed else {}
+        named = super().parse_args(
+            [word for word in words if word not in printed], *others, **options | unsaid
+        )
         others_named = {
             key: {"class_path": name}
             for key, name in _class_paths(named).items()
@@ -98,7 +102,7 @@ class StageParser(SuggestKeys, LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message, where an encoder is not found with those that there are, and exit with 2."""
-        if wrong := re.search(r'key "([\w.]*\bencoder)"', message):
+        if wrong := re.search(r'key "([\w.]*\bmodel\.encoder)"', message):
             stage = next(name for name in MONITOR if name in f"{wrong[1]} {self.prog}")
             message += _encoder_hint(stage, message)
         super().error(message, ex)
@@ -109,7 +113,7 @@ class StageParser(SuggestKeys, LightningArgumentParser):
 
     def format_usage(self) -> str:
         """Return a line: all options of two stages and a trainer would be some hundred."""
-        return f"usage: {self.prog} [options]\n"
+        return str(super().format_usage()) if self.usage else f"usage: {self.prog} [options]\n"
 
 
 def _encoder_hint(stage: str, message: str) -> str:
@@ -233,6 +237,11 @@ class PatientEarlyStopping(EarlyStopping):
         if trainer.global_step - self.counted_at >= self.min_steps:
             self.counted_at = trainer.global_step
             super().on_train_epoch_end(trainer, pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """End at once what is resumed where this had ended it."""
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run has to know."""

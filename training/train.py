@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import fcntl
 import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -32,7 +34,7 @@ from training.cross_fit import fold_vectors, without_fold
 from training.data.context import context_table
 from training.data.dataset import Dataset
 from training.data.modules import RankingData, RetrievalData
-from training.data.splits import Split, SplitOptions, final_split, load_split
+from training.data.splits import Split, SplitData, SplitOptions, final_split, load_split
 from training.encoder_checks import check_graph_encoder, check_sequence_encoder
 from training.export import DEFAULT_POLICIES, DEFAULT_SOURCES, export_bundle
 from training.quantization import Precision
@@ -253,8 +255,7 @@ def train(
         if epochs != -1:  # without end
             check_numbers(f"{stage}.trainer", 1, {"max_epochs": epochs})
         check_numbers(stage, 1, {"patience": recipe[stage]["patience"]})
-    refit: bool = recipe["refit"]
-    for stage in ("retrieval", "ranking") if refit else ():
+    for stage in ("retrieval", "ranking") if recipe["refit"] else ():
         max_steps = recipe[stage]["trainer"]["max_steps"]
         if max_steps != -1:
             raise ValueError(
@@ -271,7 +272,22 @@ def train(
     RankingData(directory, **options.ranking.data.as_dict())
     check_graph_encoder(options.retrieval.model.make_encoder)
     check_sequence_encoder(options.ranking.model.make_encoder)
-    run = _run_directory(runs, dataset, recipe, resume)
+    with _run_directory(runs, dataset, recipe, resume) as run:
+        return _train_in(run, directory, out, resume, recipe, settings, dataset, data)
+
+
+def _train_in(
+    run: Path,
+    directory: Path,
+    out: Path,
+    resume: bool,
+    recipe: dict[str, Any],
+    settings: Settings,
+    dataset: Dataset,
+    data: SplitData,
+) -> Path:
+    """Train in a run's directory, going on from what it holds, and return the published bundle's."""
+    refit: bool = recipe["refit"]
     split = data.split
     _say(
         f"{data.info.name}{' (SIMULATED)' if data.info.simulated else ''}: "
@@ -292,8 +308,9 @@ def train(
     chosen: dict[str, Chosen] = {}
     ranker: HybridRanker | None = None
     pipeline = recipe["pipeline"]
-    transitions = TransitionWeight.read(run / TRANSITION_WEIGHT)
-    is_weighed = transitions is not None or pipeline.get("transition_weight") is not None
+    is_given = pipeline.get("transition_weight") is not None
+    transitions = None if is_given else TransitionWeight.read(run / TRANSITION_WEIGHT)
+    is_weighed = is_given or transitions is not None
 
     how = (settings, recipe["seed"], resume)
     _say(f"{next(step)}: retrieval on train; validation chooses the epochs")
@@ -567,36 +584,46 @@ def chosen_before(folder: Path) -> Chosen | None:
     return Chosen(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
-def _run_directory(runs: Path, dataset: Dataset, recipe: dict[str, Any], resume: bool) -> Path:
-    """Return a new run directory, or the newest of the same training and data that has not made this bundle.
+@contextmanager
+def _run_directory(runs: Path, dataset: Dataset, recipe: dict[str, Any], resume: bool) -> Iterator[Path]:
+    """Yield a new run directory, or the newest of the same training and data that has not made this bundle.
 
     What a bundle is served with (recipe["pipeline"]) plays no part in the training: a run goes on with other
-    settings of it, and where it was finished there is nothing left but the export.
+    settings of it, and where it was finished there is nothing left but the export. A run that another process
+    works in is passed over.
     """
     record = {"fingerprint": dataset.info.fingerprint, "recipe": recipe}
     prefix = dataset.directory.resolve().name
+    for run in sorted(runs.glob(f"{prefix}-*"), reverse=True) if resume else ():
+        started, published = run / "run.json", run / "bundle.txt"
+        if not started.is_file():
+            continue
+        before = json.loads(started.read_text(encoding="utf-8"))
+        if _of_training(before) != _of_training(record) or (before == record and published.is_file()):
+            continue
+        with (run / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                _say(f"{run}: another process works in it; passed over")
+                continue
+            if before["recipe"]["pipeline"]["num_neighbours"] != recipe["pipeline"]["num_neighbours"]:
+                (run / TRANSITION_WEIGHT).unlink(missing_ok=True)  # it was chosen for others
+            published.unlink(missing_ok=True)
+            _write_json(started, record)
+            yield run
+            return
     if resume:
-        for run in sorted(runs.glob(f"{prefix}-*"), reverse=True):
-            started, published = run / "run.json", run / "bundle.txt"
-            if not started.is_file():
-                continue
-            before = json.loads(started.read_text(encoding="utf-8"))
-            if before == record and published.is_file():
-                continue
-            if _of_training(before) == _of_training(record):
-                if before["recipe"]["pipeline"]["num_neighbours"] != recipe["pipeline"]["num_neighbours"]:
-                    (run / TRANSITION_WEIGHT).unlink(missing_ok=True)  # it was chosen for others
-                published.unlink(missing_ok=True)
-                _write_json(started, record)
-                return run
         raise ValueError(
             f"--resume: {runs} has no run of {dataset.directory} with these settings that has anything left "
             "to do; start without --resume"
         )
     run = runs / f"{prefix}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     run.mkdir(parents=True)
-    _write_json(run / "run.json", record)
-    return run
+    with (run / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _write_json(run / "run.json", record)
+        yield run
 
 
 def _of_training(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -258,6 +258,52 @@ def test_what_redis_will_never_take_keeps_nobody_waiting(server: Server, tmp_pat
     client.close()
 
 
+def test_a_delivery_keeps_nobody_from_asking(server: Server, tmp_path: Path) -> None:
+    """Requests that have found Redis away are answered again while a long delivery is under way."""
+    log = EventLog(tmp_path)
+    for number in range(20):
+        log.append([encode([UserEvent(f"e{n}", f"u{number}", "x", timestamp=1) for n in range(500)])])
+    log.close()
+    client = redis.Redis(port=server.port)
+    client.flushall()
+    line = SlowLine(server.port)
+    line.delay_s = 0.1
+    store = RedisEventStore(line.url, tmp_path, timeout_s=WAIT_S, retry_s=0.01)
+    wait_until(lambda: client.dbsize() >= 1)
+    store._is_away = True
+    wait_until(lambda: failure(store) == "")
+    assert store.has_undelivered
+    store.close()
+    line.close()
+    client.close()
+
+
+def test_what_is_refused_is_kept_once(server: Server, tmp_path: Path) -> None:
+    client = redis.Redis(port=server.port)
+    client.flushall()
+    client.hset("trirank:events:bob", mapping={"n": "no number", "t": "1"})
+    log = EventLog(tmp_path)
+    log.append(
+        [b"no events", encode([UserEvent("e1", "ann", "x", timestamp=5), UserEvent("e2", "bob", "y")])]
+    )
+    log.close()
+    client.config_set("maxmemory-policy", "noeviction")
+    client.config_set("maxmemory", 1)
+    store = RedisEventStore(server.url, tmp_path, timeout_s=WAIT_S, retry_s=0.01)
+    try:
+        time.sleep(0.5)  # refused all the while
+        assert not (tmp_path / "refused.jsonl").exists()
+    finally:
+        client.config_set("maxmemory", 0)
+    wait_until(lambda: not store.has_undelivered)
+    assert ids(store.recent("ann")) == ["e1"]
+    refused = [json.loads(line) for line in (tmp_path / "refused.jsonl").read_text().splitlines()]
+    assert len(refused) == 2
+    assert refused[1]["events"][0][:2] == ["e2", "bob"]
+    store.close()
+    client.close()
+
+
 def test_a_delivery_does_not_hold_up_the_end(server: Server, tmp_path: Path) -> None:
     log = EventLog(tmp_path)
     for number in range(20):

@@ -95,16 +95,19 @@ def test_the_room_for_marks_is_taken_at_once(tmp_path: Path) -> None:
 def test_a_shortage_of_descriptors_ends(tmp_path: Path) -> None:
     server = EventServer(MemoryEventStore(), tmp_path / "events")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with socket.socket(socket.AF_UNIX) as waiting:
-        waiting.settimeout(WAIT_S)
+    with socket.socket(socket.AF_UNIX) as first, socket.socket(socket.AF_UNIX) as second:
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
         try:
-            waiting.connect(str(tmp_path / "events"))
-            time.sleep(0.3)  # it is refused to the server meanwhile
+            # The first has the descriptor that `accept` has taken in advance, the second none.
+            first.connect(str(tmp_path / "events"))
+            second.connect(str(tmp_path / "events"))
+            time.sleep(0.3)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        shared_events._send(waiting, {"recent": "ann"})
-        assert shared_events._receive(waiting) == {"events": []}
+        for connection in (first, second):
+            connection.settimeout(WAIT_S)
+            shared_events._send(connection, {"recent": "ann"})
+            assert shared_events._receive(connection) == {"events": []}
     server.close()
 
 

@@ -65,9 +65,21 @@ def test_a_recurrent_encoder_in_a_file_of_its_own_would_do():
     check_sequence_encoder(Gru)
 
 
+class Gated(Gru):
+    """One that looks ahead through a branch that is nothing at first."""
+
+    def __init__(self, max_length, dropout):
+        super().__init__(max_length, dropout, both_ways=True)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, items, vectors):
+        return vectors + self.gate * super().forward(items, vectors)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (Gated, "it looks ahead"),
         (lambda length, dropout: Gru(length, dropout, both_ways=True), "it looks ahead"),
         (lambda length, dropout: Gru(length, dropout, minds_padding=True), "it minds padding"),
         (lambda length, dropout: nn.Linear(8, 8), "it has no whole number `dim`"),

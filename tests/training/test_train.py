@@ -29,6 +29,7 @@ from reranking.rules import RULES
 from retrieval.neighbours import item_neighbours
 from retrieval.sources import PopularSource
 from training import train
+from training.data.dataset import Dataset
 from training.data.splits import Holdout, SplitOptions, final_split, load_split
 from training.evaluate import Questions, evaluate, load_questions, retrieval_scores, served_with
 from training.export import folded_in, recent_popularity
@@ -682,12 +683,21 @@ def test_a_refit_repeats_epochs_and_not_steps(shop: Path, capsys: pytest.Capture
 def test_a_finished_run_is_exported_anew_with_other_settings_of_serving(
     shop: Path, tmp_path: Path, protocol: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["train", str(shop / "data"), *_paths(tmp_path), *FAST, protocol]
+    # Early stopping ends both stages long before the last epoch: to go on would make another model.
+    stopped = ["--retrieval.trainer.max_epochs=40", "--ranking.trainer.max_epochs=40"]
+    stopped += ["--retrieval.patience=1", "--ranking.patience=1"]
+    stopped += ["--ranking.model.learning_rate=0.02", "--ranking.data.batch_size=8", "--ranking.num_folds=1"]
+    words = ["train", str(shop / "data"), *_paths(tmp_path), *FAST, *stopped, protocol]
     assert main(words) == 0
-    first = Bundle.load(Path(capsys.readouterr().out.strip()))
-    for more in (
-        ["--pipeline.num_candidates=50"],
-        ["--pipeline.num_candidates=50", "--pipeline.num_neighbours=7"],
+    said = capsys.readouterr()
+    assert said.err.count("\nranking epoch") < 40
+    first = Bundle.load(Path(said.out.strip()))
+    chosen = first.manifest["pipeline"]["transition_weight"]
+    few = ["--pipeline.num_candidates=50"]
+    for more, weight in (
+        (few, chosen),
+        ([*few, "--pipeline.num_neighbours=7"], None),
+        ([*few, "--pipeline.transition_weight=0.3"], 0.3),
     ):
         assert main([*words, "--resume", *more]) == 0
         said = capsys.readouterr()
@@ -695,14 +705,27 @@ def test_a_finished_run_is_exported_anew_with_other_settings_of_serving(
         again = Bundle.load(Path(said.out.strip()))
         assert again.version != first.version
         assert again.manifest["pipeline"]["num_candidates"] == 50
+        assert weight is None or again.manifest["pipeline"]["transition_weight"] == weight
         assert again.manifest["training"] == first.manifest["training"]
         np.testing.assert_array_equal(again.item_vectors, first.item_vectors)
         history = np.array([[1, 2, 3]])
         states = [one.scorer.user_states(history) for one in (first, again) if one.scorer]
         np.testing.assert_array_equal(*states)
-    assert again.manifest["pipeline"]["num_neighbours"] == 7
     assert main([*words, "--resume", *more]) == 2  # it has been published
     assert "anything left to do" in capsys.readouterr().err
+
+
+def test_a_run_that_another_process_works_in_is_passed_over(
+    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", str(shop / "data"), *_paths(tmp_path), *FAST, "--no-refit", "--resume"]
+    dataset, parser = Dataset.open(shop / "data"), train.build_parser()
+    recipe = train.recipe_of(parser, parser.parse_args(words[1:]))
+    with train._run_directory(tmp_path / "runs", dataset, recipe, False) as run:
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert f"{run}: another process works in it; passed over" in said
+    assert main(words) == 0
 
 
 def test_resume_without_anything_to_resume_says_so(
