@@ -427,7 +427,8 @@ def content_of(directory: Path, options: ContentOptions, folder: Path) -> Path |
     if not file.is_file():
         begin = time.perf_counter()
         if not write_content(directory, options, file):
-            _say("content: none")
+            asked_for = options.encoder != "none"
+            _say(f"content: none, {'the catalog says nothing of its items' if asked_for else 'as asked for'}")
             return None
         _say(f"content: vectors of the items by {encoder_name(options)}, {time.perf_counter() - begin:.1f} s")
     return file
