@@ -20,13 +20,19 @@ UNKNOWN_KEY = (
     r"[Kk]ey ['\"]([\w.]+)['\"] is not expected",
 )
 
+CONFIG_HELP = "Options from a YAML file; those after it take precedence."
+
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
     """jsonargparse's, which leaves the lines of a description as they are: commands stand in them."""
 
 
-class SuggestKeys:
-    """Adds "did you mean" to what a jsonargparse parser says of an unknown key; to be mixed in."""
+class HelpfulParser:
+    """What all our parsers share: help that keeps its lines, and "did you mean" for unknown keys; a mixin."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", HelpFormatter)
+        super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message, with the nearest known key, and exit with 2."""
@@ -36,15 +42,12 @@ class SuggestKeys:
         raise AssertionError("the parser's error() exits")
 
 
-class ArgumentParser(SuggestKeys, jsonargparse.ArgumentParser):
+class ArgumentParser(HelpfulParser, jsonargparse.ArgumentParser):
     """The parser of every trirank command: no abbreviated options, but `--config` and `--print_config`."""
 
     def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
-        self.add_argument(
-            "--config", action="config", help="Options from a YAML file; those after it take precedence."
-        )
+        self.add_argument("--config", action="config", help=CONFIG_HELP)
 
 
 def nearest(unknown: Iterable[str], known: Iterable[str]) -> str:

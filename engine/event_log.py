@@ -71,7 +71,8 @@ class EventLog:
     @property
     def num_bytes(self) -> int:
         """Bytes of all segments, the snapshot left out."""
-        return sum(list(self._ended_bytes.values())) + self._segment_bytes
+        ended = list(self._ended_bytes.values())  # at once: `replace_before` may run in another thread
+        return sum(ended) + self._segment_bytes
 
     def replay(self) -> Iterator[bytes]:
         """Yield every record, the oldest first: those of the snapshot, then those of the segments."""

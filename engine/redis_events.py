@@ -234,9 +234,8 @@ class RedisEventStore:
         is_delivery = refused is not None
         now_ms = round(self._clock() * 1000)
         pipeline = (self._patient if is_delivery else self._redis).pipeline(transaction=False)
-        by_user = [
-            list(group) for _, group in itertools.groupby(sorted(events, key=_user), key=_user)
-        ]  # stable
+        in_turn = sorted(events, key=_user)  # stable: of one user as they came
+        by_user = [list(group) for _, group in itertools.groupby(in_turn, key=_user)]
         for of_user in by_user:
             arguments: list[Any] = [self._max_per_user, self._keep_ms, now_ms]
             for event in of_user:

@@ -105,15 +105,8 @@ class RankingModule(L.LightningModule):
         context_dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        check_numbers("ranking.model", 1, {"num_negatives": num_negatives})
-        check_numbers("ranking.model", 0, {"learning_rate": learning_rate}, above=True)
-        shares = {
-            "dropout": dropout,
-            "content_dropout": content_dropout,
-            "id_dropout": id_dropout,
-            "context_dropout": context_dropout,
-        }
-        check_numbers("ranking.model", 0, shares, below=1)
+        check_numbers("ranking.model.", 1, {"num_negatives": num_negatives})
+        check_numbers("ranking.model.", 0, {"learning_rate": learning_rate}, above=True)
         self.make_encoder, self.embeddings, self.content = encoder, embeddings, content
         self.folds = folds
         self.dropout, self.fine_tune_graph, self.content_as = dropout, fine_tune_graph, content_as
@@ -122,6 +115,7 @@ class RankingModule(L.LightningModule):
             "id_dropout": id_dropout,
             "context_dropout": context_dropout,
         }
+        check_numbers("ranking.model.", 0, self.dropouts | {"dropout": dropout}, below=1)
         self.loss, self.num_negatives, self.learning_rate = loss, num_negatives, learning_rate
         self.schedule = schedule
         self.heads = tuple(heads or ())

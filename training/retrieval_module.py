@@ -56,8 +56,8 @@ class RetrievalModule(L.LightningModule):
         schedule: Literal["constant", "linear"] = "linear",
     ) -> None:
         super().__init__()
-        check_numbers("retrieval.model", 0, {"learning_rate": learning_rate}, above=True)
-        check_numbers("retrieval.model", 0, {"l2": l2})
+        check_numbers("retrieval.model.", 0, {"learning_rate": learning_rate}, above=True)
+        check_numbers("retrieval.model.", 0, {"l2": l2})
         self.make_encoder, self.loss = encoder, loss or SampledSoftmax()
         self.learning_rate, self.l2, self.schedule = learning_rate, l2, schedule
 

@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, Mod
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from engine.arguments import HelpFormatter, SuggestKeys, nearest
+from engine.arguments import CONFIG_HELP, HelpfulParser, nearest
 
 MONITOR = {"retrieval": "val_ndcg@20", "ranking": "val_ndcg@10"}  # what each stage keeps the best of
 
@@ -66,15 +66,15 @@ class EpochReport(Callback):
         )
 
 
-class StageParser(SuggestKeys, LightningArgumentParser):
+class StageParser(HelpfulParser, LightningArgumentParser):
     """Lightning's parser, with the nearest key in its errors, and a class that is named has its own defaults.
 
     jsonargparse would keep the settings of the class that it replaces, wherever the new one takes them too.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        options.setdefault("formatter_class", HelpFormatter)
         super().__init__(*args, **options)
+        self.add_argument("--config", action="config", help=CONFIG_HELP)
         for stage in MONITOR:  # those that are loaded can be named without their path
             _encoder_modules(stage)
 
@@ -186,15 +186,11 @@ class StageCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return the parser of one subcommand."""
         kwargs.setdefault("dump_header", [f"lightning.pytorch=={L.__version__}"])
-        parser = StageParser(**kwargs, allow_abbrev=False)
-        parser.add_argument(
-            "--config", action="config", help="Options from a YAML file; those after it take precedence."
-        )
-        return parser
+        return StageParser(**kwargs, allow_abbrev=False)
 
 
 def check_numbers(
-    where: str,
+    prefix: str,
     least: float,
     values: Mapping[str, float | None],
     *,
@@ -204,7 +200,7 @@ def check_numbers(
     """Raise ValueError unless settings are in their range; one of None is left to the data.
 
     Args:
-        where: what stands before a setting's name in the recipe; nothing for "".
+        prefix: what stands before a setting's name in the recipe, such as "ranking.model.".
         least: no value may be less.
         values: by the settings' names.
         above: nor equal to it.
@@ -216,7 +212,7 @@ def check_numbers(
         if not value >= least or (above and value == least) or (below is not None and not value < below):
             expected = f"above {least:g}" if above else f"{least:g} or more"
             upper = "" if below is None else f" and below {below:g}"
-            raise ValueError(f"{where}{'.' * bool(where)}{name} is {value:g}; expected {expected}{upper}")
+            raise ValueError(f"{prefix}{name} is {value:g}; expected {expected}{upper}")
 
 
 class PatientEarlyStopping(EarlyStopping):

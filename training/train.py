@@ -127,7 +127,6 @@ def build_parser() -> LightningArgumentParser:
     parser.add_argument(
         "dataset", type=Path, help="Data set directory (`trirank import`, `trirank simulate`)."
     )
-    parser.add_argument("--config", action="config", help="Recipe (YAML); options after it take precedence.")
     parser.add_argument("--out", type=Path, default=Path("bundles"), help="Directory of bundles.")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="Directory of checkpoints and logs.")
     parser.add_argument(
@@ -253,8 +252,8 @@ def train(
         check_one_process(stage, recipe[stage]["trainer"])
         epochs = recipe[stage]["trainer"]["max_epochs"]
         if epochs != -1:  # without end
-            check_numbers(f"{stage}.trainer", 1, {"max_epochs": epochs})
-        check_numbers(stage, 1, {"patience": recipe[stage]["patience"]})
+            check_numbers(f"{stage}.trainer.", 1, {"max_epochs": epochs})
+        check_numbers(f"{stage}.", 1, {"patience": recipe[stage]["patience"]})
     for stage in ("retrieval", "ranking") if recipe["refit"] else ():
         max_steps = recipe[stage]["trainer"]["max_steps"]
         if max_steps != -1:

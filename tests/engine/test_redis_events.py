@@ -88,6 +88,17 @@ def store(server: Server, tmp_path: Path) -> Iterator[RedisEventStore]:
     store.close()
 
 
+# What takes several round trips to deliver, one for each of 20 users.
+MUCH = [encode([UserEvent(f"e{n}", f"u{user}", "x", timestamp=1) for n in range(500)]) for user in range(20)]
+
+
+def leave(directory: Path, *payloads: bytes) -> None:
+    """Leave records on the disk, as a store does that Redis has not answered."""
+    log = EventLog(directory)
+    log.append(payloads)
+    log.close()
+
+
 def record(target: RedisEventStore, *events: UserEvent) -> Recorded:
     return target.record(events).result(WAIT_S)
 
@@ -242,11 +253,8 @@ def test_what_redis_will_never_take_keeps_nobody_waiting(server: Server, tmp_pat
     client = redis.Redis(port=server.port)
     client.flushall()
     client.set("trirank:events:bob", "no hash")
-    log = EventLog(tmp_path)
-    log.append(
-        [b"no events", encode([UserEvent("e1", "ann", "x", timestamp=5), UserEvent("e2", "bob", "y")])]
-    )
-    log.close()
+    events = [UserEvent("e1", "ann", "x", timestamp=5), UserEvent("e2", "bob", "y")]
+    leave(tmp_path, b"no events", encode(events))
     store = RedisEventStore(server.url, tmp_path, timeout_s=WAIT_S, retry_s=0.01)
     wait_until(lambda: not store.has_undelivered)
     assert ids(store.recent("ann")) == ["e1"]
@@ -260,10 +268,7 @@ def test_what_redis_will_never_take_keeps_nobody_waiting(server: Server, tmp_pat
 
 def test_a_delivery_keeps_nobody_from_asking(server: Server, tmp_path: Path) -> None:
     """Requests that have found Redis away are answered again while a long delivery is under way."""
-    log = EventLog(tmp_path)
-    for number in range(20):
-        log.append([encode([UserEvent(f"e{n}", f"u{number}", "x", timestamp=1) for n in range(500)])])
-    log.close()
+    leave(tmp_path, *MUCH)
     client = redis.Redis(port=server.port)
     client.flushall()
     line = SlowLine(server.port)
@@ -282,11 +287,8 @@ def test_what_is_refused_is_kept_once(server: Server, tmp_path: Path) -> None:
     client = redis.Redis(port=server.port)
     client.flushall()
     client.hset("trirank:events:bob", mapping={"n": "no number", "t": "1"})
-    log = EventLog(tmp_path)
-    log.append(
-        [b"no events", encode([UserEvent("e1", "ann", "x", timestamp=5), UserEvent("e2", "bob", "y")])]
-    )
-    log.close()
+    events = [UserEvent("e1", "ann", "x", timestamp=5), UserEvent("e2", "bob", "y")]
+    leave(tmp_path, b"no events", encode(events))
     client.config_set("maxmemory-policy", "noeviction")
     client.config_set("maxmemory", 1)
     store = RedisEventStore(server.url, tmp_path, timeout_s=WAIT_S, retry_s=0.01)
@@ -305,11 +307,7 @@ def test_what_is_refused_is_kept_once(server: Server, tmp_path: Path) -> None:
 
 
 def test_a_delivery_does_not_hold_up_the_end(server: Server, tmp_path: Path) -> None:
-    log = EventLog(tmp_path)
-    for number in range(20):
-        user = f"u{number}"
-        log.append([encode([UserEvent(f"e{n}", user, "x", timestamp=1) for n in range(500)])])
-    log.close()
+    leave(tmp_path, *MUCH)
     client = redis.Redis(port=server.port)
     client.flushall()
     line = SlowLine(server.port)

@@ -77,7 +77,7 @@ class RetrievalData(_StageData):
     ) -> None:
         super().__init__(directory, split, max_validation_users)
         numbers = {"batch_size": batch_size, "max_validation_users": max_validation_users}
-        check_numbers("retrieval.data", 1, numbers)
+        check_numbers("retrieval.data.", 1, numbers)
         self.batch_size = batch_size
 
     def setup(self, stage: str) -> None:
@@ -156,8 +156,8 @@ class RankingData(_StageData):
             "history_length": history_length,
             "max_validation_users": max_validation_users,
         }
-        check_numbers("ranking.data", 1, numbers)
-        check_numbers("ranking", 1, {"num_folds": num_folds})
+        check_numbers("ranking.data.", 1, numbers)
+        check_numbers("ranking.", 1, {"num_folds": num_folds})
         self.num_folds = num_folds
         self.batch_size, self.max_tokens, self._history_length = batch_size, max_tokens, history_length
         self._context_names = context
