@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from safetensors.numpy import load_file
 
 from benchmarks.full_ranking import Scores, question_metrics
 from benchmarks.quality_fusion import SETTINGS, keep_settings, of_training
@@ -43,7 +44,9 @@ from training.new_items import give_new_items_vectors
 from training.stages import keep_freed_memory, quiet_lightning
 from training.train import (
     EMBEDDINGS,
+    add_graph_scores,
     build_parser,
+    choose_weights,
     content_of,
     fit_folds,
     fit_ranking,
@@ -141,13 +144,15 @@ def compare(
     if out.is_dir() and any(out.iterdir()) and not (out / SETTINGS).is_file():
         raise ValueError(f"{out} holds results that do not say their settings; expected another --out")
     # What serving does with a model changes nothing here, and the seed is not the recipe's own.
-    recipe = of_training(recipe_of(parser, config))
+    whole = recipe_of(parser, config)
+    recipe, pipeline = of_training(whole), whole["pipeline"]
     fingerprint = data.info.fingerprint
     keep_settings(out, {"fingerprint": fingerprint, "share": share, "seed": seed, "recipe": recipe})
     content = content_of(directory, content_options, out)
     if content is None:
         raise ValueError("the catalog says nothing of its items, or content.encoder is none")
     chosen = fit_retrieval(directory, split, out, settings, seed, resume=True)
+    vectors = load_file(out / EMBEDDINGS)
 
     def means(scores: Scores, questions: Holdout) -> dict[str, float]:
         found = question_metrics(scores, questions, [RECALL, NDCG], repeats=split.repeats)
@@ -188,7 +193,9 @@ def compare(
                 folds=fit_folds(directory, split, out, its, seed, True, chosen, num_folds),
             )
             alone = figures(ranker)
-            give_new_items_vectors(ranker.eval(), degrees, new, like)
+            weights = choose_weights(ranker, vectors, split, pipeline)
+            add_graph_scores(ranker, vectors, weights.graph, pipeline)
+            give_new_items_vectors(ranker, degrees, new, like)
             found = {name: alone, f"{name}, exported": figures(ranker)}
             done.write_text(json.dumps(found) + "\n", encoding="utf-8")
         rows |= json.loads(done.read_text(encoding="utf-8"))

@@ -5,7 +5,8 @@ For each seed stage one is trained once, and these answer the same test question
 (a) sequence          the ranker without a graph
 (b) graph             stage one alone, asked with the vector folded in from the history
 (c) late-fusion       scores of (a) and (b), standardised per question and added; weight chosen on validation
-(d) cross-attention   the default ranker: states attend to the graph vectors of stage one
+(d) cross-attention   the default ranker: states attend to the graph vectors of stage one, and the graph's own
+                      scores add to the ranker's, with a weight chosen on validation
 (e) shuffled          (d), with the graph vectors dealt out to the items at random: a control
 (f) content           (d), started from what is known of the items (texts, categories, brands, prices), and
                       with stage one cross-fitted as the recipe has it (training/cross_fit.py)
@@ -14,6 +15,7 @@ For each seed stage one is trained once, and these answer the same test question
 (i) sequence-content  (a), started from what is known of the items: is there more to the graph than that?
 (j) content-transitions   (f), and what has often come next: what `trirank train` exports
 (k) sequence-content-transitions  (i), likewise
+(l) attention         (d), without the graph's own scores
 
 The table has the mean and standard deviation over seeds, and a paired t-test over users of NDCG@10, averaged
 over seeds, against a line without the graph: (a), but (i) for (f) and (k) for (j). What (d) gains and (e)
@@ -45,13 +47,15 @@ from benchmarks.full_ranking import Scores, Vectors, question_metrics, recency
 from engine.arguments import ArgumentParser, nearest
 from ranking.ranker import HybridRanker
 from retrieval.fold_in import fold_in
-from training.answers import question_states
+from training.answers import question_queries
 from training.data.splits import Holdout, Protocol, SplitData, load_split, split_as_trained
+from training.score_weights import GRAPH_WEIGHTS, TRANSITION_WEIGHTS, ScoreWeights, best_weights
 from training.stages import keep_freed_memory, quiet_lightning
 from training.train import (
     EMBEDDINGS,
     PipelineOptions,
     Settings,
+    add_graph_scores,
     build_parser,
     chosen_before,
     chosen_of,
@@ -62,7 +66,7 @@ from training.train import (
     num_folds_of,
     recipe_of,
 )
-from training.transitions import best_weight, bonuses, training_transitions
+from training.transitions import bonuses, training_transitions
 
 METRICS = ("recall@10", "ndcg@10")
 LATE_WEIGHTS = tuple(n / 10 for n in range(11))  # of the graph's scores; the rest is the sequence's
@@ -78,8 +82,9 @@ class Variant:
         graph: what a ranker stands on: the vectors of stage one "as they are", "shuffled", or "none". None
             where no ranker is trained.
         content: whether the ranker is told of the items.
-        upon: the variant whose scores transitions add to, with a weight chosen on validation. None for no
-            transitions.
+        upon: the variant whose ranker it is. None: its own.
+        transitions: whether they add to the scores, with a weight chosen on validation.
+        graph_scores: whether the graph's own do, likewise, where there is a graph.
         against: the variant that it is tested against.
     """
 
@@ -87,6 +92,8 @@ class Variant:
     graph: str | None = None
     content: bool = False
     upon: str | None = None
+    transitions: bool = False
+    graph_scores: bool = True
     against: str = "sequence"
 
 
@@ -97,12 +104,44 @@ VARIANTS = {
     "cross-attention": Variant(letter="d", graph="as they are"),
     "shuffled": Variant(letter="e", graph="shuffled"),
     "content": Variant(letter="f", graph="as they are", content=True, against="sequence-content"),
-    "transitions": Variant(letter="g", upon="cross-attention"),
-    "sequence-transitions": Variant(letter="h", upon="sequence"),
+    "transitions": Variant(letter="g", upon="cross-attention", transitions=True),
+    "sequence-transitions": Variant(letter="h", upon="sequence", transitions=True),
     "sequence-content": Variant(letter="i", graph="none", content=True),
-    "content-transitions": Variant(letter="j", upon="content", against="sequence-content-transitions"),
-    "sequence-content-transitions": Variant(letter="k", upon="sequence-content"),
+    "content-transitions": Variant(
+        letter="j", upon="content", transitions=True, against="sequence-content-transitions"
+    ),
+    "sequence-content-transitions": Variant(letter="k", upon="sequence-content", transitions=True),
+    "attention": Variant(letter="l", upon="cross-attention", graph_scores=False),
 }
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a ranker answers with, and the graph's own scores at a weight of 1; None without a graph."""
+
+    ranker: Vectors
+    graph: Vectors | None = None
+
+    def parts(self, questions: Holdout) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return the scores of both, each [Q, I+1]."""
+        of_ranker = self.ranker.scores(questions)
+        return of_ranker, np.zeros_like(of_ranker) if self.graph is None else self.graph.scores(questions)
+
+    def save(self, file: Path) -> None:
+        """Write them; the file is whole or not there."""
+        arrays = {"users": self.ranker.users, "items": self.ranker.items}
+        if self.graph is not None:
+            arrays |= {"graph_users": self.graph.users, "graph_items": self.graph.items}
+        unfinished = file.with_suffix(".tmp")
+        save_file(arrays, unfinished)
+        unfinished.rename(file)
+
+    @classmethod
+    def load(cls, file: Path) -> Answers:
+        """Read what `save` has written."""
+        arrays = load_file(file)
+        graph = Vectors(arrays["graph_users"], arrays["graph_items"]) if "graph_users" in arrays else None
+        return cls(Vectors(arrays["users"], arrays["items"]), graph)
 
 
 class Experiment:
@@ -158,20 +197,18 @@ class Experiment:
         begin = time.perf_counter()
         record: dict[str, Any] = {"variant": variant, "seed": seed, "protocol": self.protocol}
         scores: Scores
-        if variant == "late-fusion":
+        if variant == "graph":
+            scores = self.graph(seed, "test").scores
+        elif variant == "late-fusion":
             weight = self._late_weight(seed)
             record["graph_weight"] = weight
             scores = late_fusion(
-                self.answers("sequence", seed, "test"), self.answers("graph", seed, "test"), weight
+                self.answers("sequence", seed, "test").ranker, self.graph(seed, "test"), weight
             )
-        elif (upon := VARIANTS[variant].upon) is not None:
-            found_weight = best_weight(
-                self.answers(upon, seed, "validation").scores, self.data.split, self.num_neighbours
-            )
-            record["transition_weight"] = found_weight.weight
-            scores = self.with_transitions(self.answers(upon, seed, "test"), found_weight.weight)
         else:
-            scores = self.answers(variant, seed, "test").scores
+            weights = self._weights(variant, seed)
+            record |= {"graph_weight": weights.graph, "transition_weight": weights.transitions}
+            scores = self.with_weights(self.answers(VARIANTS[variant].upon or variant, seed, "test"), weights)
         chosen = chosen_before(self._folder(variant, seed))
         if chosen is not None:
             record |= {"epochs": chosen.epochs, "validation_ndcg@10": chosen.metric}
@@ -185,28 +222,34 @@ class Experiment:
         unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         unfinished.rename(file)
 
-    def answers(self, variant: str, seed: int, part: str) -> Vectors:
-        """Return what a variant asks and is asked with, on the questions of a part, trained where it is not.
+    def answers(self, variant: str, seed: int, part: str) -> Answers:
+        """Return what a variant's ranker answers the questions of a part with, trained where it is not.
 
         On validation it has learned from train alone; on test, what the protocol says.
         """
-        if variant == "graph":
-            holdout = self.data.split.test if part == "test" else self.data.split.validation
-            file = self.embeddings(seed, self.protocol if part == "test" else "strict")
-            return graph_answers(file, holdout, self.half_life)
         file = self._folder(variant, seed) / f"{part}.safetensors"
         if not file.is_file():
             self._train(variant, seed)
-        return Vectors(**load_file(file))
+        return Answers.load(file)
 
-    def with_transitions(self, answers: Vectors, weight: float) -> Scores:
-        """Return scores to which the transitions of what the protocol has learned from add."""
+    def graph(self, seed: int, part: str) -> Vectors:
+        """Return what stage one answers with, likewise."""
+        holdout = self.data.split.test if part == "test" else self.data.split.validation
+        file = self.embeddings(seed, self.protocol if part == "test" else "strict")
+        return graph_answers(file, holdout, self.half_life)
+
+    def with_weights(self, answers: Answers, weights: ScoreWeights) -> Scores:
+        """Return scores with the graph's own and with transitions of what the protocol has learned from."""
         known = split_as_trained(self.data, self.protocol).train
-        transitions = training_transitions(known, self.num_neighbours)
+        transitions = training_transitions(known, self.num_neighbours) if weights.transitions else None
 
         def scores(questions: Holdout) -> NDArray[np.float32]:
-            wanted = [history.wanted for _, history, _ in questions]
-            return answers.scores(questions) + np.float32(weight) * bonuses(transitions, wanted)
+            of_ranker, of_graph = answers.parts(questions)
+            found: NDArray[np.float32] = of_ranker + np.float32(weights.graph) * of_graph
+            if transitions is not None:
+                wanted = [history.wanted for _, history, _ in questions]
+                found += np.float32(weights.transitions) * bonuses(transitions, wanted)
+            return found
 
         return scores
 
@@ -248,10 +291,11 @@ class Experiment:
                 content=content,
                 folds=self._folds(variant, seed, "strict"),
             )
+            self._add_graph_scores(ranker, variant, seed, "strict")
             if self.protocol == "strict":
-                _save(folder / "test.safetensors", ranker_answers(ranker, split.test))
+                ranker_answers(ranker, split.test).save(folder / "test.safetensors")
             # Last: this file says that the fit is done.
-            _save(folder / "validation.safetensors", ranker_answers(ranker, split.validation))
+            ranker_answers(ranker, split.validation).save(folder / "validation.safetensors")
         if self.protocol == "refit":
             _say(f"seed {seed}: {variant} on train and validation, {chosen.epochs} epochs as chosen")
             ranker, _ = fit_ranking(
@@ -266,7 +310,13 @@ class Experiment:
                 content=content,
                 folds=self._folds(variant, seed, "refit"),
             )
-            _save(folder / "test.safetensors", ranker_answers(ranker, split.test))
+            self._add_graph_scores(ranker, variant, seed, "refit")
+            ranker_answers(ranker, split.test).save(folder / "test.safetensors")
+
+    def _add_graph_scores(self, ranker: HybridRanker, variant: str, seed: int, protocol: Protocol) -> None:
+        """Let the graph's own scores add to a ranker's, at a weight of 1, where it has a graph."""
+        if (file := self._graph(variant, seed, protocol)) is not None:
+            add_graph_scores(ranker, load_file(file), 1.0, {"half_life_events": self.half_life})
 
     def _content(self) -> Path:
         """Return the file of what the items are; once for all seeds."""
@@ -301,7 +351,7 @@ class Experiment:
     def _late_weight(self, seed: int) -> float:
         """Return the weight of LATE_WEIGHTS with the best NDCG@10 on validation."""
         holdout = self.data.split.validation.sample(LATE_QUESTIONS)
-        sequence, graph = (self.answers(name, seed, "validation") for name in ("sequence", "graph"))
+        sequence, graph = self.answers("sequence", seed, "validation").ranker, self.graph(seed, "validation")
         found = {
             weight: question_metrics(
                 late_fusion(sequence, graph, weight), holdout, ["ndcg@10"], repeats=self.data.split.repeats
@@ -309,6 +359,19 @@ class Experiment:
             for weight in LATE_WEIGHTS
         }
         return max(found, key=lambda weight: float(found[weight]))
+
+    def _weights(self, variant: str, seed: int) -> ScoreWeights:
+        """Return how much a variant lets add to its ranker's scores: the best on validation."""
+        its = VARIANTS[variant]
+        base = its.upon or variant
+        with_graph = its.graph_scores and VARIANTS[base].graph != "none"
+        return best_weights(
+            self.answers(base, seed, "validation").parts,
+            self.data.split,
+            self.num_neighbours,
+            graph_weights=GRAPH_WEIGHTS if with_graph else (0.0,),
+            transition_weights=TRANSITION_WEIGHTS if its.transitions else (0.0,),
+        )
 
 
 SETTINGS = "settings.json"  # what all rows of a directory have in common
@@ -346,19 +409,17 @@ def _drop_checkpoints(folder: Path) -> None:
         checkpoint.unlink()
 
 
-def _save(file: Path, answers: Vectors) -> None:
-    unfinished = file.with_suffix(".tmp")
-    save_file({"users": answers.users, "items": answers.items}, unfinished)
-    unfinished.rename(file)
-
-
-def ranker_answers(ranker: HybridRanker, holdout: Holdout) -> Vectors:
-    """Return a ranker's states after the histories of a holdout, and the vectors that it scores with."""
+def ranker_answers(ranker: HybridRanker, holdout: Holdout) -> Answers:
+    """Return what a ranker scores with after the histories of a holdout, and the vectors that it scores."""
     with torch.no_grad():
         items = ranker.item_vectors().float().numpy()
     users = np.zeros((holdout.events.num_users + 1, items.shape[1]), np.float32)
-    users[holdout.users] = question_states(ranker, holdout)
-    return Vectors(users, items.copy())
+    users[holdout.users] = question_queries(ranker, holdout)
+    dim = ranker.embedding.embedding_dim
+    own, graph = (
+        Vectors(users[:, part].copy(), items[:, part].copy()) for part in (slice(dim), slice(dim, None))
+    )
+    return Answers(own, graph if ranker.graph_scores is not None else None)
 
 
 def graph_answers(embeddings: Path, holdout: Holdout, half_life: float | None) -> Vectors:

@@ -48,7 +48,7 @@ CALLS_AT_ONCE = 50  # of one precision, before the next has its turn
 
 
 def made_ranker(num_items: int, dim: int, history_length: int) -> HybridRanker:
-    """Return a ranker with cross-attention to graph vectors; all weights are random, none is at zero."""
+    """Return a ranker on graph vectors, whose own scores count; all weights are random, none is at zero."""
     torch.manual_seed(0)
     graph = torch.cat([torch.zeros(1, dim), torch.randn(num_items, dim)])
     degrees = torch.randint(1, 100, (num_items + 1,)).float()
@@ -59,7 +59,8 @@ def made_ranker(num_items: int, dim: int, history_length: int) -> HybridRanker:
         for parameter in ranker.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.1)
-    return ranker.eval()
+    ranker.eval().add_graph_scores(graph, 0.1, half_life=3.0)
+    return ranker
 
 
 def variants(directory: Path, num_threads: int) -> dict[str, OnnxScorer]:
@@ -120,8 +121,8 @@ def difference(ranker: HybridRanker, scorer: OnnxScorer) -> dict[str, float]:
     candidates = rng.integers(1, ranker.num_items + 1, (NUM_COMPARED, max(NUM_CANDIDATES)))
     with torch.no_grad():
         table = ranker.item_vectors()
-        states = ranker.states(torch.from_numpy(history))[:, -1]
-        expected: NDArray[np.float32] = np.take_along_axis((states @ table.T).numpy(), candidates, axis=1)
+        queries = ranker.query(torch.from_numpy(history))
+        expected: NDArray[np.float32] = np.take_along_axis((queries @ table.T).numpy(), candidates, axis=1)
     found = scorer.score(history, candidates)
     return {
         "max_difference": float(np.abs(found - expected).max()),

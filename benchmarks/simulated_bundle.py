@@ -44,7 +44,7 @@ from training.data.dataset import Dataset, DatasetInfo
 from training.data.interactions import EventLog, Interactions
 from training.data.splits import SplitData, final_split, make_split
 from training.export import export_bundle
-from training.train import PipelineOptions
+from training.train import PipelineOptions, add_graph_scores
 
 DAY_MS = 86_400_000
 NOW_MS = 1_700_000_000_000  # the end of the log
@@ -90,8 +90,8 @@ class SimulatedShop:
 
     @property
     def pipeline(self) -> PipelineOptions:
-        """How it is served: as `trirank train` would have it, with transitions that count in the scores."""
-        return PipelineOptions(num_candidates=self.num_candidates, transition_weight=1.0)
+        """How it is served: as `trirank train` would have it, with all that may count in the scores."""
+        return PipelineOptions(num_candidates=self.num_candidates, graph_weight=0.1, transition_weight=1.0)
 
 
 def simulated_bundle(root: Path, shop: SimulatedShop) -> Path:
@@ -116,6 +116,8 @@ def simulated_bundle(root: Path, shop: SimulatedShop) -> Path:
         "item_degrees": degrees.astype(np.float32),
     }
     pipeline = asdict(shop.pipeline)
+    ranker = simulated_ranker(learned, rng)
+    add_graph_scores(ranker, learned, pipeline["graph_weight"], pipeline)
     policies = pipeline.pop("policies")
     with tempfile.TemporaryDirectory() as folder:
         simulated_items(cluster, rng).write_parquet(Path(folder) / "items.parquet")
@@ -124,7 +126,7 @@ def simulated_bundle(root: Path, shop: SimulatedShop) -> Path:
             Dataset(Path(folder), data.info),
             data,
             learned,
-            simulated_ranker(learned, rng),
+            ranker,
             pipeline=copy.deepcopy(pipeline),
             policies=policies,
             training={"protocol": "simulated", "epochs": {}, "content": "none"},

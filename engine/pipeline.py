@@ -57,7 +57,7 @@ from retrieval.transitions import next_items
 MAX_LIMIT = 500  # items of a slate
 MAX_CANDIDATES = 10_000
 MAX_HEAD_WEIGHT = 100
-MAX_TRANSITION_WEIGHT = 10
+MAX_SCORE_WEIGHT = 10
 NO_ROWS = np.zeros(0, np.int32)
 DAY_MS = 86_400_000
 
@@ -626,12 +626,12 @@ def check_settings(pipeline: Mapping[str, Any]) -> None:
             )
     if head_weights and not any(head_weights.values()):
         raise ValueError("pipeline.head_weights are all 0; expected at least one above")
-    counts = pipeline.get("transition_weight")
-    if counts is not None and not (is_number(counts) and 0 <= counts <= MAX_TRANSITION_WEIGHT):
-        raise ValueError(
-            f"pipeline.transition_weight is {counts!r}; expected a number from 0 to {MAX_TRANSITION_WEIGHT}, "
-            "or null"
-        )
+    for name in ("graph_weight", "transition_weight"):
+        counts = pipeline.get(name)
+        if counts is not None and not (is_number(counts) and 0 <= counts <= MAX_SCORE_WEIGHT):
+            raise ValueError(
+                f"pipeline.{name} is {counts!r}; expected a number from 0 to {MAX_SCORE_WEIGHT}, or null"
+            )
     for name in ("half_life_events", "half_life_days", "popular_window_days"):
         length = pipeline.get(name)
         if length is not None and not (is_number(length) and length > 0):

@@ -1,5 +1,7 @@
 """Fusion: hidden states of the sequence cross-attend to graph vectors, and are bent by the context.
 
+Beside what they come to, the graph has a say of its own in the scores.
+
 Shapes: B batch, T history, D dimension, G graph dimension, K keys of the context.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ranking.context import ContextTable
 from ranking.dropout import Dropout
@@ -67,6 +70,45 @@ class GraphCrossAttention(nn.Module):
         attended = weights[..., :-1] @ value + weights[..., -1:] * user_value
         fused: Tensor = states + self.dropout(self.out(attended))
         return fused
+
+
+class GraphScores(nn.Module):
+    """The graph's own say in a score: weight * <u, g>, beside what attention makes of the graph.
+
+    u is the visitor's vector at unit length, folded in from the history (LightGCN eq. 3 for a new node, the
+    n-th last event times 2^(-n / half_life)), and g the candidate's graph vector. Nothing of it is trained:
+    beside a graph that has seen the training events, training would give it more weight than it earns on
+    others. The weight is chosen on events that neither network has learned from (late fusion by stacking:
+    Wolpert, "Stacked Generalization", Neural Networks 1992).
+
+    Args:
+        vectors: [I+1, G], row 0 zeros.
+        fold_weights: [I+1] of each item in the visitor's vector, 1 / sqrt(degree); 0 at row 0.
+        weight: above 0.
+        half_life: of an event, in events; None counts all alike.
+    """
+
+    vectors: Tensor
+    fold_weights: Tensor
+
+    def __init__(self, vectors: Tensor, fold_weights: Tensor, weight: float, half_life: float | None) -> None:
+        super().__init__()
+        self.register_buffer("vectors", vectors.clone())
+        self.register_buffer("fold_weights", fold_weights.clone())
+        self.weight, self.half_life = weight, half_life
+
+    def forward(self, history: Tensor) -> Tensor:
+        """Return weight * u, [B, G]; zero where the history is empty.
+
+        Args:
+            history: [B, T] int64 item rows, oldest first, padded on the left with 0.
+        """
+        weights = self.fold_weights[history]
+        if self.half_life is not None:
+            ages = torch.arange(history.shape[1] - 1, -1, -1, device=history.device)
+            weights = weights * torch.exp2(-ages / self.half_life)
+        user = (self.vectors[history] * weights.unsqueeze(-1)).sum(1)
+        return self.weight * functional.normalize(user, dim=-1)
 
 
 class ContextFusion(nn.Module):

@@ -1,7 +1,7 @@
 """HybridRanker: sequence states fused with graph vectors, then one score per candidate.
 
 Shapes: B batch, T history, C candidates, D dimension, G graph dimension, F content dimension, I items,
-K keys of the context.
+K keys of the context, Q what scores are inner products of: D, and D + G with the graph's own scores.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from ranking.context import ContextTable
 from ranking.dropout import Dropout
-from ranking.fusion import ContextFusion, GraphCrossAttention, HeadQueries
+from ranking.fusion import ContextFusion, GraphCrossAttention, GraphScores, HeadQueries
 
 NO_CONTEXT = ContextTable()
 NEXT = "next"  # the head of the next item, whatever the event
@@ -29,7 +29,8 @@ class HybridRanker(nn.Module):
     empty one has a state too. The sequence encoder turns the history into states, the states cross-attend to
     the graph vectors, the context of the moment bends them, and a candidate's score is the inner product of
     the last state with the candidate's vector. Because a score is an inner product, training can afford the
-    softmax over the whole catalog, and serving needs one table of vectors, whatever they are made of.
+    softmax over the whole catalog, and serving needs one table of vectors, whatever they are made of. Once
+    trained, the graph's own scores can be added (`add_graph_scores`).
 
     An item that training never saw has no id embedding: a learned vector that stands for all such items takes
     its place, and what is left is what graph and content say. Where there is content, training treats some
@@ -133,6 +134,7 @@ class HybridRanker(nn.Module):
             self.context_fusion = ContextFusion(dim, context, context_dropout)
         self.heads: tuple[str, ...] = (NEXT, *heads) if heads else ()
         self.head_queries = HeadQueries(dim, len(heads)) if heads else None
+        self.graph_scores: GraphScores | None = None
 
     def vectors(self, rows: Tensor) -> Tensor:
         """Return the vectors of items, [..., D]: what they are scored with, and what a history is read from.
@@ -171,28 +173,57 @@ class HybridRanker(nn.Module):
         own.copy_(torch.where(vectors == 0, own, vectors))
 
     @torch.no_grad()
+    def add_graph_scores(self, vectors: Tensor, weight: float, half_life: float | None) -> None:
+        """Let the graph's own scores count beside the ranker's from now on; see GraphScores.
+
+        Args:
+            vectors: [I+1, G] of stage one, row 0 zeros; taken at unit mean square.
+            weight: 0 takes them out again.
+            half_life: of an event, in events; None counts all alike.
+
+        Raises:
+            ValueError: the ranker has no graph, or is in training mode: nothing of these scores is trained.
+        """
+        if self.fusion is None:
+            raise ValueError("the ranker has no graph; expected one with graph_vectors")
+        self._check_trained()
+        self.graph_scores = None
+        if weight:
+            scaled, fold_weights = _unit_scale(vectors)[:-1], self.fold_weights[:-1]
+            self.graph_scores = GraphScores(scaled, fold_weights, weight, half_life)
+
+    @torch.no_grad()
     def set_vectors(self, rows: Tensor, vectors: Tensor) -> None:
-        """Let `vectors` of items be these from now on, whatever graph and content say of them.
+        """Let what items are scored with be `vectors` from now on, whatever graph and content say of them.
 
         Args:
             rows: [N] int64 item rows.
-            vectors: [N, D] float32.
+            vectors: [N, Q] float32; the first D of them are what a history is read from.
 
         Raises:
             ValueError: in training, which leaves parts of a vector out at random.
         """
+        self._check_trained()
+        dim = self.embedding.embedding_dim
+        self.has_id[rows] = True
+        self.embedding.weight[rows] += vectors[:, :dim] - self.vectors(rows)
+        if self.graph_scores is not None:
+            self.graph_scores.vectors[rows] = vectors[:, dim:]
+
+    def _check_trained(self) -> None:
         if self.training:
             raise ValueError("the ranker is in training mode; expected evaluation mode")
-        self.has_id[rows] = True
-        self.embedding.weight[rows] += vectors - self.vectors(rows)
 
     def all_vectors(self) -> Tensor:
-        """Return `vectors` of every row, [I+2, D]: all that serving needs of them."""
+        """Return `vectors` of every row, [I+2, D]: what histories are read from."""
         return self.vectors(torch.arange(self.num_items + 2, device=self.embedding.weight.device))
 
     def item_vectors(self) -> Tensor:
-        """Return what candidates are scored with, [I+1, D]; row 0 is padding."""
-        return self.all_vectors()[:-1]
+        """Return what candidates are scored by, [I+1, Q]; row 0 is padding."""
+        vectors = self.all_vectors()[:-1]
+        if self.graph_scores is None:
+            return vectors
+        return torch.cat([vectors, self.graph_scores.vectors], dim=-1)
 
     def states(self, history: Tensor, table: Tensor | None = None) -> Tensor:
         """Return the state after the start token and after each event, [B, T+1, D], whatever the context.
@@ -215,7 +246,7 @@ class HybridRanker(nn.Module):
         return states
 
     def in_context(self, states: Tensor, rows: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """Return states [..., D] as the context bends them: what candidates are scored with.
+        """Return states [..., D] as the context bends them: what candidates are scored with in training.
 
         Args:
             states: [..., D], of `states`.
@@ -245,6 +276,32 @@ class HybridRanker(nn.Module):
             return states
         return (self.queries(states) * head_weights.unsqueeze(-1)).sum(-2)
 
+    def query(
+        self,
+        history: Tensor,
+        context_rows: Tensor | None = None,
+        context_weights: Tensor | None = None,
+        head_weights: Tensor | None = None,
+        table: Tensor | None = None,
+    ) -> Tensor:
+        """Return what candidates are scored with, [B, Q]: the last state, and the graph's own say.
+
+        Args:
+            history: [B, T] int64, T >= 1; see `states`.
+            context_rows: [B, K] int64; see `in_context`.
+            context_weights: [B, K] float32.
+            head_weights: [B, heads] float32; see `combined`. The graph's scores count by their sum.
+            table: all_vectors(), where they are worked out already.
+        """
+        state = self.in_context(self.states(history, table)[:, -1], context_rows, context_weights)
+        state = self.combined(state, head_weights)
+        if self.graph_scores is None:
+            return state
+        own = self.graph_scores(history)
+        if head_weights is not None:
+            own = own * head_weights.sum(-1, keepdim=True)
+        return torch.cat([state, own], dim=-1)
+
     def forward(
         self,
         history: Tensor,
@@ -253,19 +310,18 @@ class HybridRanker(nn.Module):
         context_weights: Tensor | None = None,
         head_weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the candidates' scores [B, C] and what they are scored with, [B, D].
+        """Return the candidates' scores [B, C] and what they are scored with, [B, Q]: see `query`.
 
         Args:
-            history: [B, T] int64, T >= 1; see `states`.
+            history: [B, T] int64, T >= 1.
             candidates: [B, C] int64 item rows.
-            context_rows: [B, K] int64; see `in_context`.
+            context_rows: [B, K] int64.
             context_weights: [B, K] float32.
-            head_weights: [B, heads] float32; see `combined`.
+            head_weights: [B, heads] float32.
         """
-        state = self.in_context(self.states(history)[:, -1], context_rows, context_weights)
-        state = self.combined(state, head_weights)
-        scores = (self.item_vectors()[candidates] @ state.unsqueeze(-1)).squeeze(-1)
-        return scores, state
+        query = self.query(history, context_rows, context_weights, head_weights)
+        scores = (self.item_vectors()[candidates] @ query.unsqueeze(-1)).squeeze(-1)
+        return scores, query
 
 
 def _unit_scale(vectors: Tensor) -> Tensor:

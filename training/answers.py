@@ -17,22 +17,36 @@ HISTORIES_AT_ONCE = 256
 
 
 @torch.no_grad()
-def question_states(ranker: HybridRanker, holdout: Holdout) -> NDArray[np.float32]:
-    """Return a ranker's states after the histories of a holdout, in their context: [Q, D] float32."""
-    states = np.zeros((len(holdout), ranker.embedding.embedding_dim), np.float32)
+def question_queries(ranker: HybridRanker, holdout: Holdout) -> NDArray[np.float32]:
+    """Return what a ranker on the CPU scores candidates with for each question: [N, Q] float32."""
     # Histories of like length meet, so that short ones are not padded to the longest.
     order = np.argsort(holdout.ends - holdout.events.offsets[holdout.users], kind="stable")
+    found = [np.zeros((0, ranker.item_vectors().shape[1]), np.float32)]
     for start in range(0, len(order), HISTORIES_AT_ONCE):
         rows = order[start : start + HISTORIES_AT_ONCE]
         histories = left_padded([holdout.history(int(q)).items for q in rows], ranker.history_length)
         context = map(torch.from_numpy, encoded_context(ranker.context, holdout.events, holdout.ends[rows]))
-        found = ranker.in_context(ranker.states(torch.from_numpy(histories))[:, -1], *context)
-        states[rows] = found.float().numpy()
-    return states
+        found.append(ranker.query(torch.from_numpy(histories), *context).float().numpy())
+    queries = np.concatenate(found)
+    return queries[np.argsort(order)]
 
 
+@torch.no_grad()
 def ranker_scores(ranker: HybridRanker) -> Callable[[Holdout], NDArray[np.float32]]:
-    """Return what scores all items for the questions of a holdout, [Q, I+1], by a ranker on the CPU."""
-    with torch.no_grad():
-        items = ranker.item_vectors().float().numpy()
-    return lambda questions: question_states(ranker, questions) @ items.T
+    """Return what scores all items for the questions of a holdout, [N, I+1], by a ranker on the CPU."""
+    items = ranker.item_vectors().float().numpy()
+    return lambda questions: question_queries(ranker, questions) @ items.T
+
+
+@torch.no_grad()
+def score_parts(
+    ranker: HybridRanker,
+) -> Callable[[Holdout], tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """Return the same in two parts: what was trained, and the graph's own scores; each [N, I+1]."""
+    items, dim = ranker.item_vectors().float().numpy(), ranker.embedding.embedding_dim
+
+    def parts(questions: Holdout) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        queries = question_queries(ranker, questions)
+        return queries[:, :dim] @ items[:, :dim].T, queries[:, dim:] @ items[:, dim:].T
+
+    return parts

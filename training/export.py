@@ -101,22 +101,33 @@ class _State(nn.Module):
         self.register_buffer("table", ranker.all_vectors().detach().clone())
 
     def forward(self, history: Tensor, *more: Tensor) -> Tensor:
-        state = self.ranker.states(history, self.table)[:, -1]  # type: ignore[arg-type]
+        rows, weights, heads = None, None, None
         if len(self.ranker.context):
-            state, more = self.ranker.in_context(state, *more[:2]), more[2:]
-        return self.ranker.combined(state, *more)
+            rows, weights, *more = more  # type: ignore[assignment]
+        if more:
+            heads = more[0]
+        return self.ranker.query(history, rows, weights, heads, self.table)  # type: ignore[arg-type]
 
 
 class _Scores(nn.Module):
-    """The half that scores, with the items' fused vectors worked out: a request only looks them up."""
+    """The half that scores, with the items' vectors worked out: a request only looks them up."""
+
+    table: Tensor
+    graph_table: Tensor | None  # "graph" is taken in what torch makes of a module
 
     def __init__(self, ranker: HybridRanker) -> None:
         super().__init__()
-        self.register_buffer("table", ranker.item_vectors().detach().clone())
+        # Two tables, as the other half has them, so that the file holds each once.
+        graph = ranker.graph_scores.vectors.clone() if ranker.graph_scores is not None else None
+        self.register_buffer("table", ranker.all_vectors()[:-1].detach().clone())
+        self.register_buffer("graph_table", graph)
 
     def forward(self, state: Tensor, candidates: Tensor) -> Tensor:
-        scores: Tensor = (self.table[candidates] @ state.unsqueeze(-1)).squeeze(-1)  # type: ignore[index]
-        return scores
+        dim = self.table.shape[1]
+        scores = self.table[candidates] @ state[:, :dim].unsqueeze(-1)
+        if self.graph_table is not None:
+            scores = scores + self.graph_table[candidates] @ state[:, dim:].unsqueeze(-1)
+        return scores.squeeze(-1)
 
 
 def index_options(pipeline: dict[str, Any], source: str, *, has_ranker: bool) -> IndexOptions:
@@ -152,9 +163,9 @@ def export_ranker(
     that it scores with.
 
     ranker_state.onnx takes history [B, T], and where the ranker has them context_rows and context_weights
-    [B, K] and head_weights [B, heads], to state [B, D]; ranker_scores.onnx takes state [B, D] and candidates
-    [B or 1, C] to scores [B, C]. B, T and C are dynamic. A single row of candidates is scored for every state
-    of the batch.
+    [B, K] and head_weights [B, heads], to state [B, Q]; ranker_scores.onnx takes state [B, Q] and candidates
+    [B or 1, C] to scores [B, C]. B, T and C are dynamic; Q is that of HybridRanker.query. A single row of
+    candidates is scored for every state of the batch.
 
     Args:
         ranker: on any device; it is left on the CPU, in float32 and in evaluation mode.
@@ -200,7 +211,7 @@ def export_ranker(
             (state, scores),
         )
         padded = torch.from_numpy(left_padded(histories, ranker.history_length))
-        states = ranker.in_context(ranker.states(padded)[:, -1]).numpy()
+        states = ranker.query(padded).numpy()
     return write_index(directory / RANKER_INDEX, vectors.numpy(), options or IndexOptions(), states)
 
 

@@ -68,7 +68,9 @@ def give_new_items_vectors(
         new: [N], of `new_items`.
         like: [N, I+1], of retrieval.new_items.like_items.
     """
-    vectors = content_vectors(ranker.item_vectors().float().numpy(), item_degrees, like)
+    # What was trained and what the graph says stand at scales of their own.
+    parts = ranker.item_vectors().float().tensor_split([ranker.embedding.embedding_dim], dim=1)
+    vectors = np.concatenate([content_vectors(part.numpy(), item_degrees, like) for part in parts], axis=1)
     is_like_any = vectors.any(axis=1)
     ranker.set_vectors(
         torch.from_numpy(new[is_like_any]).long(), torch.from_numpy(RANKER_SCALE * vectors[is_like_any])

@@ -18,6 +18,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import torch
 from jsonargparse import ActionYesNo
 from lightning.pytorch.cli import LightningArgumentParser
 from safetensors import safe_open
@@ -28,7 +29,7 @@ from engine.pipeline import check_settings
 from engine.policies import check_policies
 from ranking.ranker import NEXT, HybridRanker
 from retrieval.item_index import IndexOptions
-from training.answers import ranker_scores
+from training.answers import score_parts
 from training.content import ContentOptions, encoder_name, write_content
 from training.cross_fit import fold_vectors, without_fold
 from training.data.context import context_table
@@ -40,6 +41,7 @@ from training.export import DEFAULT_POLICIES, DEFAULT_SOURCES, export_bundle
 from training.quantization import Precision
 from training.ranking_module import RANKING_EPOCHS, RankingModule, check_heads
 from training.retrieval_module import RETRIEVAL_EPOCHS, RetrievalModule
+from training.score_weights import GRAPH_WEIGHTS, METRIC, TRANSITION_WEIGHTS, ScoreWeights, best_weights
 from training.stages import (
     MONITOR,
     Chosen,
@@ -51,12 +53,13 @@ from training.stages import (
     quiet_lightning,
     refit_stage,
 )
-from training.transitions import TransitionWeight, best_weight
 
 EMBEDDINGS, CONTENT, CHOSEN = "embeddings.safetensors", "content.safetensors", "chosen.json"
-FOLDS, TRANSITION_WEIGHT = "folds.safetensors", "transition_weight.json"
+FOLDS, SCORE_WEIGHTS = "folds.safetensors", "score_weights.json"
 NUM_FOLDS = 5  # of users, by default, where items have fewer events than
 FOLDED_BELOW = 50
+# What of the pipeline's settings decides which weights of scores are best.
+WEIGHED_WITH = ("graph_weight", "transition_weight", "num_neighbours", "half_life_events")
 
 DESCRIPTION = """\
 Train both stages on a data set directory and publish a bundle.
@@ -97,6 +100,8 @@ class PipelineOptions:
         ranker_precision: float32; float16, whose tables of item vectors take half the memory; or int8, with
             a quarter of it (python -m benchmarks.scoring says what each costs in time and quality).
         num_neighbours: how many neighbours the bundle holds of each item, and how many items that came next.
+        graph_weight: how much the graph's own scores count beside the ranker's; 0 where they do not. null:
+            what is best on validation, together with transition_weight.
         transition_weight: how much it counts in the ranker's scores that an item has often come next; 0
             where it does not. null: what is best on validation.
         popular_window_days: popular is what is popular in the last days of the training data; null, and data
@@ -115,6 +120,7 @@ class PipelineOptions:
     head_weights: dict[str, float] = field(default_factory=dict)
     ranker_precision: Precision = "float32"
     num_neighbours: int = 200
+    graph_weight: float | None = None
     transition_weight: float | None = None
     popular_window_days: float | None = 30.0
     policies: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(DEFAULT_POLICIES))
@@ -307,16 +313,14 @@ def _train_in(
     chosen: dict[str, Chosen] = {}
     ranker: HybridRanker | None = None
     pipeline = recipe["pipeline"]
-    is_given = pipeline.get("transition_weight") is not None
-    transitions = None if is_given else TransitionWeight.read(run / TRANSITION_WEIGHT)
-    is_weighed = is_given or transitions is not None
+    weights = ScoreWeights.read(run / SCORE_WEIGHTS)
 
     how = (settings, recipe["seed"], resume)
     _say(f"{next(step)}: retrieval on train; validation chooses the epochs")
     chosen["retrieval"] = fit_retrieval(directory, split, run, *how)
     if split.ordered:
         _say(f"{next(step)}: ranking on train; validation chooses the epochs")
-        before = chosen_before(run) if refit and is_weighed else None
+        before = chosen_before(run) if refit and weights is not None else None
         if before is not None:
             _say("ranking: already trained in this run")
             chosen["ranking"] = before
@@ -325,12 +329,12 @@ def _train_in(
             ranker, chosen["ranking"] = fit_ranking(
                 directory, split, run / EMBEDDINGS, run, *how, content=content, folds=folds
             )
-            if not is_weighed:
-                transitions = best_weight(ranker_scores(ranker), split, pipeline["num_neighbours"])
-                transitions.write(run / TRANSITION_WEIGHT)
+            if weights is None:
+                weights = choose_weights(ranker, load_file(run / EMBEDDINGS), split, pipeline)
+                weights.write(run / SCORE_WEIGHTS)
                 _say(
-                    f"transitions: weight {transitions.weight:g}; val_ndcg@10 by weight "
-                    + ", ".join(f"{weight}: {metric:.4f}" for weight, metric in transitions.metrics.items())
+                    f"scores: graph weight {weights.graph:g}, transition weight {weights.transitions:g}; "
+                    f"val_{METRIC} {weights.metric:.4f} ({weights.alone:.4f} without them)"
                 )
     else:
         _say(f"ranking: left out, split {split.name} leaves the events without an order to learn from")
@@ -351,11 +355,16 @@ def _train_in(
 
     _say("export: writing and verifying the bundle")
     metrics = {stage: {MONITOR[stage]: fit.metric} for stage, fit in chosen.items()}
-    if transitions is not None:
-        pipeline = pipeline | {"transition_weight": transitions.weight}
-        metrics["transitions"] = {f"val_ndcg@10 at {w}": value for w, value in transitions.metrics.items()}
+    of_graph = load_file(vectors)
+    if ranker is not None and weights is not None:
+        add_graph_scores(ranker, of_graph, weights.graph, pipeline)
+        pipeline = pipeline | {"graph_weight": weights.graph, "transition_weight": weights.transitions}
+        metrics["scores"] = {
+            f"val_{METRIC}": weights.metric,
+            f"val_{METRIC} of the ranker alone": weights.alone,
+        }
     bundle = export_bundle(
-        out, dataset, data, load_file(vectors), ranker,
+        out, dataset, data, of_graph, ranker,
         pipeline={key: value for key, value in pipeline.items() if key != "policies"},
         policies=pipeline["policies"],
         training={
@@ -368,6 +377,37 @@ def _train_in(
     )  # fmt: skip
     (run / "bundle.txt").write_text(f"{bundle}\n", encoding="utf-8")
     return bundle
+
+
+def choose_weights(
+    ranker: HybridRanker, vectors: Mapping[str, Any], split: Split, pipeline: Mapping[str, Any]
+) -> ScoreWeights:
+    """Return how much adds to a ranker's scores: what the recipe says, and else what is best on validation.
+
+    Args:
+        ranker: fitted to `split.train`, in evaluation mode.
+        vectors: of stage one, fitted to the same.
+        split: whose validation asks.
+        pipeline: the recipe's settings.
+    """
+    add_graph_scores(ranker, vectors, 1.0, pipeline)
+    graph, transitions = pipeline.get("graph_weight"), pipeline.get("transition_weight")
+    return best_weights(
+        score_parts(ranker),
+        split,
+        pipeline["num_neighbours"],
+        graph_weights=GRAPH_WEIGHTS if graph is None else (graph,),
+        transition_weights=TRANSITION_WEIGHTS if transitions is None else (transitions,),
+    )
+
+
+def add_graph_scores(
+    ranker: HybridRanker, vectors: Mapping[str, Any], weight: float, pipeline: Mapping[str, Any]
+) -> None:
+    """Let stage one's own scores add to a ranker's; histories age as the pipeline's settings say."""
+    ranker.add_graph_scores(
+        torch.from_numpy(vectors["item_vectors"]), weight, pipeline.get("half_life_events")
+    )
 
 
 def num_folds_of(options: Any, split: Split, content: Path | None) -> int:
@@ -607,8 +647,9 @@ def _run_directory(runs: Path, dataset: Dataset, recipe: dict[str, Any], resume:
             except OSError:
                 _say(f"{run}: another process works in it; passed over")
                 continue
-            if before["recipe"]["pipeline"]["num_neighbours"] != recipe["pipeline"]["num_neighbours"]:
-                (run / TRANSITION_WEIGHT).unlink(missing_ok=True)  # it was chosen for others
+            was, is_now = before["recipe"]["pipeline"], recipe["pipeline"]
+            if any(was.get(name) != is_now.get(name) for name in WEIGHED_WITH):
+                (run / SCORE_WEIGHTS).unlink(missing_ok=True)  # they were chosen for others
             published.unlink(missing_ok=True)
             _write_json(started, record)
             yield run

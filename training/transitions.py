@@ -1,11 +1,8 @@
-"""How much it counts in the ranker's scores that an item has often come next: chosen on validation."""
+"""What has come next in the training histories, and what that adds to the scores of all items."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,33 +12,6 @@ from ranking.transitions import transition_gain
 from retrieval.sparse import SparseRows
 from retrieval.transitions import item_transitions, next_items
 from training.data.interactions import Interactions
-from training.data.splits import Holdout, Split
-from training.metrics import mean_accuracy
-
-WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
-MAX_QUESTIONS = 5000
-SCORES_AT_ONCE = 10_000_000  # 40 MB of float32 scores
-METRIC = "ndcg@10"
-
-
-@dataclass(frozen=True)
-class TransitionWeight:
-    """What validation chose."""
-
-    weight: float  # that with the best METRIC, the least of equals
-    metrics: dict[str, float]  # METRIC of each weight
-
-    @classmethod
-    def read(cls, file: Path) -> TransitionWeight | None:
-        """Return what a run has chosen before; None where it has not."""
-        return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
-
-    def write(self, file: Path) -> None:
-        """Keep it for a run that goes on."""
-        text = json.dumps({"weight": self.weight, "metrics": self.metrics}, indent=2)
-        unfinished = file.with_suffix(".tmp")
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        unfinished.rename(file)
 
 
 def training_transitions(train: Interactions, k: int) -> SparseRows:
@@ -66,31 +36,3 @@ def bonuses(transitions: SparseRows, histories: Sequence[NDArray[np.int32]]) -> 
         items, probabilities = next_items(transitions, history)
         row[items] = transition_gain(probabilities, 1.0)
     return found
-
-
-def best_weight(scores: Callable[[Holdout], NDArray[np.float32]], split: Split, k: int) -> TransitionWeight:
-    """Return the weight with the best NDCG@10 on validation, of WEIGHTS.
-
-    Args:
-        scores: the model's, of some questions: [Q, I+1]; it has learned from `split.train`.
-        split: whose validation asks, up to MAX_QUESTIONS of it drawn with a fixed seed.
-        k: items that a row of the transitions keeps.
-    """
-    holdout = split.validation.sample(MAX_QUESTIONS)
-    transitions = training_transitions(split.train, k)
-    sums = dict.fromkeys(WEIGHTS, 0.0)
-    size = max(1, SCORES_AT_ONCE // len(transitions))
-    for start in range(0, len(holdout), size):
-        questions = holdout.take(np.arange(start, min(start + size, len(holdout))))
-        histories = [history for _, history, _ in questions]
-        targets = [target for _, _, target in questions]
-        alone = scores(questions)
-        added = bonuses(transitions, [history.wanted for history in histories])
-        seen = [history.items for history in histories]
-        for weight in WEIGHTS:
-            both = alone + np.float32(weight) * added
-            found = mean_accuracy(both, seen, targets, (10,), repeats=split.repeats)
-            sums[weight] += found[METRIC] * len(questions)
-    metrics = {weight: total / len(holdout) for weight, total in sums.items()}
-    best = max(WEIGHTS, key=lambda weight: (metrics[weight], -weight))
-    return TransitionWeight(best, {f"{weight:g}": metric for weight, metric in metrics.items()})

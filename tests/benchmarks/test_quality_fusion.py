@@ -10,12 +10,12 @@ from scipy.special import stdtr
 
 from benchmarks import full_ranking, quality, quality_fusion
 from benchmarks.full_ranking import Vectors, question_metrics
-from benchmarks.quality_fusion import VARIANTS, Experiment, late_fusion, paired_test, shuffled
+from benchmarks.quality_fusion import VARIANTS, Answers, Experiment, late_fusion, paired_test, shuffled
 from engine.cli import main as trirank
 from engine.history import left_padded
 from training import train
 from training.data.splits import SplitOptions, load_split
-from training.transitions import WEIGHTS
+from training.score_weights import GRAPH_WEIGHTS, TRANSITION_WEIGHTS
 
 TINY = [
     "ranking.trainer.max_epochs=1",
@@ -52,7 +52,7 @@ def _run(directory, out, *options):
 def test_every_variant_has_its_row(strict, capsys):
     results = quality_fusion.collect(strict)
     assert list(results["variants"]) == list(VARIANTS)
-    assert [row["letter"] for row in results["variants"].values()] == list("abcdefghijk")
+    assert [row["letter"] for row in results["variants"].values()] == list("abcdefghijkl")
     assert (results["protocol"], results["split"]) == ("strict", "leave-one-out")
     for name, row in results["variants"].items():
         assert row["seeds"] == [0, 1]
@@ -69,8 +69,13 @@ def test_every_variant_has_its_row(strict, capsys):
                 row["ndcg@10"]["mean"] - other["ndcg@10"]["mean"]
             )
     assert all(0 <= run["graph_weight"] <= 1 for run in results["variants"]["late-fusion"]["runs"])
-    for name in ("transitions", "sequence-transitions"):
-        assert all(run["transition_weight"] in WEIGHTS for run in results["variants"][name]["runs"])
+    for name, its in VARIANTS.items():
+        if name in ("graph", "late-fusion"):
+            continue
+        may_graph = its.graph_scores and VARIANTS[its.upon or name].graph != "none"
+        for run in results["variants"][name]["runs"]:
+            assert run["graph_weight"] in (GRAPH_WEIGHTS if may_graph else [0])
+            assert run["transition_weight"] in (TRANSITION_WEIGHTS if its.transitions else [0])
     assert not list(strict.rglob("*.ckpt"))
 
 
@@ -89,6 +94,8 @@ def test_a_row_is_what_its_ranker_finds(directory, strict):
         1,
         False,
     )
+    row = json.loads((strict / "cross-attention-seed1.json").read_text())
+    ranker.add_graph_scores(torch.from_numpy(load_file(embeddings)["item_vectors"]), row["graph_weight"], 3)
     found = []
     test = data.split.test
     for end, (_, history, target) in zip(test.ends, test, strict=True):
@@ -158,15 +165,15 @@ def test_a_strict_row_goes_on_where_its_answers_were_being_saved(
     directory, tmp_path, monkeypatch, interrupted_at
 ):
     options = ["--seeds", "0", "--variants", "sequence"]
-    saved, save = [], quality_fusion._save
+    saved, save = [], Answers.save
 
-    def interrupted(file, answers):
+    def interrupted(answers, file):
         saved.append(file)
         if len(saved) == interrupted_at:
             raise KeyboardInterrupt
-        save(file, answers)
+        save(answers, file)
 
-    monkeypatch.setattr(quality_fusion, "_save", interrupted)
+    monkeypatch.setattr(Answers, "save", interrupted)
     assert _run(directory, tmp_path, *options) == 130
     assert _run(directory, tmp_path, *options) == 0
     assert (tmp_path / "sequence-seed0.json").is_file()
@@ -226,9 +233,10 @@ def test_the_weight_of_late_fusion_is_the_best_on_validation(directory, tmp_path
     right, wrong = np.zeros((2, 61, 61), np.float32)
     for user, _, target in split.validation:
         right[user, target], wrong[user, target] = 1, -1
-    answers = {"sequence": Vectors(wrong, np.eye(51, 61, dtype=np.float32))}
-    answers["graph"] = Vectors(right, np.eye(51, 61, dtype=np.float32))
-    monkeypatch.setattr(Experiment, "answers", lambda self, variant, seed, part: answers[variant])
+    everything = np.eye(51, 61, dtype=np.float32)
+    answers, graph = Answers(Vectors(wrong, everything)), Vectors(right, everything)
+    monkeypatch.setattr(Experiment, "answers", lambda self, variant, seed, part: answers)
+    monkeypatch.setattr(Experiment, "graph", lambda self, seed, part: graph)
     # Equal parts cancel out: all weights beyond that put the target first, and the first of them is taken.
     assert experiment._late_weight(0) == 0.6
 

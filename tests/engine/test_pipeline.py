@@ -288,6 +288,7 @@ def test_settings_out_of_range(name: str, value: int) -> None:
         ),
         ({"half_life_events": 0}, "half_life_events is 0; expected a number above 0, or null"),
         ({"transition_weight": -1}, "transition_weight is -1; expected a number from 0 to 10, or null"),
+        ({"graph_weight": 11}, "graph_weight is 11; expected a number from 0 to 10, or null"),
         ({"half_life_days": float("nan")}, "half_life_days is nan"),
         ({"popular_window_days": -3}, "popular_window_days is -3"),
     ],

@@ -413,6 +413,72 @@ def test_heads_start_where_the_state_is():
     assert torch.equal(ranker().queries(states), states[:, None])
 
 
+# --- the graph's own scores
+
+
+@torch.no_grad()
+def test_graph_scores_add_by_hand():
+    model, (vectors, degrees) = ranker(heads=("purchase",)), graph()
+    history, everything = histories(0, 1, 3, LENGTH), torch.arange(1, NUM_ITEMS + 1).expand(4, -1)
+    weights = torch.tensor([[1.0, 0.5]]).expand(4, -1)
+    before, with_heads = model(history, everything)[0], model(history, everything, None, None, weights)[0]
+    model.add_graph_scores(vectors, 0.7, half_life=2)
+    unit = vectors / vectors[1:].square().mean().sqrt()
+    expected = torch.zeros(4, NUM_ITEMS)
+    for row, items in enumerate(history):
+        user = torch.zeros(GRAPH_DIM)
+        for age, item in enumerate(items.flip(0).tolist()):
+            if item:
+                user += 2 ** (-age / 2) * unit[item] / degrees[item].clamp(min=1).sqrt()
+        if user.any():
+            expected[row] = 0.7 * unit[1:] @ user / user.norm()
+    scores, query = model(history, everything)
+    assert query.shape == (4, DIM + GRAPH_DIM)
+    torch.testing.assert_close(scores, before + expected)
+    torch.testing.assert_close(scores, query @ model.item_vectors()[1:].T)
+    torch.testing.assert_close(scores[0], before[0])  # nobody's history says nothing
+    torch.testing.assert_close(
+        model(history, everything, None, None, weights)[0], with_heads + 1.5 * expected
+    )
+    wider = model(torch.nn.functional.pad(history, (3, 0))[:, -LENGTH:], everything)[0]
+    torch.testing.assert_close(wider, scores)
+    model.add_graph_scores(vectors, 0, half_life=2)
+    torch.testing.assert_close(model(history, everything)[0], before)
+
+
+@torch.no_grad()
+def test_without_a_half_life_the_order_does_not_count():
+    model = ranker()
+    model.add_graph_scores(graph()[0], 1.0, half_life=None)
+    history = histories(LENGTH)
+    own = model.query(history)[:, DIM:]
+    torch.testing.assert_close(model.query(history.flip(1))[:, DIM:], own)
+    model.add_graph_scores(graph()[0], 1.0, half_life=1)
+    assert not torch.allclose(model.query(history.flip(1))[:, DIM:], model.query(history)[:, DIM:])
+
+
+def test_graph_scores_need_a_graph_and_a_trained_ranker():
+    with pytest.raises(ValueError, match="the ranker has no graph; expected one with graph_vectors"):
+        ranker(with_graph=False).add_graph_scores(graph()[0], 0.1, 3)
+    with pytest.raises(ValueError, match="training mode; expected evaluation mode"):
+        ranker().train().add_graph_scores(graph()[0], 0.1, 3)
+
+
+@torch.no_grad()
+def test_vectors_can_be_set_with_the_part_of_the_graph():
+    model = ranker(is_trained=torch.arange(NUM_ITEMS + 1) != 3)
+    model.add_graph_scores(graph()[0], 0.5, half_life=3)
+    before, wanted = model.item_vectors().clone(), torch.randn(2, DIM + GRAPH_DIM)
+    model.set_vectors(torch.tensor([5, 3]), wanted)
+    after = model.item_vectors()
+    torch.testing.assert_close(after[[5, 3]], wanted)
+    others = [row for row in range(NUM_ITEMS + 1) if row not in (3, 5)]
+    assert torch.equal(after[others], before[others])
+    history = torch.tensor([[0, 3]])
+    expected = 0.5 * wanted[1, DIM:] / wanted[1, DIM:].norm()
+    torch.testing.assert_close(model.query(history)[0, DIM:], expected)
+
+
 # --- it learns
 
 

@@ -23,6 +23,7 @@ from training.export import (
     recent_popularity,
     write_index,
 )
+from training.quantization import MAX_SCORE_DIFFERENCE
 
 NUM_ITEMS, LENGTH, DIM = 60, 6, 16
 
@@ -104,6 +105,34 @@ def test_hstu_scores_as_in_torch(tmp_path, length):
     history = histories(2, length)
     scores, _ = by_torch(model, history, candidates)
     assert np.abs(scorer_of(tmp_path).score(history, candidates) - scores).max() <= 1e-4
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_the_graphs_own_scores_are_exported(tmp_path, precision):
+    model = ranker()
+    plain = export_ranker(model, tmp_path, precision=precision)
+    size = (tmp_path / RANKER_WEIGHTS).stat().st_size
+    without = scorer_of(tmp_path).score(histories(2, 4), np.arange(1, NUM_ITEMS + 1)[None])
+    model.add_graph_scores(model.graph_vectors[:-1], 0.5, half_life=3)
+    assert export_ranker(model, tmp_path, precision=precision) == plain
+    scorer = scorer_of(tmp_path)
+    assert scorer.dim == DIM + model.graph_vectors.shape[1]
+    # The vectors that attention reads are those that score: one table.
+    assert (tmp_path / RANKER_WEIGHTS).stat().st_size <= size + 2 * 4096
+    slack = MAX_SCORE_DIFFERENCE[precision]
+    for length in (0, 1, LENGTH - 1, LENGTH):
+        for width in {max(length, 1), LENGTH}:
+            history = histories(2, length, width)
+            candidates = np.random.default_rng(0).integers(1, NUM_ITEMS + 1, (2, 9))
+            scores, states = by_torch(model, history, candidates)
+            allowed = slack * max(1, np.abs(scores).max())
+            assert np.abs(scorer.score(history, candidates) - scores).max() <= allowed
+            assert np.abs(scorer.user_states(history) - states).max() <= allowed
+    found = scorer.score(histories(2, 4), np.arange(1, NUM_ITEMS + 1)[None])
+    assert np.abs(found - without).max() > 0.1
+    index = ItemIndex.load(tmp_path / RANKER_INDEX)
+    products = index.scores(scorer.user_states(histories(2, 4)))[:, 1:]
+    np.testing.assert_allclose(products, found, atol=slack * np.abs(found).max() + 1e-4)
 
 
 def test_histories_of_many_lengths_in_one_batch(exported):

@@ -63,6 +63,33 @@ def test_the_ranker_scores_them_by_their_like_and_so_does_its_export(tmp_path, w
     np.testing.assert_allclose(lengths[4:], RANKER_SCALE * np.median(lengths[1:3]), rtol=1e-5)
     np.testing.assert_allclose(after[5] / lengths[5], before[1] / lengths[1], atol=1e-6)  # like a alone
 
+    _check_export(ranker, tmp_path)
+
+
+def test_the_graphs_own_part_of_them_is_that_of_their_like(tmp_path):
+    torch.manual_seed(0)
+    graph = 5 * torch.randn(6, 3)
+    graph[[0, 3, 4, 5]] = 0  # stage one has no vector of what it has not seen
+    ranker = HybridRanker(
+        SASRec(4, dim=8, num_blocks=1, num_heads=1),
+        graph_vectors=graph,
+        item_degrees=torch.from_numpy(DEGREES),
+        is_trained=torch.from_numpy(DEGREES > 0),
+    ).eval()
+    ranker.add_graph_scores(graph, 0.5, half_life=3)
+    before = ranker.item_vectors().detach().numpy().copy()
+    new = np.array([3, 4, 5], np.int32)
+    give_new_items_vectors(ranker, DEGREES, new, like_items(DEGREES, FEATURES, new))
+    after = ranker.item_vectors().detach().numpy()
+    np.testing.assert_array_equal(after[:4], before[:4])
+    for part in (slice(8), slice(8, None)):  # each as long as it would be alone
+        lengths = np.linalg.norm(after[:, part], axis=1)
+        np.testing.assert_allclose(lengths[4:], RANKER_SCALE * np.median(lengths[1:3]), rtol=1e-5)
+        np.testing.assert_allclose(after[5, part] / lengths[5], before[1, part] / lengths[1], atol=1e-6)
+    _check_export(ranker, tmp_path)
+
+
+def _check_export(ranker, tmp_path):
     export_ranker(ranker, tmp_path)
     scorer = OnnxScorer(tmp_path / RANKER_STATE, tmp_path / RANKER_SCORES)
     history, everything = np.array([[0, 4, 1], [0, 0, 5]]), np.arange(1, 6)[None]

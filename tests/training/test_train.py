@@ -35,6 +35,7 @@ from training.evaluate import Questions, evaluate, load_questions, retrieval_sco
 from training.export import folded_in, recent_popularity
 from training.ranking_module import RankingModule
 from training.retrieval_module import RetrievalModule
+from training.score_weights import GRAPH_WEIGHTS, TRANSITION_WEIGHTS
 
 FAST = [
     "--retrieval.trainer.max_epochs=2",
@@ -89,9 +90,10 @@ def test_train_publishes_one_verified_bundle_and_leaves_logs(shop: Path) -> None
     assert 0 < bundle.recent_popularity.sum() < bundle.catalog.popularity.sum()  # of 30 days, and of all
     assert manifest["recipe"]["ranking"]["model"]["encoder"]["init_args"]["dim"] == 16
     found = manifest["metrics"]["validation"]
-    assert set(found) == {"retrieval", "ranking", "transitions"}
-    weight = manifest["pipeline"]["transition_weight"]
-    assert found["transitions"][f"val_ndcg@10 at {weight:g}"] == max(found["transitions"].values())
+    assert set(found) == {"retrieval", "ranking", "scores"}
+    assert found["scores"]["val_ndcg@10"] >= found["scores"]["val_ndcg@10 of the ranker alone"] > 0
+    assert manifest["pipeline"]["graph_weight"] in GRAPH_WEIGHTS
+    assert manifest["pipeline"]["transition_weight"] in TRANSITION_WEIGHTS
     assert len(bundle.transitions.columns) > 100
     assert bundle.item_vectors.shape == (101, 16)
     run = min((shop / "runs").iterdir())  # that of the fixture
@@ -694,10 +696,12 @@ def test_a_finished_run_is_exported_anew_with_other_settings_of_serving(
     first = Bundle.load(Path(said.out.strip()))
     chosen = first.manifest["pipeline"]["transition_weight"]
     few = ["--pipeline.num_candidates=50"]
+    graph_weight = ["--pipeline.graph_weight=0.25"]
     for more, weight in (
         (few, chosen),
         ([*few, "--pipeline.num_neighbours=7"], None),
         ([*few, "--pipeline.transition_weight=0.3"], 0.3),
+        ([*few, "--pipeline.transition_weight=0.3", *graph_weight], 0.3),
     ):
         assert main([*words, "--resume", *more]) == 0
         said = capsys.readouterr()
@@ -709,8 +713,12 @@ def test_a_finished_run_is_exported_anew_with_other_settings_of_serving(
         assert again.manifest["training"] == first.manifest["training"]
         np.testing.assert_array_equal(again.item_vectors, first.item_vectors)
         history = np.array([[1, 2, 3]])
-        states = [one.scorer.user_states(history) for one in (first, again) if one.scorer]
+        states = [one.scorer.user_states(history)[:, :16] for one in (first, again) if one.scorer]
         np.testing.assert_array_equal(*states)
+    # Where the graph counts, the state goes on with its say: a unit vector, times the weight.
+    assert again.manifest["pipeline"]["graph_weight"] == 0.25
+    own = again.scorer.user_states(history)[:, 16:]
+    np.testing.assert_allclose(np.linalg.norm(own), 0.25, rtol=1e-5)
     assert main([*words, "--resume", *more]) == 2  # it has been published
     assert "anything left to do" in capsys.readouterr().err
 

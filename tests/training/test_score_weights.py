@@ -1,0 +1,80 @@
+"""What adds to the ranker's scores, weighed for rankers that need it and for those that do not."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from training import score_weights
+from training.data.interactions import Interactions
+from training.data.splits import Holdout, Split
+from training.score_weights import GRAPH_WEIGHTS, TRANSITION_WEIGHTS, ScoreWeights, best_weights
+
+NUM_ITEMS = 30
+
+
+def split_of(target_of: Callable[[int], int]) -> Split:
+    """Return a split in which item i is followed by i + 1, and which asks for target_of(the last item)."""
+    rng = np.random.default_rng(0)
+    begins = rng.integers(1, NUM_ITEMS - 6, 200)
+    items = (begins[:, None] + np.arange(5)).astype(np.int32)
+    items[:, 4] = [target_of(int(last)) for last in items[:, 3]]
+    users = np.repeat(np.arange(1, 201), 5).astype(np.int32)
+    log = Interactions(users, items.ravel(), np.zeros(1000, np.uint8), np.arange(1000), 200, NUM_ITEMS)
+    before_test = np.arange(1000) % 5 < 4
+    ends = np.arange(200) * 5 + 4
+    asked = Holdout(log, np.arange(1, 201, dtype=np.int32), ends, items[:, 4].copy(), np.arange(201))
+    return Split("toy", log.take(before_test), asked, asked, True, False, before_test)
+
+
+FOLLOWED = split_of(lambda last: last + 1)  # as the transitions say
+ELSEWHERE = split_of(lambda last: NUM_ITEMS)  # as they do not
+
+
+def showing(item: int) -> Callable[[Holdout], NDArray[np.float32]]:
+    """Return scores of 1 for one item, whoever asks, and 0 for all others; item 0 is padding."""
+    return lambda questions: np.tile(np.eye(NUM_ITEMS + 1, dtype=np.float32)[item], (len(questions), 1))
+
+
+def choose(
+    monkeypatch: pytest.MonkeyPatch, split: Split, of_ranker: int, of_graph: int, **weights: tuple[float, ...]
+) -> ScoreWeights:
+    monkeypatch.setattr(score_weights, "SCORES_AT_ONCE", 1000)  # several blocks
+    ranker, graph = showing(of_ranker), showing(of_graph)
+    return best_weights(lambda asked: (ranker(asked), graph(asked)), split, 10, **weights)
+
+
+def test_a_ranker_that_knows_nothing_needs_transitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = choose(monkeypatch, FOLLOWED, 0, 0)
+    # The least of those that find all.
+    assert (chosen.graph, chosen.transitions) == (0, TRANSITION_WEIGHTS[1])
+    assert chosen.alone < 0.3 < 0.9 < chosen.metric
+
+
+def test_one_that_knows_better_needs_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose(monkeypatch, ELSEWHERE, NUM_ITEMS, 1) == ScoreWeights(0, 0, 1.0, 1.0)
+
+
+def test_the_graph_counts_where_it_knows_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = choose(monkeypatch, ELSEWHERE, 0, NUM_ITEMS)
+    assert (chosen.graph, chosen.transitions, chosen.metric) == (GRAPH_WEIGHTS[1], 0, 1.0)
+    assert chosen.alone < 0.3
+
+
+def test_what_the_recipe_says_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = choose(monkeypatch, ELSEWHERE, 0, NUM_ITEMS, graph_weights=(0.0,))
+    assert chosen.graph == 0
+    assert chosen.metric == chosen.alone < 0.3
+    given = choose(monkeypatch, FOLLOWED, 0, 0, graph_weights=(0.7,), transition_weights=(2.0,))
+    assert (given.graph, given.transitions) == (0.7, 2)
+    assert given.alone < 0.3 < 0.9 < given.metric
+
+
+def test_they_are_kept_for_a_run_that_goes_on(tmp_path: Path) -> None:
+    file = tmp_path / "weights.json"
+    assert ScoreWeights.read(file) is None
+    chosen = ScoreWeights(0.1, 0.5, 0.3, 0.2)
+    chosen.write(file)
+    assert ScoreWeights.read(file) == chosen
