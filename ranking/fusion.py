@@ -73,13 +73,15 @@ class GraphCrossAttention(nn.Module):
 
 
 class GraphScores(nn.Module):
-    """The graph's own say in a score: weight * <u, g>, beside what attention makes of the graph.
+    """The graph's own say in a score: <u, weight * g>, beside what attention makes of the graph.
 
     u is the visitor's vector at unit length, folded in from the history (LightGCN eq. 3 for a new node, the
-    n-th last event times 2^(-n / half_life)), and g the candidate's graph vector. Nothing of it is trained:
-    beside a graph that has seen the training events, training would give it more weight than it earns on
-    others. The weight is chosen on events that neither network has learned from (late fusion by stacking:
-    Wolpert, "Stacked Generalization", Neural Networks 1992).
+    n-th last event times 2^(-n / half_life), whatever it repeats), and g the candidate's graph vector. The
+    weight is the items', so that their numbers stay of one size with those beside them: indexes round them.
+
+    Nothing of it is trained: beside a graph that has seen the training events, training would give it more
+    weight than it earns on others. The weight is chosen on events that neither network has learned from (late
+    fusion by stacking: Wolpert, "Stacked Generalization", Neural Networks 1992).
 
     Args:
         vectors: [I+1, G], row 0 zeros.
@@ -98,7 +100,7 @@ class GraphScores(nn.Module):
         self.weight, self.half_life = weight, half_life
 
     def forward(self, history: Tensor) -> Tensor:
-        """Return weight * u, [B, G]; zero where the history is empty.
+        """Return u, [B, G]; zero where the history is empty.
 
         Args:
             history: [B, T] int64 item rows, oldest first, padded on the left with 0.
@@ -108,7 +110,7 @@ class GraphScores(nn.Module):
             ages = torch.arange(history.shape[1] - 1, -1, -1, device=history.device)
             weights = weights * torch.exp2(-ages / self.half_life)
         user = (self.vectors[history] * weights.unsqueeze(-1)).sum(1)
-        return self.weight * functional.normalize(user, dim=-1)
+        return functional.normalize(user, dim=-1)
 
 
 class ContextFusion(nn.Module):

@@ -208,7 +208,7 @@ class HybridRanker(nn.Module):
         self.has_id[rows] = True
         self.embedding.weight[rows] += vectors[:, :dim] - self.vectors(rows)
         if self.graph_scores is not None:
-            self.graph_scores.vectors[rows] = vectors[:, dim:]
+            self.graph_scores.vectors[rows] = vectors[:, dim:] / self.graph_scores.weight
 
     def _check_trained(self) -> None:
         if self.training:
@@ -223,7 +223,7 @@ class HybridRanker(nn.Module):
         vectors = self.all_vectors()[:-1]
         if self.graph_scores is None:
             return vectors
-        return torch.cat([vectors, self.graph_scores.vectors], dim=-1)
+        return torch.cat([vectors, self.graph_scores.weight * self.graph_scores.vectors], dim=-1)
 
     def states(self, history: Tensor, table: Tensor | None = None) -> Tensor:
         """Return the state after the start token and after each event, [B, T+1, D], whatever the context.

@@ -475,7 +475,7 @@ def test_vectors_can_be_set_with_the_part_of_the_graph():
     others = [row for row in range(NUM_ITEMS + 1) if row not in (3, 5)]
     assert torch.equal(after[others], before[others])
     history = torch.tensor([[0, 3]])
-    expected = 0.5 * wanted[1, DIM:] / wanted[1, DIM:].norm()
+    expected = wanted[1, DIM:] / wanted[1, DIM:].norm()
     torch.testing.assert_close(model.query(history)[0, DIM:], expected)
 
 

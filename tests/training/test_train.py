@@ -715,10 +715,11 @@ def test_a_finished_run_is_exported_anew_with_other_settings_of_serving(
         history = np.array([[1, 2, 3]])
         states = [one.scorer.user_states(history)[:, :16] for one in (first, again) if one.scorer]
         np.testing.assert_array_equal(*states)
-    # Where the graph counts, the state goes on with its say: a unit vector, times the weight.
+    # Where the graph counts, the state goes on with its say: a unit vector.
     assert again.manifest["pipeline"]["graph_weight"] == 0.25
+    assert again.scorer is not None
     own = again.scorer.user_states(history)[:, 16:]
-    np.testing.assert_allclose(np.linalg.norm(own), 0.25, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(own), 1, rtol=1e-5)
     assert main([*words, "--resume", *more]) == 2  # it has been published
     assert "anything left to do" in capsys.readouterr().err
 
