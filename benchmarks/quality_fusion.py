@@ -48,8 +48,9 @@ from engine.arguments import ArgumentParser, nearest
 from ranking.ranker import HybridRanker
 from retrieval.fold_in import fold_in
 from training.answers import question_queries
+from training.compression import weighted
 from training.data.splits import Holdout, Protocol, SplitData, load_split, split_as_trained
-from training.score_weights import GRAPH_WEIGHTS, TRANSITION_WEIGHTS, ScoreWeights, best_weights
+from training.score_weights import GRAPH_WEIGHTS, TRANSITION_WEIGHTS, ScoreWeights, best_weights, questions_of
 from training.stages import keep_freed_memory, quiet_lightning
 from training.train import (
     EMBEDDINGS,
@@ -122,10 +123,22 @@ class Answers:
     ranker: Vectors
     graph: Vectors | None = None
 
-    def parts(self, questions: Holdout) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return the scores of both, each [Q, I+1]."""
-        of_ranker = self.ranker.scores(questions)
-        return of_ranker, np.zeros_like(of_ranker) if self.graph is None else self.graph.scores(questions)
+    def whole(self) -> Vectors:
+        """Return both in one, uncompressed."""
+        if self.graph is None:
+            return self.ranker
+        users, items = (
+            np.concatenate(pair, axis=1)
+            for pair in ((self.ranker.users, self.graph.users), (self.ranker.items, self.graph.items))
+        )
+        return Vectors(users, items)
+
+    def weighted(self, weight: float) -> Vectors:
+        """Return them as an export has them, compressed for what is asked here."""
+        both, users = self.whole(), np.zeros_like(self.ranker.users)
+        asked = both.users.any(axis=1)
+        users[asked], items = weighted(both.users[asked], both.items, users.shape[1], weight)
+        return Vectors(users, items)
 
     def save(self, file: Path) -> None:
         """Write them; the file is whole or not there."""
@@ -243,9 +256,10 @@ class Experiment:
         known = split_as_trained(self.data, self.protocol).train
         transitions = training_transitions(known, self.num_neighbours) if weights.transitions else None
 
+        vectors = answers.weighted(weights.graph)
+
         def scores(questions: Holdout) -> NDArray[np.float32]:
-            of_ranker, of_graph = answers.parts(questions)
-            found: NDArray[np.float32] = of_ranker + np.float32(weights.graph) * of_graph
+            found = vectors.scores(questions)
             if transitions is not None:
                 wanted = [history.wanted for _, history, _ in questions]
                 found += np.float32(weights.transitions) * bonuses(transitions, wanted)
@@ -365,8 +379,13 @@ class Experiment:
         its = VARIANTS[variant]
         base = its.upon or variant
         with_graph = its.graph_scores and VARIANTS[base].graph != "none"
+        answers, holdout = self.answers(base, seed, "validation"), questions_of(self.data.split)
+        both = answers.whole()
         return best_weights(
-            self.answers(base, seed, "validation").parts,
+            both.users[holdout.users],
+            both.items,
+            answers.ranker.items.shape[1],
+            holdout,
             self.data.split,
             self.num_neighbours,
             graph_weights=GRAPH_WEIGHTS if with_graph else (0.0,),

@@ -37,7 +37,7 @@ from ranking.encoders.sasrec import SASRec
 from ranking.onnx_scorer import OnnxScorer, available_providers, write_models
 from ranking.ranker import HybridRanker
 from training.evaluate import evaluate
-from training.export import export_ranker
+from training.export import compress, export_ranker
 from training.quantization import Precision, quantize
 
 RANKER_GRAPHS = (RANKER_STATE, RANKER_SCORES, RANKER_WEIGHTS)
@@ -60,6 +60,8 @@ def made_ranker(num_items: int, dim: int, history_length: int) -> HybridRanker:
             if not parameter.any():
                 parameter.normal_(std=0.1)
     ranker.eval().add_graph_scores(graph, 0.1, half_life=3.0)
+    rng = np.random.default_rng(0)
+    compress(ranker, list(rng.integers(1, num_items + 1, (1000, history_length))))
     return ranker
 
 

@@ -1,7 +1,8 @@
 """HybridRanker: sequence states fused with graph vectors, then one score per candidate.
 
 Shapes: B batch, T history, C candidates, D dimension, G graph dimension, F content dimension, I items,
-K keys of the context, Q what scores are inner products of: D, and D + G with the graph's own scores.
+K keys of the context. Q: how many numbers scores are inner products of, D; with the graph's own scores D + G,
+until these are compressed.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class HybridRanker(nn.Module):
     content_vectors: Tensor
     has_id: Tensor
     may_be_new: Tensor
+    compress_queries: Tensor | None
+    compress_items: Tensor | None
 
     def __init__(
         self,
@@ -135,6 +138,8 @@ class HybridRanker(nn.Module):
         self.heads: tuple[str, ...] = (NEXT, *heads) if heads else ()
         self.head_queries = HeadQueries(dim, len(heads)) if heads else None
         self.graph_scores: GraphScores | None = None
+        self.register_buffer("compress_queries", None, persistent=False)
+        self.register_buffer("compress_items", None, persistent=False)
 
     def vectors(self, rows: Tensor) -> Tensor:
         """Return the vectors of items, [..., D]: what they are scored with, and what a history is read from.
@@ -187,18 +192,18 @@ class HybridRanker(nn.Module):
         if self.fusion is None:
             raise ValueError("the ranker has no graph; expected one with graph_vectors")
         self._check_trained()
-        self.graph_scores = None
+        self.graph_scores = self.compress_queries = self.compress_items = None
         if weight:
             scaled, fold_weights = _unit_scale(vectors)[:-1], self.fold_weights[:-1]
             self.graph_scores = GraphScores(scaled, fold_weights, weight, half_life)
 
     @torch.no_grad()
     def set_vectors(self, rows: Tensor, vectors: Tensor) -> None:
-        """Let what items are scored with be `vectors` from now on, whatever graph and content say of them.
+        """Let the items' `item_parts` be these from now on, whatever graph and content say of them.
 
         Args:
             rows: [N] int64 item rows.
-            vectors: [N, Q] float32; the first D of them are what a history is read from.
+            vectors: [N, D or D + G] float32; the first D of them are what a history is read from.
 
         Raises:
             ValueError: in training, which leaves parts of a vector out at random.
@@ -218,12 +223,24 @@ class HybridRanker(nn.Module):
         """Return `vectors` of every row, [I+2, D]: what histories are read from."""
         return self.vectors(torch.arange(self.num_items + 2, device=self.embedding.weight.device))
 
-    def item_vectors(self) -> Tensor:
-        """Return what candidates are scored by, [I+1, Q]; row 0 is padding."""
+    def item_parts(self) -> Tensor:
+        """Return what candidates are scored by, uncompressed, [I+1, D or D + G]; row 0 is padding."""
         vectors = self.all_vectors()[:-1]
         if self.graph_scores is None:
             return vectors
         return torch.cat([vectors, self.graph_scores.weight * self.graph_scores.vectors], dim=-1)
+
+    def item_vectors(self) -> Tensor:
+        """Return what candidates are scored by, [I+1, Q]; row 0 is padding."""
+        parts = self.item_parts()
+        return parts if self.compress_items is None else parts @ self.compress_items
+
+    def compress(self, queries: Tensor, items: Tensor) -> None:
+        """Let queries and what candidates are scored by be multiplied with these, [D + G, D] each.
+
+        See training/compression.py. What a history is read from stays as it is.
+        """
+        self.compress_queries, self.compress_items = queries, items
 
     def states(self, history: Tensor, table: Tensor | None = None) -> Tensor:
         """Return the state after the start token and after each event, [B, T+1, D], whatever the context.
@@ -300,7 +317,8 @@ class HybridRanker(nn.Module):
         own = self.graph_scores(history)
         if head_weights is not None:
             own = own * head_weights.sum(-1, keepdim=True)
-        return torch.cat([state, own], dim=-1)
+        query = torch.cat([state, own], dim=-1)
+        return query if self.compress_queries is None else query @ self.compress_queries
 
     def forward(
         self,

@@ -36,17 +36,3 @@ def ranker_scores(ranker: HybridRanker) -> Callable[[Holdout], NDArray[np.float3
     """Return what scores all items for the questions of a holdout, [N, I+1], by a ranker on the CPU."""
     items = ranker.item_vectors().float().numpy()
     return lambda questions: question_queries(ranker, questions) @ items.T
-
-
-@torch.no_grad()
-def score_parts(
-    ranker: HybridRanker,
-) -> Callable[[Holdout], tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Return the same in two parts: what was trained, and the graph's own scores; each [N, I+1]."""
-    items, dim = ranker.item_vectors().float().numpy(), ranker.embedding.embedding_dim
-
-    def parts(questions: Holdout) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        queries = question_queries(ranker, questions)
-        return queries[:, :dim] @ items[:, :dim].T, queries[:, dim:] @ items[:, dim:].T
-
-    return parts

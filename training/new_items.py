@@ -69,7 +69,7 @@ def give_new_items_vectors(
         like: [N, I+1], of retrieval.new_items.like_items.
     """
     # What was trained and what the graph says stand at scales of their own.
-    parts = ranker.item_vectors().float().tensor_split([ranker.embedding.embedding_dim], dim=1)
+    parts = ranker.item_parts().float().tensor_split([ranker.embedding.embedding_dim], dim=1)
     vectors = np.concatenate([content_vectors(part.numpy(), item_degrees, like) for part in parts], axis=1)
     is_like_any = vectors.any(axis=1)
     ranker.set_vectors(

@@ -7,7 +7,7 @@ The graph's own scores (ranking.fusion.GraphScores), and that an item has often 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from training.compression import weighted
 from training.data.splits import Holdout, Split
 from training.metrics import mean_accuracy
 from training.transitions import bonuses, training_transitions
@@ -49,38 +50,52 @@ class ScoreWeights:
 
 
 def best_weights(
-    parts: Callable[[Holdout], tuple[NDArray[np.float32], NDArray[np.float32]]],
+    queries: NDArray[np.float32],
+    items: NDArray[np.float32],
+    dim: int,
+    holdout: Holdout,
     split: Split,
     k: int,
     *,
     graph_weights: Sequence[float] = GRAPH_WEIGHTS,
     transition_weights: Sequence[float] = TRANSITION_WEIGHTS,
 ) -> ScoreWeights:
-    """Return the weights with the best NDCG@10 on validation.
+    """Return the weights with the best NDCG@10 on validation, with scores as an export has them.
 
     Args:
-        parts: of some questions, the ranker's scores and the graph's own at a weight of 1, each [N, I+1]
-            (training.answers.score_parts); both have learned from `split.train`.
-        split: whose validation asks, up to MAX_QUESTIONS of it drawn with a fixed seed.
+        queries: [N, Q] of a ranker, for each question of `holdout`, uncompressed, with the graph's own part
+            at a weight of 1 (HybridRanker.query, item_parts); it has learned from `split.train`.
+        items: [I+1, Q], likewise.
+        dim: D, how many of these numbers are the ranker's.
+        holdout: of questions_of(split).
+        split: what it has learned from, and transitions are counted in.
         k: items that a row of the transitions keeps.
         graph_weights: to choose from.
         transition_weights: to choose from.
     """
-    holdout = split.validation.sample(MAX_QUESTIONS)
     transitions = training_transitions(split.train, k)
-    pairs = list(product(graph_weights, transition_weights))
-    sums = dict.fromkeys([*pairs, ALONE], 0.0)
+    pairs = [*product(graph_weights, transition_weights), ALONE]
+    vectors = {weight: weighted(queries, items, dim, weight) for weight, _ in pairs}
+    sums = dict.fromkeys(pairs, 0.0)
     size = max(1, SCORES_AT_ONCE // len(transitions))
     for start in range(0, len(holdout), size):
-        questions = holdout.take(np.arange(start, min(start + size, len(holdout))))
+        asked = np.arange(start, min(start + size, len(holdout)))
+        questions = holdout.take(asked)
         histories = [history for _, history, _ in questions]
         targets = [target for _, _, target in questions]
-        of_ranker, of_graph = parts(questions)
         added = bonuses(transitions, [history.wanted for history in histories])
         seen = [history.items for history in histories]
-        for graph_weight, weight in sums:
-            scores = of_ranker + np.float32(graph_weight) * of_graph + np.float32(weight) * added
-            found = mean_accuracy(scores, seen, targets, (10,), repeats=split.repeats)
-            sums[graph_weight, weight] += found[METRIC] * len(questions)
-    best = max(pairs, key=lambda pair: (sums[pair], -pair[0], -pair[1]))
+        for graph_weight, (of_questions, of_items) in vectors.items():
+            scores = of_questions[asked] @ of_items.T
+            for pair in sums:
+                if pair[0] == graph_weight:
+                    both = scores + np.float32(pair[1]) * added
+                    found = mean_accuracy(both, seen, targets, (10,), repeats=split.repeats)
+                    sums[pair] += found[METRIC] * len(questions)
+    best = max(pairs[:-1], key=lambda pair: (sums[pair], -pair[0], -pair[1]))
     return ScoreWeights(*best, sums[best] / len(holdout), sums[ALONE] / len(holdout))
+
+
+def questions_of(split: Split) -> Holdout:
+    """Return the questions that weights are chosen on: validation's, up to MAX_QUESTIONS of a fixed draw."""
+    return split.validation.sample(MAX_QUESTIONS)

@@ -29,7 +29,7 @@ from engine.pipeline import check_settings
 from engine.policies import check_policies
 from ranking.ranker import NEXT, HybridRanker
 from retrieval.item_index import IndexOptions
-from training.answers import score_parts
+from training.answers import question_queries
 from training.content import ContentOptions, encoder_name, write_content
 from training.cross_fit import fold_vectors, without_fold
 from training.data.context import context_table
@@ -41,7 +41,14 @@ from training.export import DEFAULT_POLICIES, DEFAULT_SOURCES, export_bundle
 from training.quantization import Precision
 from training.ranking_module import RANKING_EPOCHS, RankingModule, check_heads
 from training.retrieval_module import RETRIEVAL_EPOCHS, RetrievalModule
-from training.score_weights import GRAPH_WEIGHTS, METRIC, TRANSITION_WEIGHTS, ScoreWeights, best_weights
+from training.score_weights import (
+    GRAPH_WEIGHTS,
+    METRIC,
+    TRANSITION_WEIGHTS,
+    ScoreWeights,
+    best_weights,
+    questions_of,
+)
 from training.stages import (
     MONITOR,
     Chosen,
@@ -392,8 +399,12 @@ def choose_weights(
     """
     add_graph_scores(ranker, vectors, 1.0, pipeline)
     graph, transitions = pipeline.get("graph_weight"), pipeline.get("transition_weight")
+    holdout = questions_of(split)
     return best_weights(
-        score_parts(ranker),
+        question_queries(ranker, holdout),
+        ranker.item_parts().detach().numpy(),
+        ranker.embedding.embedding_dim,
+        holdout,
         split,
         pipeline["num_neighbours"],
         graph_weights=GRAPH_WEIGHTS if graph is None else (graph,),

@@ -18,6 +18,7 @@ from training.data.dataset import ITEM_SCHEMA
 from training.data.interactions import Interactions
 from training.export import (
     _check_index,
+    compress,
     export_ranker,
     index_options,
     recent_popularity,
@@ -109,16 +110,15 @@ def test_hstu_scores_as_in_torch(tmp_path, length):
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_the_graphs_own_scores_are_exported(tmp_path, precision):
-    model = ranker()
-    plain = export_ranker(model, tmp_path, precision=precision)
-    size = (tmp_path / RANKER_WEIGHTS).stat().st_size
+    model = ranker().eval()
+    export_ranker(model, tmp_path, precision=precision)
     without = scorer_of(tmp_path).score(histories(2, 4), np.arange(1, NUM_ITEMS + 1)[None])
     model.add_graph_scores(model.graph_vectors[:-1], 0.5, half_life=3)
-    assert export_ranker(model, tmp_path, precision=precision) == plain
+    whole, _ = by_torch(model, histories(2, 4), np.arange(1, NUM_ITEMS + 1)[None].repeat(2, axis=0))
+    compress(model, list(histories(300, 4)))
+    export_ranker(model, tmp_path, precision=precision)
     scorer = scorer_of(tmp_path)
-    assert scorer.dim == DIM + model.graph_vectors.shape[1]
-    # The vectors that attention reads are those that score: one table.
-    assert (tmp_path / RANKER_WEIGHTS).stat().st_size <= size + 2 * 4096
+    assert scorer.dim == DIM  # a request costs what it costs without
     slack = MAX_SCORE_DIFFERENCE[precision]
     for length in (0, 1, LENGTH - 1, LENGTH):
         for width in {max(length, 1), LENGTH}:
@@ -130,6 +130,9 @@ def test_the_graphs_own_scores_are_exported(tmp_path, precision):
             assert np.abs(scorer.user_states(history) - states).max() <= allowed
     found = scorer.score(histories(2, 4), np.arange(1, NUM_ITEMS + 1)[None])
     assert np.abs(found - without).max() > 0.1
+    # 16 numbers for 21 that are random: what is lost is the least of it.
+    difference = (found - whole) - (found - whole).mean(axis=1, keepdims=True)
+    assert difference.std() < 0.2 * (whole - without).std()
     index = ItemIndex.load(tmp_path / RANKER_INDEX)
     products = index.scores(scorer.user_states(histories(2, 4)))[:, 1:]
     np.testing.assert_allclose(products, found, atol=slack * np.abs(found).max() + 1e-4)

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from training import score_weights
 from training.data.interactions import Interactions
 from training.data.splits import Holdout, Split
-from training.score_weights import GRAPH_WEIGHTS, TRANSITION_WEIGHTS, ScoreWeights, best_weights
+from training.score_weights import GRAPH_WEIGHTS, TRANSITION_WEIGHTS, ScoreWeights, best_weights, questions_of
 
 NUM_ITEMS = 30
 
@@ -33,17 +32,17 @@ FOLLOWED = split_of(lambda last: last + 1)  # as the transitions say
 ELSEWHERE = split_of(lambda last: NUM_ITEMS)  # as they do not
 
 
-def showing(item: int) -> Callable[[Holdout], NDArray[np.float32]]:
-    """Return scores of 1 for one item, whoever asks, and 0 for all others; item 0 is padding."""
-    return lambda questions: np.tile(np.eye(NUM_ITEMS + 1, dtype=np.float32)[item], (len(questions), 1))
-
-
 def choose(
     monkeypatch: pytest.MonkeyPatch, split: Split, of_ranker: int, of_graph: int, **weights: tuple[float, ...]
 ) -> ScoreWeights:
     monkeypatch.setattr(score_weights, "SCORES_AT_ONCE", 1000)  # several blocks
-    ranker, graph = showing(of_ranker), showing(of_graph)
-    return best_weights(lambda asked: (ranker(asked), graph(asked)), split, 10, **weights)
+    holdout = questions_of(split)
+    # Scores of 1 for one item, whoever asks, and 0 for all others; item 0 is padding. Two numbers of the
+    # ranker's, so that nothing is lost.
+    items = np.zeros((NUM_ITEMS + 1, 3), np.float32)
+    items[of_ranker, 0] = items[of_graph, 2] = 1
+    queries = np.tile(np.array([1, 0, 1], np.float32), (len(holdout), 1))
+    return best_weights(queries, items, 2, holdout, split, 10, **weights)
 
 
 def test_a_ranker_that_knows_nothing_needs_transitions(monkeypatch: pytest.MonkeyPatch) -> None:
