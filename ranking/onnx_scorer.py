@@ -208,7 +208,7 @@ def write_models(state: Path, scores: Path, weights: Path, models: tuple[ModelPr
     """Write the two graphs, and what is large in them to a third file.
 
     onnxruntime opens such a file ("external data") as a memory map, so that processes share its pages and do
-    not copy them; what stands inside a graph each session copies. The table of items, which both graphs have,
+    not copy them; what stands inside a graph each session copies. A table of items that both graphs have
     stands there once.
 
     Args:
