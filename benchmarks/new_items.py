@@ -194,7 +194,7 @@ def compare(
             )
             alone = figures(ranker)
             weights = choose_weights(ranker, vectors, split, pipeline)
-            add_graph_scores(ranker, vectors, weights.graph, pipeline)
+            add_graph_scores(ranker, vectors, weights.graph, pipeline.get("half_life_events"))
             give_new_items_vectors(ranker, degrees, new, like)
             found = {name: alone, f"{name}, exported": figures(ranker)}
             done.write_text(json.dumps(found) + "\n", encoding="utf-8")

@@ -71,7 +71,6 @@ from training.transitions import bonuses, training_transitions
 
 METRICS = ("recall@10", "ndcg@10")
 LATE_WEIGHTS = tuple(n / 10 for n in range(11))  # of the graph's scores; the rest is the sequence's
-LATE_QUESTIONS = 5000  # of validation, at most, that choose the weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,10 +134,10 @@ class Answers:
 
     def weighted(self, weight: float) -> Vectors:
         """Return them as an export has them, compressed for what is asked here."""
-        both, users = self.whole(), np.zeros_like(self.ranker.users)
-        asked = both.users.any(axis=1)
-        users[asked], items = weighted(both.users[asked], both.items, users.shape[1], weight)
-        return Vectors(users, items)
+        both = self.whole()
+        users, asked = np.zeros_like(both.users), both.users.any(axis=1)
+        users[asked] = weighted(both.users[asked], both.items, self.ranker.items.shape[1], weight)
+        return Vectors(users, both.items)
 
     def save(self, file: Path) -> None:
         """Write them; the file is whole or not there."""
@@ -330,7 +329,7 @@ class Experiment:
     def _add_graph_scores(self, ranker: HybridRanker, variant: str, seed: int, protocol: Protocol) -> None:
         """Let the graph's own scores add to a ranker's, at a weight of 1, where it has a graph."""
         if (file := self._graph(variant, seed, protocol)) is not None:
-            add_graph_scores(ranker, load_file(file), 1.0, {"half_life_events": self.half_life})
+            add_graph_scores(ranker, load_file(file), 1.0, self.half_life)
 
     def _content(self) -> Path:
         """Return the file of what the items are; once for all seeds."""
@@ -364,7 +363,7 @@ class Experiment:
 
     def _late_weight(self, seed: int) -> float:
         """Return the weight of LATE_WEIGHTS with the best NDCG@10 on validation."""
-        holdout = self.data.split.validation.sample(LATE_QUESTIONS)
+        holdout = questions_of(self.data.split)
         sequence, graph = self.answers("sequence", seed, "validation").ranker, self.graph(seed, "validation")
         found = {
             weight: question_metrics(

@@ -117,7 +117,7 @@ def simulated_bundle(root: Path, shop: SimulatedShop) -> Path:
     }
     pipeline = asdict(shop.pipeline)
     ranker = simulated_ranker(learned, rng)
-    add_graph_scores(ranker, learned, pipeline["graph_weight"], pipeline)
+    add_graph_scores(ranker, learned, pipeline["graph_weight"], pipeline["half_life_events"])
     policies = pipeline.pop("policies")
     with tempfile.TemporaryDirectory() as folder:
         simulated_items(cluster, rng).write_parquet(Path(folder) / "items.parquet")

@@ -76,8 +76,7 @@ class GraphScores(nn.Module):
     """The graph's own say in a score: <u, weight * g>, beside what attention makes of the graph.
 
     u is the visitor's vector at unit length, folded in from the history (LightGCN eq. 3 for a new node, the
-    n-th last event times 2^(-n / half_life), whatever it repeats), and g the candidate's graph vector. The
-    weight is the items', so that their numbers stay of one size with those beside them: indexes round them.
+    n-th last event times 2^(-n / half_life), whatever it repeats), and g the candidate's graph vector.
 
     Nothing of it is trained: beside a graph that has seen the training events, training would give it more
     weight than it earns on others. The weight is chosen on events that neither network has learned from (late

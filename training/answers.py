@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from engine.history import left_padded
+from ranking.context import Encoded
 from ranking.ranker import HybridRanker
 from training.data.context import encoded_context
 from training.data.splits import Holdout
@@ -17,18 +18,31 @@ HISTORIES_AT_ONCE = 256
 
 
 @torch.no_grad()
-def question_queries(ranker: HybridRanker, holdout: Holdout) -> NDArray[np.float32]:
-    """Return what a ranker on the CPU scores candidates with for each question: [N, Q] float32."""
+def history_queries(
+    ranker: HybridRanker, histories: Sequence[NDArray[np.int32]], context: Encoded | None = None
+) -> NDArray[np.float32]:
+    """Return what a ranker on the CPU scores candidates with after each history: [N, Q] float32.
+
+    Args:
+        ranker: in evaluation mode.
+        histories: item rows, oldest first.
+        context: of the moments, [N, K] each; None where nothing is known of them.
+    """
     # Histories of like length meet, so that short ones are not padded to the longest.
-    order = np.argsort(holdout.ends - holdout.events.offsets[holdout.users], kind="stable")
-    found = [np.zeros((0, ranker.item_vectors().shape[1]), np.float32)]
+    order = np.argsort([len(items) for items in histories], kind="stable")
+    queries = np.zeros((len(histories), ranker.item_vectors().shape[1]), np.float32)
     for start in range(0, len(order), HISTORIES_AT_ONCE):
         rows = order[start : start + HISTORIES_AT_ONCE]
-        histories = left_padded([holdout.history(int(q)).items for q in rows], ranker.history_length)
-        context = map(torch.from_numpy, encoded_context(ranker.context, holdout.events, holdout.ends[rows]))
-        found.append(ranker.query(torch.from_numpy(histories), *context).float().numpy())
-    queries = np.concatenate(found)
-    return queries[np.argsort(order)]
+        padded = left_padded([histories[row] for row in rows], ranker.history_length)
+        moments = () if context is None else (torch.from_numpy(part[rows]) for part in context)
+        queries[rows] = ranker.query(torch.from_numpy(padded), *moments).float().numpy()
+    return queries
+
+
+def question_queries(ranker: HybridRanker, holdout: Holdout) -> NDArray[np.float32]:
+    """Return the same for each question of a holdout, in the context of its moment: [N, Q] float32."""
+    histories = [history.items for _, history, _ in holdout]
+    return history_queries(ranker, histories, encoded_context(ranker.context, holdout.events, holdout.ends))
 
 
 @torch.no_grad()

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 def weighted(
     queries: NDArray[np.float32], items: NDArray[np.float32], dim: int, weight: float
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return queries [N, D] and items [I, D] that score as the ranker and `weight` times the graph itself do.
+) -> NDArray[np.float32]:
+    """Return queries [N, Q] whose products with the items are the scores that an export of them has.
 
-    As an export has them: in D numbers. Without a weight they are the ranker's alone, to the bit.
+    Those are of the ranker and of `weight` times the graph itself, in D numbers; without a weight the
+    ranker's alone.
 
     Args:
         queries: [N, Q], D numbers of the ranker and then those of the graph (HybridRanker.query).
@@ -22,11 +23,12 @@ def weighted(
         dim: D.
         weight: of the graph's own scores.
     """
+    weights = np.where(np.arange(items.shape[1]) < dim, 1, weight).astype(np.float32)
     if not weight or items.shape[1] == dim:
-        return queries[:, :dim], items[:, :dim]
-    items = items * np.where(np.arange(items.shape[1]) < dim, 1, weight).astype(np.float32)
-    of_queries, of_items = compression(queries, items[1:], dim)
-    return queries @ of_queries, items @ of_items
+        return queries * weights
+    of_queries, of_items = compression(queries, items[1:] * weights, dim)
+    found: NDArray[np.float32] = queries @ (of_queries @ of_items.T) * weights
+    return found
 
 
 def compression(

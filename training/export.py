@@ -39,6 +39,7 @@ from retrieval.fold_in import fold_in
 from retrieval.item_index import DEFAULT_K, EXACT_KINDS, TUNING_QUERIES, IndexOptions, ItemIndex
 from retrieval.neighbours import item_neighbours
 from retrieval.new_items import like_items
+from training.answers import history_queries
 from training.compression import compression
 from training.content import content_embedding, content_features
 from training.data.dataset import Dataset
@@ -156,7 +157,7 @@ def compress(ranker: HybridRanker, histories: Sequence[NDArray[np.int32]]) -> No
     """
     if ranker.graph_scores is None:
         return
-    queries = ranker.query(torch.from_numpy(left_padded(histories, ranker.history_length))).numpy()
+    queries = history_queries(ranker, histories)
     found = compression(queries, ranker.item_parts()[1:].numpy(), ranker.embedding.embedding_dim)
     ranker.compress(*map(torch.from_numpy, found))
 
@@ -219,8 +220,7 @@ def export_ranker(
             directory / RANKER_WEIGHTS,
             (state, scores),
         )
-        padded = torch.from_numpy(left_padded(histories, ranker.history_length))
-        states = ranker.query(padded).numpy()
+        states = history_queries(ranker, histories)
     return write_index(directory / RANKER_INDEX, vectors.numpy(), options or IndexOptions(), states)
 
 

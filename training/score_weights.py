@@ -75,7 +75,7 @@ def best_weights(
     """
     transitions = training_transitions(split.train, k)
     pairs = [*product(graph_weights, transition_weights), ALONE]
-    vectors = {weight: weighted(queries, items, dim, weight) for weight, _ in pairs}
+    by_weight = {weight: weighted(queries, items, dim, weight) for weight, _ in pairs}
     sums = dict.fromkeys(pairs, 0.0)
     size = max(1, SCORES_AT_ONCE // len(transitions))
     for start in range(0, len(holdout), size):
@@ -85,8 +85,8 @@ def best_weights(
         targets = [target for _, _, target in questions]
         added = bonuses(transitions, [history.wanted for history in histories])
         seen = [history.items for history in histories]
-        for graph_weight, (of_questions, of_items) in vectors.items():
-            scores = of_questions[asked] @ of_items.T
+        for graph_weight, of_questions in by_weight.items():
+            scores = of_questions[asked] @ items.T
             for pair in sums:
                 if pair[0] == graph_weight:
                     both = scores + np.float32(pair[1]) * added

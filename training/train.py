@@ -362,16 +362,16 @@ def _train_in(
 
     _say("export: writing and verifying the bundle")
     metrics = {stage: {MONITOR[stage]: fit.metric} for stage, fit in chosen.items()}
-    of_graph = load_file(vectors)
+    learned = load_file(vectors)
     if ranker is not None and weights is not None:
-        add_graph_scores(ranker, of_graph, weights.graph, pipeline)
+        add_graph_scores(ranker, learned, weights.graph, pipeline.get("half_life_events"))
         pipeline = pipeline | {"graph_weight": weights.graph, "transition_weight": weights.transitions}
         metrics["scores"] = {
             f"val_{METRIC}": weights.metric,
             f"val_{METRIC} of the ranker alone": weights.alone,
         }
     bundle = export_bundle(
-        out, dataset, data, of_graph, ranker,
+        out, dataset, data, learned, ranker,
         pipeline={key: value for key, value in pipeline.items() if key != "policies"},
         policies=pipeline["policies"],
         training={
@@ -397,7 +397,7 @@ def choose_weights(
         split: whose validation asks.
         pipeline: the recipe's settings.
     """
-    add_graph_scores(ranker, vectors, 1.0, pipeline)
+    add_graph_scores(ranker, vectors, 1.0, pipeline.get("half_life_events"))
     graph, transitions = pipeline.get("graph_weight"), pipeline.get("transition_weight")
     holdout = questions_of(split)
     return best_weights(
@@ -413,12 +413,10 @@ def choose_weights(
 
 
 def add_graph_scores(
-    ranker: HybridRanker, vectors: Mapping[str, Any], weight: float, pipeline: Mapping[str, Any]
+    ranker: HybridRanker, vectors: Mapping[str, Any], weight: float, half_life: float | None
 ) -> None:
-    """Let stage one's own scores add to a ranker's; histories age as the pipeline's settings say."""
-    ranker.add_graph_scores(
-        torch.from_numpy(vectors["item_vectors"]), weight, pipeline.get("half_life_events")
-    )
+    """Let the scores of stage one's vectors add to a ranker's; see HybridRanker.add_graph_scores."""
+    ranker.add_graph_scores(torch.from_numpy(vectors["item_vectors"]), weight, half_life)
 
 
 def num_folds_of(options: Any, split: Split, content: Path | None) -> int:
