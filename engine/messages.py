@@ -15,7 +15,7 @@ from engine.catalog import Catalog
 from engine.event_store import Recorded, UserEvent
 from engine.history import EVENT_CODE, EVENT_TYPES
 from engine.item_list import ItemList
-from engine.pipeline import MAX_CANDIDATES, MAX_HEAD_WEIGHT, MAX_LIMIT, Event, Filters
+from engine.pipeline import MAX_CANDIDATES, MAX_HEAD_WEIGHT, MAX_LIMIT, NO_FILTERS, Event, Filters
 from engine.policies import Arrangement, Explanation, ItemReasons
 from engine.trace import Trace, VisitorKind
 from protos.trirank.v1 import recommender_pb2 as pb
@@ -93,8 +93,11 @@ def read_events(request: pb.RecordEventsRequest) -> list[UserEvent]:
     return events
 
 
-def read_filters(filters: pb.Filters) -> Filters:
+def read_filters(request: pb.RecommendRequest | pb.SimilarItemsRequest) -> Filters:
     """Return the hard conditions."""
+    if not request.HasField("filters"):
+        return NO_FILTERS
+    filters = request.filters
     for field, values in {
         "filters.categories": filters.categories,
         "filters.brands": filters.brands,
@@ -215,29 +218,31 @@ def write_items(
     written: Written, items: ItemList, catalog: Catalog, explanation: Explanation | None = None
 ) -> None:
     """Add the items to an answer, best first; each with its reasons where there is an explanation."""
-    for row, score, source in zip(
-        items.rows.tolist(), items.scores.tolist(), items.source_of.tolist(), strict=True
+    rows = items.rows
+    ids, titles = catalog.ids[rows].tolist(), catalog.titles[rows].tolist()
+    for item_id, title, score, source in zip(
+        ids, titles, items.scores.tolist(), items.source_of.tolist(), strict=True
     ):
         # In place: an item that is made first is copied into the answer, which takes twice as long.
         item = written.add()
-        item.item_id, item.title = catalog.ids[row], catalog.titles[row]
-        item.score, item.source = score, items.names[source]
-        if explanation:
+        item.item_id = item_id
+        item.title = title
+        item.score = score
+        item.source = items.names[source]
+    if explanation:
+        for item, row in zip(written, rows.tolist(), strict=True):
             item.reasons.CopyFrom(_reasons(explanation.items[row]))
 
 
-def write_arrangement(arrangement: Arrangement, catalog: Catalog) -> pb.Arrangement:
-    """Return how a slate was arranged."""
-    written = pb.Arrangement(
-        policy=arrangement.policy,
-        seed=arrangement.seed,
-        now_ms=arrangement.now_ms,
-        yielded=arrangement.yields,
-        exposure=[
-            pb.Exposure(rule=one.rule, group=one.group, due=one.due, given=one.given)
-            for one in arrangement.exposure
-        ],
-    )
+def write_arrangement(written: pb.Arrangement, arrangement: Arrangement, catalog: Catalog) -> None:
+    """Say in an answer how its slate was arranged."""
+    written.policy = arrangement.policy
+    written.seed = arrangement.seed
+    if arrangement.now_ms is not None:
+        written.now_ms = arrangement.now_ms
+    written.yielded.update(arrangement.yields)
+    for account in arrangement.exposure:
+        written.exposure.add(rule=account.rule, group=account.group, due=account.due, given=account.given)
     explanation = arrangement.explanation
     if explanation:
         written.filters.extend(
@@ -263,7 +268,6 @@ def write_arrangement(arrangement: Arrangement, catalog: Catalog) -> pb.Arrangem
                 title=catalog.titles[row],
                 reasons=_reasons(reasons),
             )
-    return written
 
 
 def _reasons(reasons: ItemReasons) -> pb.Reasons:
@@ -282,39 +286,35 @@ def _reasons(reasons: ItemReasons) -> pb.Reasons:
     )
 
 
-def write_trace(trace: Trace, context: Iterable[str] = ()) -> pb.Trace:
-    """Return the trace of an answer.
+def write_trace(written: pb.Trace, trace: Trace, context: Iterable[str] = ()) -> None:
+    """Say in an answer how it came about.
 
     Args:
+        written: of the answer.
         trace: what the pipeline recorded.
         context: the context keys of the request that nobody read.
     """
-    written = pb.Trace(
-        bundle_version=trace.bundle_version,
-        visitor_kind=VISITOR_KINDS[trace.visitor_kind],
-        degraded_stages=trace.degraded_stages,
-        num_unknown_history_items=trace.num_unknown_history_items,
-        ignored_context_keys=sorted(context),
-        relaxed_rules=trace.relaxed_rules,
-        unknown_user=trace.unknown_user,
-        variant=trace.variant,
-    )
-    written.MergeFrom(write_times(trace))
-    return written
+    written.bundle_version = trace.bundle_version
+    written.visitor_kind = VISITOR_KINDS[trace.visitor_kind]
+    written.degraded_stages.extend(trace.degraded_stages)
+    written.num_unknown_history_items = trace.num_unknown_history_items
+    written.ignored_context_keys.extend(sorted(context))
+    written.relaxed_rules.extend(trace.relaxed_rules)
+    written.unknown_user = trace.unknown_user
+    written.variant = trace.variant
+    write_times(written, trace)
 
 
-def write_times(trace: Trace) -> pb.Trace:
-    """Return the part of a trace that says how long things took."""
-    timings = [
-        pb.StageTiming(
+def write_times(written: pb.Trace, trace: Trace) -> None:
+    """Say in an answer how long things took."""
+    for timing in trace.timings:
+        written.timings.add(
             stage=timing.stage,
             duration_us=timing.duration_us,
             num_in=timing.num_in,
             num_out=timing.num_out,
         )
-        for timing in trace.timings
-    ]
-    return pb.Trace(timings=timings, total_us=trace.total_us)
+    written.total_us = trace.total_us
 
 
 def write_recorded(recorded: Recorded) -> pb.RecordEventsResponse:

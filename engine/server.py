@@ -442,7 +442,7 @@ def recommend(
     limit = messages.read_limit(request, pipeline.default_limit)
     user_id, events = messages.read_visitor(request.visitor)
     context = messages.read_context(request.visitor.context)
-    filters = messages.read_filters(request.filters)
+    filters = messages.read_filters(request)
     excluded = messages.read_excluded(request)
     policy = pipeline.policy(messages.read_policy(request), messages.read_overrides(request))
 
@@ -467,10 +467,10 @@ def recommend(
         head_weights=messages.read_head_weights(request, pipeline.heads),
     )
     assert trace.arrangement is not None
-    response = pb.RecommendResponse(
-        trace=messages.write_trace(trace, context.keys() - policy.context_keys - pipeline.context_keys),
-        arrangement=messages.write_arrangement(trace.arrangement, catalog),
-    )
+    response = pb.RecommendResponse()
+    unread = context.keys() - policy.context_keys - pipeline.context_keys
+    messages.write_trace(response.trace, trace, unread)
+    messages.write_arrangement(response.arrangement, trace.arrangement, catalog)
     messages.write_items(response.items, items, catalog, trace.arrangement.explanation)
     if cache and key and not trace.degraded_stages:
         cache.put(key, response)
@@ -483,7 +483,7 @@ def _again(found: pb.RecommendResponse, trace: Trace) -> Reply[pb.RecommendRespo
     response = pb.RecommendResponse()
     response.CopyFrom(found)
     del response.trace.timings[:]
-    response.trace.MergeFrom(messages.write_times(trace))
+    messages.write_times(response.trace, trace)
     return Reply(response, trace)
 
 
@@ -493,7 +493,7 @@ def similar_items(
     """Answer SimilarItems."""
     limit = messages.read_limit(request, pipeline.default_limit)
     item_id = messages.read_item_id(request)
-    filters = messages.read_filters(request.filters)
+    filters = messages.read_filters(request)
     excluded = messages.read_excluded(request)
     context = messages.read_context(request.context, "context")
     policy = pipeline.policy(messages.read_policy(request))
@@ -512,9 +512,8 @@ def similar_items(
         policy=policy,
         context=context,
     )
-    response = pb.SimilarItemsResponse(
-        trace=messages.write_trace(trace, context.keys() - policy.context_keys),
-    )
+    response = pb.SimilarItemsResponse()
+    messages.write_trace(response.trace, trace, context.keys() - policy.context_keys)
     messages.write_items(response.items, items, catalog)
     return Reply(response, trace)
 
@@ -537,9 +536,9 @@ def rank(pipeline: RecommendationPipeline, request: pb.RankRequest, budget: Budg
         head_weights=messages.read_head_weights(request, pipeline.heads),
     )
     response = pb.RankResponse(
-        unknown_item_ids=[item_id for item_id, row in zip(candidate_ids, rows, strict=True) if not row],
-        trace=messages.write_trace(trace, context.keys() - pipeline.context_keys),
+        unknown_item_ids=[item_id for item_id, row in zip(candidate_ids, rows, strict=True) if not row]
     )
+    messages.write_trace(response.trace, trace, context.keys() - pipeline.context_keys)
     messages.write_items(response.items, items, catalog)
     return Reply(response, trace)
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from engine.deadline import AbandonedError, Budget, StageCosts
 from engine.policies import Arrangement
@@ -28,8 +28,7 @@ class VisitorKind(Enum):
     ANONYMOUS = 3  # nothing is known
 
 
-@dataclass(frozen=True)
-class StageTiming:
+class StageTiming(NamedTuple):
     """One stage: how long it took, and how many items entered and left it.
 
     A name with a dot is a part of the stage before the dot, whose time includes it: "retrieval.popular".

@@ -120,7 +120,9 @@ def test_what_a_request_may_not_ask_of_the_rules(read: Callable[[], object], mes
 def test_an_arrangement_without_reasons() -> None:
     arrangement = Arrangement("home", 5, None, {"drop_seen": 2}, [Exposure("exposure:brand", "", 0, 0.25)])
     catalog = Catalog(pl.DataFrame({"item_id": ["a"]}))
-    assert messages.write_arrangement(arrangement, catalog) == pb.Arrangement(
+    written = pb.Arrangement()
+    messages.write_arrangement(written, arrangement, catalog)
+    assert written == pb.Arrangement(
         policy="home",
         seed=5,
         yielded={"drop_seen": 2},
@@ -129,10 +131,14 @@ def test_an_arrangement_without_reasons() -> None:
 
 
 def test_filters() -> None:
-    assert messages.read_filters(pb.Filters()) == Filters(categories=[], brands=[], seller_ids=[])
-    assert messages.read_filters(
-        pb.Filters(categories=["a"], brands=["b c"], seller_ids=["🎉"], min_price=0, max_price=0)
-    ) == Filters(categories=["a"], brands=["b c"], seller_ids=["🎉"], min_price=0.0, max_price=0.0)
+    assert messages.read_filters(pb.RecommendRequest()) == Filters()
+    assert messages.read_filters(pb.SimilarItemsRequest(filters=pb.Filters())) == Filters(
+        categories=[], brands=[], seller_ids=[]
+    )
+    filters = pb.Filters(categories=["a"], brands=["b c"], seller_ids=["🎉"], min_price=0, max_price=0)
+    assert messages.read_filters(pb.RecommendRequest(filters=filters)) == Filters(
+        categories=["a"], brands=["b c"], seller_ids=["🎉"], min_price=0.0, max_price=0.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -151,7 +157,7 @@ def test_filters() -> None:
 )
 def test_bad_filters(filters: pb.Filters, message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
-        messages.read_filters(filters)
+        messages.read_filters(pb.RecommendRequest(filters=filters))
 
 
 @pytest.mark.parametrize(
@@ -216,7 +222,9 @@ def test_trace() -> None:
         relaxed_rules=["drop_seen"],
         total_us=20,
     )
-    assert messages.write_trace(trace, {"hour": "9", "device": "phone"}) == pb.Trace(
+    written = pb.Trace()
+    messages.write_trace(written, trace, {"hour": "9", "device": "phone"})
+    assert written == pb.Trace(
         bundle_version="v1",
         visitor_kind=pb.VISITOR_KIND_HISTORY_ONLY,
         degraded_stages=["ranking"],
@@ -230,14 +238,16 @@ def test_trace() -> None:
 
 def test_every_visitor_kind_is_on_the_wire() -> None:
     for kind in VisitorKind:
-        assert messages.write_trace(Trace("v1", kind)).visitor_kind == kind.value
+        written = pb.Trace()
+        messages.write_trace(written, Trace("v1", kind))
+        assert written.visitor_kind == kind.value
     assert len(VisitorKind) == len(pb.VisitorKind.keys())
 
 
 def test_items_of_nothing() -> None:
     nothing = ItemList.of_one(np.zeros(0, np.int32), np.zeros(0, np.float32), "popular")
     response = pb.RankResponse()
-    messages.write_items(response.items, nothing, None)  # type: ignore[arg-type]
+    messages.write_items(response.items, nothing, Catalog(pl.DataFrame({"item_id": ["a"]})))
     assert not response.items
 
 
