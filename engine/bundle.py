@@ -377,17 +377,34 @@ def bundle_to_serve(path: str | Path) -> Path:
 
     Raises BundleError where there is none, or not the pinned one.
     """
+    return bundles_to_serve(path)[0]
+
+
+def bundles_to_serve(path: str | Path) -> list[Path]:
+    """Return what `bundle_to_serve` does, and behind it what may stand in for it: all that are older, the
+    newest first. Never what is newer than a pinned one: that is what the pin keeps out.
+    """
     path = Path(path)
+    if (path / MANIFEST).is_file():
+        return [path]
+    found = bundles_in(path)
+    name = pinned(path)
+    names = [bundle.name for bundle in found]
+    if name is not None and name not in names:
+        raise BundleError(f"{path / PIN} names {name!r}; expected one of {', '.join(names)}")
+    last = len(names) if name is None else names.index(name) + 1
+    return found[:last][::-1]
+
+
+def pinned(root: str | Path) -> str | None:
+    """Return the name of the bundle that is pinned in a directory of bundles; None where none is."""
+    file = Path(root) / PIN
     try:
-        name = (path / PIN).read_text(encoding="utf-8").strip()
+        return file.read_text(encoding="utf-8").strip()
     except (FileNotFoundError, NotADirectoryError):
-        return resolve_bundle(path)
+        return None
     except (OSError, ValueError) as error:
-        raise BundleError(f"{path / PIN} cannot be read: {error}") from error
-    found = {bundle.name: bundle for bundle in bundles_in(path)}
-    if name not in found:
-        raise BundleError(f"{path / PIN} names {name!r}; expected one of {', '.join(found)}")
-    return found[name]
+        raise BundleError(f"{file} cannot be read: {error}") from error
 
 
 def pin_bundle(root: str | Path, name: str | None) -> None:

@@ -25,7 +25,7 @@ class RecommenderClient:
 
     Every call raises grpc.RpcError, whose code() and details() say what went wrong.
     Calls go in turn to all addresses that a name has. One that finds a server UNAVAILABLE, or full and with
-    time left to come back when the server says so, is made up to three times; where many calls fail, once.
+    time left to come back when the server says so, is made up to five times; where many calls fail, once.
     """
 
     def __init__(

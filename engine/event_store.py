@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 import queue
 import threading
 import time
@@ -27,8 +28,10 @@ from numpy.typing import NDArray
 from engine.catalog import Catalog
 from engine.event_log import EventLog
 from engine.history import EVENT_CODE, History
+from engine.telemetry import LimitedLog
 
 logger = logging.getLogger(__name__)
+seldom = LimitedLog(logger)
 
 JUST_NOW = np.iinfo(np.int64).max  # where an event without a time stands: after all others
 JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -69,8 +72,13 @@ class EventStore(Protocol):
         again, whatever became of them.
         """
 
-    def recent(self, user_id: str) -> Sequence[UserEvent]:
-        """Return the newest events of a user, oldest first. Raises StoreUnavailableError."""
+    def recent(self, user_id: str, timeout_s: float = math.inf) -> Sequence[UserEvent]:
+        """Return the newest events of a user, oldest first. Raises StoreUnavailableError.
+
+        Args:
+            user_id: the shop's own.
+            timeout_s: how long the caller can wait, if that is less than the store would.
+        """
 
     def user_ids(self) -> Iterable[str] | None:
         """Return who has events now; None where others record too, and nobody can be ruled out."""
@@ -184,8 +192,8 @@ class MemoryEventStore:
         num_new = sum(self._recent.add(self._recent.timed(event, now_ms)) for event in events)
         return Recorded(num_new, len(events) - num_new)
 
-    def recent(self, user_id: str) -> Sequence[UserEvent]:
-        """See EventStore; never raises."""
+    def recent(self, user_id: str, timeout_s: float = math.inf) -> Sequence[UserEvent]:
+        """See EventStore; never raises, never waits."""
         return self._recent.get(user_id)
 
     def user_ids(self) -> Iterable[str]:
@@ -275,8 +283,8 @@ class LocalEventStore:
                 raise StoreUnavailableError("too many events wait for the disk") from None
         return future
 
-    def recent(self, user_id: str) -> Sequence[UserEvent]:
-        """See EventStore; never raises."""
+    def recent(self, user_id: str, timeout_s: float = math.inf) -> Sequence[UserEvent]:
+        """See EventStore; never raises, never waits."""
         return self._recent.get(user_id)
 
     def user_ids(self) -> Iterable[str]:
@@ -498,6 +506,10 @@ def merge(history: History, events: Sequence[_Event], catalog: Catalog) -> tuple
     the order given. An event whose item, type and time stand in the history already is the same event: it was
     recorded first and is in the training data now, or the caller sends what was recorded.
     """
+    known = [event for event in events if event.event_type in EVENT_CODE]
+    if len(known) < len(events):  # a later version recorded them; requests were checked
+        seldom.warning("recorded events of types that this version does not know are left out")
+        events = known
     if not events:
         return history, 0
     rows = catalog.rows(event.item_id for event in events)

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -19,7 +19,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import numpy as np
 
 from engine.auth import ApiKeys, KeyFile, KeyFileError
-from engine.bundle import MANIFEST, Bundle, BundleError, bundle_to_serve
+from engine.bundle import Bundle, BundleError, bundle_to_serve, bundles_in, pinned
 from engine.deadline import StageCosts
 from engine.event_store import EventStore
 from engine.history import EMPTY_HISTORY, History
@@ -139,14 +139,17 @@ async def follow_bundles(
 ) -> None:
     """Serve whatever bundle of a directory is to be served (see bundle_to_serve), for ever.
 
-    A bundle that is refused is tried again when it, the choice or the policies change, or on `hangup`.
+    A bundle that is refused is tried again when a file of it, the choice or the policies change, or on
+    `hangup`. While a pin keeps a newer bundle out, the log and the metrics say so.
     """
     refused: object = None
+    waiting: str | None = None
 
     def choose() -> tuple[Path, object]:
         path = bundle_to_serve(root)
-        stat = (path / MANIFEST).stat()
-        return path, (path, stat.st_mtime_ns, stat.st_ino, service.policies)
+        files = [(file.name, file.stat()) for file in sorted(path.iterdir())]
+        stamps = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in files]
+        return path, (path, stamps, service.policies)
 
     while True:
         with contextlib.suppress(TimeoutError):
@@ -156,6 +159,7 @@ async def follow_bundles(
         seen: object = None
         try:
             path, seen = await asyncio.to_thread(choose)
+            waiting = _say_what_waits(service, root, waiting)
             if path == service.pipeline.bundle.path:
                 refused = None
                 continue
@@ -175,6 +179,19 @@ async def follow_bundles(
             logger.exception("bundle %s stays", service.pipeline.bundle.version)
             service.metrics.bundle_swaps.labels("refused").inc()
             refused = seen
+
+
+def _say_what_waits(service: Service, root: Path, said: str | None) -> str | None:
+    """Say what a pin keeps out, unless it was what was said last, and return it."""
+    name = pinned(root)
+    newest = bundles_in(root)[-1].name
+    waiting = newest if name not in (None, newest) else None
+    service.metrics.bundle_waiting.set(waiting is not None)
+    if waiting not in (None, said):
+        logger.warning(
+            "bundle %s waits, as %s is pinned; `trirank rollback %s --newest` ends that", waiting, name, root
+        )
+    return waiting
 
 
 async def _swap(
@@ -229,6 +246,33 @@ async def _free(before: weakref.ref[RecommendationPipeline], parts: list[Any]) -
         await asyncio.sleep(WAIT_S)
     await asyncio.to_thread(let_go, parts)
     await asyncio.to_thread(give_back)
+
+
+def first_to_serve(
+    paths: Sequence[Path],
+    open_bundle: Callable[[Path], Bundle],
+    policies: Policies | None = None,
+    events: EventStore | None = None,
+) -> RecommendationPipeline:
+    """Return the pipeline of the first of some bundles (bundles_to_serve) that can be served.
+
+    A server that starts beside a bad bundle serves what one that was running would have stayed with. Raises
+    what is wrong with the first where none of them can be served.
+    """
+    failure: Exception | None = None
+    for path in paths:
+        try:
+            pipeline = prepared(open_bundle(path), policies, events)
+        except Exception as error:  # noqa: BLE001  # whatever it is, an older one may be without it
+            logger.error("bundle %s is refused: %s", path, error)
+            failure = failure or error
+        else:
+            if failure:
+                logger.error("bundle %s is served instead", path)
+            failure = None  # its frames hold what was opened of the bad one
+            return pipeline
+    assert failure is not None
+    raise failure
 
 
 def prepared(

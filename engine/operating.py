@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import json
 import logging
 import os
+import re
 import signal
+import socket
 import sys
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -24,11 +28,19 @@ from rich.table import Table
 from engine.admission import RateLimit
 from engine.arguments import ArgumentParser
 from engine.auth import KEY, ROLES, ApiKeys, KeyFile, create_key, remove_key
-from engine.bundle import MANIFEST, Bundle, bundle_to_serve, bundles_in, pin_bundle, resolve_bundle
+from engine.bundle import (
+    MANIFEST,
+    Bundle,
+    bundle_to_serve,
+    bundles_in,
+    bundles_to_serve,
+    pin_bundle,
+    resolve_bundle,
+)
 from engine.commands import DEFAULT_ADDRESS, fail, stderr, stdout
 from engine.event_log import EventLog, LogInUseError
 from engine.event_store import EventStore, LocalEventStore, MemoryEventStore
-from engine.following import log_policies, prepared
+from engine.following import first_to_serve, log_policies, prepared
 from engine.memory import set_up_for_serving
 from engine.policy_files import PolicyFiles
 from engine.response_cache import ResponseCache
@@ -37,7 +49,7 @@ from engine.shared_events import SharedEventStore
 from engine.telemetry import Metrics, log_as_json
 from engine.tls import server_tls
 from engine.variants import OTHER, SHADOW, Split
-from engine.workers import supervise, told
+from engine.workers import ListenError, Worker, supervise, told
 from ranking.onnx_scorer import Provider
 
 logger = logging.getLogger(__name__)
@@ -46,21 +58,27 @@ logger = logging.getLogger(__name__)
 # threads of the pool in turn: past saturation, on two crowded cores, refusals took 400 to 740 ms at the
 # median, and 80 to 180 ms with this, with 10% more answers.
 SWITCH_INTERVAL_S = 0.0005
+WILDCARDS = ("0.0.0.0", "[::]")
+FIRST_FREE_PORT = 1024  # those below take a right on most systems
 
 
 def serve(argv: list[str]) -> int:
     """Answer gRPC requests from a bundle until SIGTERM or SIGINT."""
     args = _serve_parser().parse_args(argv)
+    worker = told()
     if args.json_logs:
-        log_as_json()
+        log_as_json(fields={"worker": worker.number} if worker else None)
     else:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         # With --check 0 would mean that it could be served.
         with _ending_on_signals(128 + signal.SIGTERM if args.check else 0), contextlib.ExitStack() as closing:
-            have_ended = _serve(args, argv, closing)
+            have_ended = _serve(args, argv, worker, closing)
     except (ValueError, OSError) as error:  # such as a BundleError, a PolicyError, an AddressError
-        return fail(str(error), 2)
+        if not args.json_logs:
+            return fail(str(error), 2)
+        logger.error("%s", error)
+        return 2
     if not have_ended:
         _end_without_workers()
     return 0
@@ -197,28 +215,18 @@ def _serve_parser() -> ArgumentParser:
     return parser
 
 
-def _serve(args: Any, argv: list[str], closing: contextlib.ExitStack) -> bool:
+def _serve(args: Any, argv: list[str], worker: Worker | None, closing: contextlib.ExitStack) -> bool:
     """Return whether nothing is left that would keep the process from ending."""
-    for name in ("num_workers", "num_threads", "num_processes"):
-        if args[name] < 1:
-            raise ValueError(f"{name} is {args[name]}; expected at least 1")
-    Split(args.share, "")  # raises where it is none
-    if args.cache_s < 0:
-        raise ValueError(f"cache_s is {args.cache_s}; expected 0 or more")
+    _check_options(args)
+    if worker is None:  # for all who may follow
+        _check_machine(args)
     rate_limit = _rate_limit(args.requests_per_s, args.burst)
-    if args.metrics:
-        _host_and_port("metrics", args.metrics)
     tls = server_tls(args.tls_cert, args.tls_key, args.tls_client_ca)
     if tls:
         tls.credentials()
     keys = KeyFile(args.api_keys) if args.api_keys else None
     if keys and not len(keys.load()):
         logger.warning("%s holds no key: every call will be refused", keys.path)
-    if args.redis_url and not args.events:
-        raise ValueError(
-            "redis_url is given without events; expected a directory too, for what Redis does not have yet"
-        )
-    worker = told()
     if args.num_processes > 1 and worker is None and not args.check:
         _serve_from_many(args, argv, closing)
         return True
@@ -226,12 +234,9 @@ def _serve(args: Any, argv: list[str], closing: contextlib.ExitStack) -> bool:
     if worker is None and num_cores > 1:
         logger.info("one process, %d cores: --num_processes %d would use them", num_cores, num_cores)
     address, metrics_address = (worker.address, worker.metrics) if worker else (args.address, args.metrics)
-    _host_and_port("address", address)
     set_up_for_serving()
     open_bundle = functools.partial(Bundle.load, num_threads=args.num_threads, provider=args.provider)
-    bundle = open_bundle(bundle_to_serve(args.bundle))
-    if bundle.scorer is not None:
-        logger.info("the ranker runs on %s", ", then ".join(bundle.scorer.providers))
+    bundles = bundles_to_serve(args.bundle)
     other_bundles = {
         name: open_bundle(resolve_bundle(path))
         for name, path in ((OTHER, args.other), (SHADOW, args.shadow))
@@ -240,36 +245,39 @@ def _serve(args: Any, argv: list[str], closing: contextlib.ExitStack) -> bool:
     policies = PolicyFiles(args.policies) if args.policies else None
     served_policies = policies.load() if policies else None
     if args.check:
-        pipeline = prepared(bundle, served_policies)
+        pipeline = prepared(open_bundle(bundles[0]), served_policies)
         for one in other_bundles.values():
             prepared(one, served_policies)
-        log_policies(pipeline, str(args.policies or bundle.path))
-        stderr.print(f"events: {_check_events(args.events, args.redis_url)}", markup=False)
-        stderr.print(f"bundle {bundle.version} could be served", markup=False)
+        log_policies(pipeline, str(args.policies or bundles[0]))
+        _say(args, f"events: {_check_events(args.events)}")
+        _say(args, f"bundle {pipeline.bundle.version} could be served")
         return True
 
     events = SharedEventStore(worker.events) if worker else _event_store(args.events, args.redis_url)
     closing.callback(events.close)
-    pipeline = prepared(bundle, served_policies, events)
+    pipeline = first_to_serve(bundles, open_bundle, served_policies, events)
+    if pipeline.bundle.scorer is not None:
+        logger.info("the ranker runs on %s", ", then ".join(pipeline.bundle.scorer.providers))
     others = {name: prepared(one, served_policies, events) for name, one in other_bundles.items()}
-    log_policies(pipeline, str(args.policies or bundle.path))
+    log_policies(pipeline, str(args.policies or pipeline.bundle.path))
     metrics = Metrics()
-    ready = {"bundle": bundle.version}
+    ready = {"bundle": pipeline.bundle.version}
     if metrics_address:
         host, port = _host_and_port("metrics", metrics_address)
-        port, stop = metrics.serve(port, host)
+        try:
+            port, stop = metrics.serve(port, host)
+        except OSError as error:
+            raise ListenError("metrics", metrics_address, error) from error
         closing.callback(stop)
         ready["metrics"] = f"{host}:{port}"
         logger.info("metrics at http://%s:%d/metrics", host, port)
 
     def on_ready(address: str) -> None:
-        stderr.print(f"listening on {address}, bundle {ready['bundle']}", markup=False)
+        _say(args, f"listening on {address}, bundle {ready['bundle']}")
         if args.json:
             print(json.dumps({"address": address} | ready), flush=True)
 
     is_one_bundle = (args.bundle / MANIFEST).is_file()
-    # Neither this frame nor the arguments may keep a bundle alive that another has replaced.
-    del bundle
     serving = run_server(
         pipeline,
         address,
@@ -304,11 +312,110 @@ def _serve_from_many(args: Any, argv: list[str], closing: contextlib.ExitStack) 
 
     def on_ready(ready: dict[str, Any]) -> None:
         processes = f"{args.num_processes} processes"
-        stderr.print(f"listening on {ready['address']}, bundle {ready['bundle']}, {processes}", markup=False)
+        _say(args, f"listening on {ready['address']}, bundle {ready['bundle']}, {processes}")
         if args.json:
             print(json.dumps(ready), flush=True)
 
     supervise(argv, address, metrics_address, args.num_processes, events, on_ready)
+
+
+def _say(args: Any, text: str) -> None:
+    """Tell who started the server, in the form of its log."""
+    if args.json_logs:
+        logger.info("%s", text)
+    else:
+        stderr.print(text, markup=False)
+
+
+def _check_options(args: Any) -> None:
+    """Raise ValueError where the options cannot be meant, on whatever machine."""
+    for name in ("num_workers", "num_threads", "num_processes"):
+        if args[name] < 1:
+            raise ValueError(f"{name} is {args[name]}; expected at least 1")
+    for name in ("cache_s", "drain_s"):
+        if not args[name] >= 0:  # NaN neither
+            raise ValueError(f"{name} is {args[name]}; expected 0 or more")
+    Split(args.share, "")  # raises where it is none
+    host, port = _host_and_port("address", args.address)
+    if args.metrics:
+        metrics_host, first = _host_and_port("metrics", args.metrics)
+        ports = range(first, first + args.num_processes) if first else range(0)
+        if ports and ports[-1] > 65535:
+            raise ValueError(
+                f"metrics is {args.metrics!r}; expected a port of at most {65536 - len(ports)}: "
+                f"the metrics of {len(ports)} processes take as many, from this on"
+            )
+        is_one_host = metrics_host == host or metrics_host in WILDCARDS or host in WILDCARDS
+        if port in ports and is_one_host:
+            raise ValueError(
+                f"metrics is {args.metrics!r}; expected ports other than that of address, {args.address!r}"
+            )
+    if args.redis_url:
+        if not args.events:
+            raise ValueError(
+                "redis_url is given without events; "
+                "expected a directory too, for what Redis does not have yet"
+            )
+        _check_redis_url(args.redis_url)
+
+
+def _check_machine(args: Any) -> None:
+    """Raise ValueError where this machine could not do what the options say.
+
+    What a server that runs already would have taken, its ports, is passed over.
+    """
+    _check_listening("address", args.address)
+    if args.metrics:
+        _check_listening("metrics", args.metrics)
+    if args.events:
+        _existing(args.events)
+    if args.redis_url:
+        from engine.redis_events import check_url
+
+        try:
+            check_url(args.redis_url)
+        except ValueError as error:
+            raise ValueError(f"redis_url: {error}") from error
+
+
+def _check_listening(name: str, address: str) -> None:
+    """Raise ListenError where the host of an address is not this machine. One that is binds, at any port."""
+    host, port = _host_and_port(name, address)
+    port = port if port < FIRST_FREE_PORT else 0
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name, by the rules for names
+        raise ListenError(name, address, error) from error
+    failures = []
+    for family, kind, protocol, _, where in found:  # as the servers do, which are content with one
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.bind(where)
+            return
+        except OSError as error:
+            # Where the kernel has no IPv6, gRPC takes "[::]" for all of IPv4.
+            if error.errno in (errno.EADDRINUSE, errno.EAFNOSUPPORT):
+                return
+            failures.append(error)
+    raise ListenError(name, address, failures[0]) from failures[0]
+
+
+def _check_redis_url(url: str) -> None:
+    """Raise ValueError where the database is no number: redis-py would take database 0 instead.
+
+    The message leaves the URL out, which may hold a password.
+    """
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme in ("redis", "rediss") and not re.fullmatch(r"(/[0-9]*)?", parts.path):
+        raise ValueError("redis_url names no database by its number; expected the form redis://host:port/0")
+
+
+def _existing(directory: Path) -> Path:
+    """Return a directory of events, or the nearest above it that is there. Raises ValueError."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise ValueError(f"events is {str(directory)!r}; expected a directory that can be written or made")
+    return existing
 
 
 def _rate_limit(per_s: float | None, burst: float | None) -> RateLimit | None:
@@ -321,8 +428,10 @@ def _rate_limit(per_s: float | None, burst: float | None) -> RateLimit | None:
 
 def _host_and_port(name: str, address: str) -> tuple[str, int]:
     host, colon, port = address.rpartition(":")
-    if not (colon and host and port.isdecimal() and int(port) < 65536):
+    if not (colon and host and host != "*" and port.isdecimal() and int(port) < 65536):
         raise ValueError(f"{name} is {address!r}; expected host:port")
+    if (":" in host) != (host[0] == "[" and host[-1] == "]"):  # gRPC takes no other
+        raise ValueError(f"{name} is {address!r}; expected host:port, with an IPv6 address in brackets")
     return host, int(port)
 
 
@@ -340,18 +449,11 @@ def _event_store(directory: Path | None, redis_url: str | None) -> EventStore:
     return MemoryEventStore()
 
 
-def _check_events(directory: Path | None, redis_url: str | None) -> str:
+def _check_events(directory: Path | None) -> str:
     """Return what would be done with events. Raises ValueError or OSError where it could not be done."""
-    if redis_url:
-        from engine.redis_events import check_url
-
-        check_url(redis_url)
     if directory is None:
         return "in memory alone: a restart forgets them"
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        raise ValueError(f"events is {str(directory)!r}; expected a directory that can be written or made")
-    if existing != directory:
+    if _existing(directory) != directory:
         return f"{directory} would be made"
     try:
         log = EventLog(directory)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from engine.bundle import Bundle
 from engine.deadline import Budget, StageCosts
-from engine.event_store import EventStore, StoreUnavailableError
+from engine.event_store import EventStore, StoreUnavailableError, UserEvent
 from engine.event_store import merge as merge_events
 from engine.history import (
     EMPTY_HISTORY,
@@ -36,6 +37,7 @@ from engine.history import (
 from engine.item_list import ItemList, Ranked
 from engine.policies import Arrangement, Filtered, explanation, exposure_of, item_facts
 from engine.sources import check_sources, choice, is_number, sources_from_config
+from engine.telemetry import LimitedLog
 from engine.trace import StageTiming, Trace, VisitorKind
 from ranking.context import Encoded
 from ranking.transitions import TransitionBonus
@@ -53,6 +55,9 @@ from retrieval.sources import (
     Query,
 )
 from retrieval.transitions import next_items
+
+logger = logging.getLogger(__name__)
+seldom = LimitedLog(logger)
 
 MAX_LIMIT = 500  # items of a slate
 MAX_CANDIDATES = 10_000
@@ -327,27 +332,49 @@ class RecommendationPipeline:
 
     # Before the stages: strings become rows.
 
-    def resolve_visitor(self, user_id: str, events: Sequence[Event] = ()) -> Visitor:
+    def resolve_visitor(
+        self, user_id: str, events: Sequence[Event] = (), budget: Budget | None = None
+    ) -> Visitor:
         """Return the visitor in rows: the bundle's history of the user, what was recorded since, and the
         request's events, merged by time (see event_store.merge).
 
-        Where the event store does not answer, the visitor is made without it and marked degraded.
+        Where the event store does not answer, fails, or would take more time than there is, the visitor is
+        made without it and marked degraded.
         """
         begin = time.perf_counter()
-        history = self.bundle.users.get(user_id)
+        stored = history = self.bundle.users.get(user_id)
         asked, is_degraded = None, False
         if user_id and self.events is not None:
-            num_stored = len(history)
-            try:
-                history, _ = merge_events(history, self.events.recent(user_id), self.bundle.catalog)
-            except StoreUnavailableError:  # the store itself has logged it
-                is_degraded = True
-            asked = StageTiming("history", begin, time.perf_counter(), num_stored, len(history))
+            recent = self._recent(self.events, user_id, budget or Budget(None))
+            is_degraded = recent is None
+            history, _ = merge_events(history, recent or (), self.bundle.catalog)
+            asked = StageTiming("history", begin, time.perf_counter(), len(stored), len(history))
         history, num_unknown = merge_events(history, events, self.bundle.catalog)
         user_row = self.bundle.users.row(user_id)
         is_unknown = bool(user_id) and not user_row
         resolving_s = time.perf_counter() - begin
         return Visitor(history, user_row, is_unknown, num_unknown, resolving_s, asked, is_degraded)
+
+    def _recent(self, events: EventStore, user_id: str, budget: Budget) -> Sequence[Event | UserEvent] | None:
+        """Return what was recorded of a user; None where the store does not say it, or not in time.
+
+        The stage "history", but before the trace begins: that tells what is known of the visitor.
+        """
+        later_s = self.costs.usual(budget.later("history"))
+        if not budget.affordable("history", 1, self.costs.per_item("history"), later_s):
+            seldom.warning("history was skipped: too little time")
+            self.costs.ease("history")
+            return None
+        begin = time.perf_counter()
+        try:
+            return events.recent(user_id, budget.allowance("history", later_s))
+        except StoreUnavailableError:  # the store itself has logged it
+            return None
+        except Exception:
+            logger.exception("history failed; the answer is made without it")
+            return None
+        finally:  # what failed late would again
+            self.costs.observe("history", time.perf_counter() - begin, 1)
 
     def query(
         self,

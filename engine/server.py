@@ -28,7 +28,7 @@ from grpc_reflection.v1alpha import reflection
 
 from engine import messages
 from engine.admission import ConcurrencyLimit, Permit, RateLimit, RateLimiter, RejectedError
-from engine.auth import ApiKeys, KeyFile, presented_key
+from engine.auth import ApiKey, ApiKeys, KeyFile, presented_key
 from engine.bundle import Bundle
 from engine.deadline import Budget
 from engine.event_store import StoreUnavailableError
@@ -56,8 +56,11 @@ SERVICE = pb.DESCRIPTOR.services_by_name["RecommenderService"].full_name
 STATUSES = health_pb2.HealthCheckResponse
 # Requests for each worker that may be under way before the limit has measured anything: room for a burst.
 INITIAL_LIMIT = 4
+# Of a message that gRPC lets in, so that one that is too large for the service can be told so, and counted.
+WIRE_BYTES = 4 * messages.MAX_MESSAGE_BYTES
 CONNECTION_AGE_S = 120.0  # give or take a tenth; then it takes no new calls, and the client connects anew
 CONNECTION_GRACE_S = 60.0  # for what is under way then; a Watch of the health ends with it
+WATCHERS_S = 0.2  # for the last answers to leave, and for who watches the health to see it
 END_S = 2.0  # after draining, for a worker to come back from the stage that it is in
 NO_OTHERS: Mapping[str, RecommendationPipeline] = MappingProxyType({})
 ROLE_OF = {"RecordEvents": "client"}  # of an API key; all other calls are for readers
@@ -88,6 +91,13 @@ class Reply(NamedTuple, Generic[Response]):
 
     response: Response
     trace: Trace | None = None
+
+
+class Caller(NamedTuple):
+    """Who calls, as logs and spans name it."""
+
+    name: str
+    key_id: str = ""  # of the API key; empty where nobody needs one
 
 
 class Refusal(NamedTuple):
@@ -144,6 +154,7 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         self._rates = RateLimiter(rate_limit)
         self._tracing = Tracing()
         self._jobs: dict[Future[Any], float] = {}  # in the pool, and since when
+        self.num_calls = 0  # that are not answered yet
         self.metrics.in_flight.set_function(lambda: self.limit.in_flight)
         self.metrics.stuck_workers.set_function(lambda: self.num_stuck(STUCK_S))
         self.metrics.concurrency_limit.set_function(lambda: self.limit.limit)
@@ -220,36 +231,43 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         request_id.set(read_request_id(metadata))
         named = (("x-request-id", request_id.get()),)
         context.set_trailing_metadata(named)
+        caller = Caller(context.peer().rpartition(":")[0])  # the address, without the port
+        self.num_calls += 1
         try:
-            self._check_caller(ROLE_OF.get(method, "reader"), metadata, context.peer())
-            if isinstance(request, DecodeError):  # see add_to_server
-                raise messages.InvalidRequestError("the request", str(request), f"a {method}Request")
+            key = self._key(metadata)
+            if key is not None:
+                caller = Caller(f"API key {key.id} ({key.name})", key.id)
+            self._check(ROLE_OF.get(method, "reader"), key, caller)
+            if isinstance(request, Exception):  # see add_to_server
+                raise request
             response, trace = await work(request, context)
         except asyncio.CancelledError:
             is_late = context.time_remaining() == 0
             code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
-            self._observe(method, code, "", began_s, time.perf_counter(), None, metadata)
+            self._observe(method, code, "", began_s, time.perf_counter(), None, metadata, caller)
             raise
         except Exception as error:  # noqa: BLE001  # the caller is told, and the log where nobody foresaw it
-            code, message, reason, hints = _refusal(error, context.time_remaining())
+            code, message, reason, hints = _refusal(error, context.time_remaining(), caller)
         else:
             # Once the answer is on its way: gRPC sends it before the loop comes to this.
+            ok, ended_s = grpc.StatusCode.OK, time.perf_counter()
             asyncio.get_running_loop().call_soon(
-                self._observe, method, grpc.StatusCode.OK, "", began_s, time.perf_counter(), trace, metadata
+                self._observe, method, ok, "", began_s, ended_s, trace, metadata, caller
             )
             return response
+        finally:
+            self.num_calls -= 1
         # Out of the handler: gRPC keeps what abort raises, and with it would keep the error, its frames and
         # their bundle, in a circle that only the garbage collector can break.
-        self._observe(method, code, reason, began_s, time.perf_counter(), None, metadata)
+        self._observe(method, code, reason, began_s, time.perf_counter(), None, metadata, caller)
         context.set_trailing_metadata((*named, *hints))
         await context.abort(code, message)
         raise AssertionError("abort always raises")
 
-    def _check_caller(self, role: str, metadata: Metadata, peer: str) -> None:
-        """Raise UnknownCallerError or ForbiddenError without a good key, RejectedError above the rate."""
+    def _key(self, metadata: Metadata) -> ApiKey | None:
+        """Return the caller's key; None where nobody needs one. UnknownCallerError without a good one."""
         if self.keys is None:
-            self._rates.check(peer.rpartition(":")[0])  # the address, without the port
-            return
+            return None
         presented = presented_key(metadata)
         key = self.keys.find(presented)
         if key is None:
@@ -258,6 +276,13 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
                 if presented is None
                 else "the API key is not one of this server's"
             )
+        return key
+
+    def _check(self, role: str, key: ApiKey | None, caller: Caller) -> None:
+        """Raise ForbiddenError where the key is not good for this, RejectedError above the caller's rate."""
+        if key is None:
+            self._rates.check(caller.name)
+            return
         if not key.may(role):
             raise ForbiddenError(f"the API key has the role {key.role}; expected {role} for this call")
         self._rates.check(key.id, key.rate_limit)
@@ -349,7 +374,10 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         ended_s: float,
         trace: Trace | None,
         metadata: Metadata,
+        caller: Caller,
     ) -> None:
+        if caller.key_id:
+            self.metrics.observe_key(caller.key_id, code.name)
         if reason:
             self.metrics.observe_refusal(method, code.name, reason)
             return
@@ -362,7 +390,7 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
             ]
         )
         self.metrics.observe_request(method, code.name, ended_s - began_s, stages)
-        attributes = {"request_id": request_id.get(), "code": code.name}
+        attributes = {"request_id": request_id.get(), "code": code.name, "caller": caller.name}
         if trace:
             attributes |= {"bundle": trace.bundle_version, "variant": trace.variant}
         texts = {name: value for name, value in metadata if isinstance(value, str)}
@@ -372,16 +400,20 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
 def add_to_server(service: RecommenderService, server: grpc.aio.Server) -> None:
     """Have a server answer with a service.
 
-    As the generated function does, but that bytes which are no request come to the service too, as a
-    DecodeError: gRPC would answer UNKNOWN before the service could count them or ask for a key.
+    As the generated function does, but that bytes which are no request, or too many, come to the service too,
+    as the error to answer with: gRPC would answer before the service could count them or ask for a key.
     """
 
-    def reading(kind: type[Message]) -> Callable[[bytes], Message | DecodeError]:
-        def read(data: bytes) -> Message | DecodeError:
+    def reading(kind: type[Message]) -> Callable[[bytes], Message | messages.InvalidRequestError]:
+        def read(data: bytes) -> Message | messages.InvalidRequestError:
+            if len(data) > messages.MAX_MESSAGE_BYTES:
+                allowed = f"at most {messages.MAX_MESSAGE_BYTES} bytes"
+                return messages.InvalidRequestError("the request's size", len(data), allowed)
             try:
                 return kind.FromString(data)
             except DecodeError as error:
-                return error
+                name = kind.DESCRIPTOR.name
+                return messages.InvalidRequestError("the request", str(error), f"a {name}")
 
         return read
 
@@ -405,23 +437,27 @@ def _begin(
     return call(pipeline, request, budget)
 
 
-def _refusal(error: Exception, time_left_s: float | None) -> Refusal:
-    """Return how the contract words an error; one that nobody foresaw goes to the log."""
+def _refusal(error: Exception, time_left_s: float | None, caller: Caller) -> Refusal:
+    """Return how the contract words an error; one that nobody foresaw goes to the log.
+
+    So does, once a second, one that a caller can be asked about.
+    """
     code = grpc.StatusCode
     match error:
         case messages.InvalidRequestError() | PolicyError():
+            seldom.warning("an invalid request", f" of {caller.name}: {error}")
             return Refusal(code.INVALID_ARGUMENT, str(error))
         case UnknownItemError():
             return Refusal(code.NOT_FOUND, str(error))
         case RejectedError():
-            seldom.warning(f"refused: {error.reason}")
+            seldom.warning(f"refused: {error.reason}", f"; {caller.name}")
             kind = "limit" if error.is_from_limit else "rate"
             return Refusal(code.RESOURCE_EXHAUSTED, str(error), kind, error.metadata(time_left_s))
         case UnknownCallerError():
-            seldom.warning(f"refused: {error}")
+            seldom.warning(f"refused: {error}", f"; {caller.name}")
             return Refusal(code.UNAUTHENTICATED, str(error), "key")
         case ForbiddenError():
-            seldom.warning(f"refused: {error}")
+            seldom.warning(f"refused: {error}", f"; {caller.name}")
             return Refusal(code.PERMISSION_DENIED, str(error), "key")
         case TooLateError():
             return Refusal(code.DEADLINE_EXCEEDED, str(error))
@@ -447,7 +483,7 @@ def recommend(
     policy = pipeline.policy(messages.read_policy(request), messages.read_overrides(request))
 
     catalog = pipeline.bundle.catalog
-    visitor = pipeline.resolve_visitor(user_id, events)
+    visitor = pipeline.resolve_visitor(user_id, events, budget)
     key = None
     if cache and not (visitor.is_degraded or request.explain):
         key = cache.key(pipeline, request, visitor)
@@ -525,7 +561,7 @@ def rank(pipeline: RecommendationPipeline, request: pb.RankRequest, budget: Budg
     candidate_ids = messages.read_candidates(request)
 
     catalog = pipeline.bundle.catalog
-    visitor = pipeline.resolve_visitor(user_id, events)
+    visitor = pipeline.resolve_visitor(user_id, events, budget)
     rows = catalog.rows(candidate_ids)
     items, trace = pipeline.rank(
         visitor,
@@ -610,7 +646,7 @@ async def serve(
         ending.callback(pool.shutdown, wait=False, cancel_futures=True)
         server = grpc.aio.server(
             options=[
-                ("grpc.max_receive_message_length", messages.MAX_MESSAGE_BYTES),
+                ("grpc.max_receive_message_length", WIRE_BYTES),
                 # Two servers that share a port by mistake would each get a part of the requests.
                 ("grpc.so_reuseport", int(reuse_port)),
                 # Clients look a name up anew when a connection ends: so they find servers that were added.
@@ -681,7 +717,12 @@ async def serve(
         await stop.wait()
         logger.info("draining: no new requests, up to %g s for those under way", drain_s)
         await servicer.enter_graceful_shutdown()
-        await server.stop(drain_s)
+        stopping = asyncio.create_task(server.stop(drain_s))
+        while service.num_calls and not stopping.done():
+            await asyncio.sleep(0.01)
+        # The last answers are on their way. What is left are those who watch the health, without end.
+        await server.stop(WATCHERS_S)
+        await stopping
         service.close()
         for follower in followers:
             follower.cancel()

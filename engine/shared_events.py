@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import mmap
 import socket
 import struct
@@ -30,6 +31,7 @@ seldom = LimitedLog(logger)
 
 LENGTH = struct.Struct("<I")
 ACCEPT_AGAIN_S = 0.1
+SHORTEST_WAIT_S = 0.001
 MARKS_BYTES = 1 << 20  # with a million users with events, one in nine without any is asked about in vain
 
 
@@ -147,11 +149,11 @@ class SharedEventStore:
         except RuntimeError as error:
             raise StoreUnavailableError("the event store is closed") from error
 
-    def recent(self, user_id: str) -> Sequence[UserEvent]:
+    def recent(self, user_id: str, timeout_s: float = math.inf) -> Sequence[UserEvent]:
         """See EventStore."""
         if self._marks is not None and user_id not in self._marks:
             return ()
-        return [UserEvent(*fields) for fields in self._ask({"recent": user_id})["events"]]
+        return [UserEvent(*fields) for fields in self._ask({"recent": user_id}, timeout_s)["events"]]
 
     def user_ids(self) -> None:
         """See EventStore."""
@@ -163,12 +165,15 @@ class SharedEventStore:
     def _record(self, events: Sequence[UserEvent]) -> Recorded:
         return Recorded(*self._ask({"record": events})["recorded"])
 
-    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, question: dict[str, Any], timeout_s: float = math.inf) -> dict[str, Any]:
         connection: socket.socket | None = getattr(self._of_thread, "connection", None)
+        is_new = connection is None
         try:
             if connection is None:
                 connection = socket.socket(socket.AF_UNIX)
-                connection.settimeout(self._timeout_s)
+            # One that does not wait at all would be another kind of socket.
+            connection.settimeout(max(SHORTEST_WAIT_S, min(self._timeout_s, timeout_s)))
+            if is_new:
                 connection.connect(self._path)
                 self._of_thread.connection = connection
             _send(connection, question)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol, TextIO
 
+import grpc
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -27,11 +28,16 @@ from prometheus_client import (
     start_http_server,
 )
 
+from protos.trirank.v1 import recommender_pb2 as pb
+
 # Seconds. Finer where a request should be (1 to 50 ms), as a quantile is read between two bounds.
 BUCKETS = (
     0.00025, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075,
     0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0
 )  # fmt: skip
+# Codes that are the server's fault, by OpenTelemetry's conventions for gRPC; for the others the caller is.
+SERVER_FAULTS = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
+SERVICE = pb.DESCRIPTOR.services_by_name["RecommenderService"].full_name
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,64}")
 
 # The request that this thread or task works on; copied into the pool's threads by contextvars.copy_context().
@@ -75,6 +81,12 @@ class Metrics:
         self.rejected = Counter(
             "rejected", "Requests refused without work: limit, rate, key", ["reason"], **options
         )
+        self.key_requests = Counter(
+            "key_requests",
+            "Requests by API key and status code, refused ones too",
+            ["key", "code"],
+            **options,
+        )
         self.in_flight = Gauge("in_flight", "Requests being worked on", **options)
         self.stuck_workers = Gauge("stuck_workers", "Workers that do not come back from a request", **options)
         self.concurrency_limit = Gauge("concurrency_limit", "Requests that may be at once, now", **options)
@@ -85,6 +97,9 @@ class Metrics:
             **options,
         )
         self.bundle_info = Gauge("bundle_info", "1 for each bundle in use", ["version", "variant"], **options)
+        self.bundle_waiting = Gauge(
+            "bundle_waiting", "1 while a pin (trirank rollback) keeps a newer bundle out", **options
+        )
         self.bundle_swaps = Counter("bundle_swaps", "New bundles: swapped or refused", ["result"], **options)
         self.shadow = Counter(
             "shadow",
@@ -128,12 +143,16 @@ class Metrics:
         self._requests_of(method, code).inc()
         self.rejected.labels(reason).inc()
 
+    def observe_key(self, key_id: str, code: str) -> None:
+        """Note how a request with an API key ended."""
+        self.key_requests.labels(key_id, code).inc()
+
     def serve(self, port: int, address: str = "127.0.0.1") -> tuple[int, Callable[[], None]]:
         """Answer GET /metrics in a thread of its own; return the port, and what ends it.
 
-        Raises OSError where the port is taken.
+        An IPv6 address may stand in brackets. Raises OSError where the port is taken.
         """
-        server, thread = start_http_server(port, address, self.registry)
+        server, thread = start_http_server(port, address.strip("[]"), self.registry)
 
         def stop() -> None:
             server.shutdown()
@@ -150,13 +169,14 @@ class _Span(Protocol):
 
     def set_attribute(self, key: str, value: Any) -> None: ...
 
+    def set_status(self, status: Any, description: str | None = None) -> None: ...
+
 
 class Tracing:
     """Spans of requests and their stages, made once the request is over, so that no stage knows of them."""
 
     def __init__(self, tracer: Any | None = None) -> None:
         """Take a tracer, or ask the OpenTelemetry API for one; without the API there are no spans."""
-        self._tracer = tracer
         self._api: Any | None = None
         try:
             from opentelemetry import propagate, trace
@@ -183,24 +203,37 @@ class Tracing:
             began_s: on the clock of time.perf_counter(), as are all times here.
             ended_s: likewise.
             stages: of the request.
-            attributes: of the request's span, such as the request id and the bundle's version.
+            attributes: of the request's span, such as the request id and the bundle's version. `code`, the
+                name of the gRPC status, also says whether the span is an error.
             metadata: of the call; a `traceparent` in it makes the span part of the caller's trace.
         """
-        if self._tracer is None:
+        if self._api is None:
             return
         offset = time.time() - time.perf_counter()  # spans are on the wall clock, in ns
 
         def at(moment_s: float) -> int:
             return round((moment_s + offset) * 1e9)
 
-        parent = self._extract(dict(metadata or {})) if self._api else None
-        span: _Span = self._tracer.start_span(method, context=parent, start_time=at(began_s))
+        parent = self._extract(dict(metadata or {}))
+        span: _Span = self._tracer.start_span(
+            method,
+            context=parent,
+            kind=self._api.SpanKind.SERVER,
+            # The names that tools know. OpenTelemetry is about to replace them by others.
+            attributes={"rpc.system": "grpc", "rpc.service": SERVICE, "rpc.method": method},
+            start_time=at(began_s),
+        )
         if not span.is_recording():  # nobody listens: its parts need not be told either
             span.end(at(ended_s))
             return
-        for key, value in (attributes or {}).items():
+        attributes = attributes or {}
+        for key, value in attributes.items():
             span.set_attribute(f"trirank.{key}", value)
-        below = self._api.set_span_in_context(span, parent) if self._api else span
+        if code := attributes.get("code"):
+            span.set_attribute("rpc.grpc.status_code", grpc.StatusCode[code].value[0])
+            if code in SERVER_FAULTS:
+                span.set_status(self._api.StatusCode.ERROR, code)
+        below = self._api.set_span_in_context(span, parent)
         for stage in stages:
             part: _Span = self._tracer.start_span(stage.stage, context=below, start_time=at(stage.began_s))
             if stage.is_degraded:
@@ -223,6 +256,11 @@ class JsonFormatter(logging.Formatter):
     What is given as `extra={"fields": {...}}` becomes fields of the line.
     """
 
+    def __init__(self, fields: Mapping[str, Any] | None = None) -> None:
+        """Take fields that every line has, such as which of several processes writes it."""
+        super().__init__()
+        self._fields = dict(fields or {})
+
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         milliseconds = int(record.msecs)
@@ -231,7 +269,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
-        }
+        } | self._fields
         if found := request_id.get():
             line["request_id"] = found
         line |= getattr(record, "fields", {})
@@ -240,10 +278,12 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-def log_as_json(stream: TextIO | None = None, level: int = logging.INFO) -> None:
-    """Send all log records to a stream (stderr where none is given) as lines of JSON."""
+def log_as_json(
+    stream: TextIO | None = None, level: int = logging.INFO, fields: Mapping[str, Any] | None = None
+) -> None:
+    """Send all log records to a stream (stderr where none is given) as lines of JSON, each with `fields`."""
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(JsonFormatter(fields))
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
@@ -257,8 +297,13 @@ class LimitedLog:
         self._next_at: dict[str, float] = {}
         self._num_left_out: dict[str, int] = {}
 
-    def warning(self, message: str) -> None:
-        """Log a message, with the number of equal ones that were left out before it."""
+    def warning(self, message: str, detail: str = "") -> None:
+        """Log a message, with the number of equal ones that were left out before it.
+
+        Args:
+            message: what counts as equal.
+            detail: of this one, said behind it.
+        """
         with self._lock:
             now = self._clock()
             if now < self._next_at.get(message, float("-inf")):
@@ -266,4 +311,5 @@ class LimitedLog:
                 return
             self._next_at[message] = now + 1.0
             left_out = self._num_left_out.pop(message, 0)
-        self._logger.warning("%s%s", message, f" ({left_out} more in between)" if left_out else "")
+        more = f" ({left_out} more in between)" if left_out else ""
+        self._logger.warning("%s%s%s", message, detail, more)

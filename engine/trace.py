@@ -92,7 +92,7 @@ class Trace:
         begin = time.perf_counter()
         if otherwise is None or "." in stage:
             result = self._attempt(stage, work, otherwise)
-        elif not self.budget.affordable(stage, 1, self.costs.per_item(stage)):
+        elif not self.affordable(stage, 1):
             seldom.warning(f"{stage} was skipped: too little time")
             self.costs.ease(stage)
             result = self._degrade(stage, otherwise)
@@ -112,7 +112,8 @@ class Trace:
 
     def affordable(self, stage: str, num_wanted: int) -> int:
         """Return how many items a stage that begins now has time for, 0 to num_wanted."""
-        return self.budget.affordable(stage, num_wanted, self.costs.per_item(stage))
+        later_s = self.costs.usual(self.budget.later(stage))
+        return self.budget.affordable(stage, num_wanted, self.costs.per_item(stage), later_s)
 
     def _attempt(self, stage: str, work: Callable[[], T], otherwise: Callable[[], T] | None) -> T:
         if otherwise is None:

@@ -38,6 +38,15 @@ class Worker(NamedTuple):
     address: str  # host:port, shared
     metrics: str | None  # host:port, its own
     events: str  # path of an EventServer
+    number: int  # from 0, as the log counts them
+
+
+class ListenError(ValueError):
+    """An address that cannot be listened on: which option it is of, and what the system says."""
+
+    def __init__(self, name: str, address: str, reason: Exception) -> None:
+        said = reason.strerror if isinstance(reason, OSError) else None
+        super().__init__(f"{name}: cannot listen on {address!r}: {said or reason}")
 
 
 class WorkerError(ValueError):
@@ -86,7 +95,7 @@ def supervise(
         on_ready: called with what a server says when it is ready, once all of them are.
 
     Raises:
-        OSError: the port is taken.
+        ListenError: the port is taken.
         WorkerError: a server could not start.
     """
     host, port = address
@@ -97,7 +106,7 @@ def supervise(
 
         def start(number: int) -> subprocess.Popen[str]:
             own = f"{metrics[0]}:{metrics[1] and metrics[1] + number}" if metrics else None
-            told = json.dumps(Worker(f"{host}:{port}", own, socket_path)._asdict())
+            told = json.dumps(Worker(f"{host}:{port}", own, socket_path, number)._asdict())
             return subprocess.Popen(
                 [sys.executable, "-m", "engine.cli", "serve", *argv, "--json"],
                 env={**os.environ, WORKER: told},
@@ -171,17 +180,17 @@ def _said(worker: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def _reserved(host: str, port: int) -> socket.socket:
-    """Return a socket that keeps a port for the workers, who alone listen on it."""
+    """Return a socket that keeps a port for the workers, who alone listen on it. Raises ListenError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    host = host.strip("[]")
-    with socket.socket(family) as probe:  # would fail where anybody listens, others of our kind too
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host, port))
+    where = (host.strip("[]"), port)
     reserved = socket.socket(family)
-    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
-        reserved.bind((host, port))
-    except OSError:
+        with socket.socket(family) as probe:  # would fail where anybody listens, others of our kind too
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reserved.bind(where)
+    except OSError as error:
         reserved.close()
-        raise
+        raise ListenError("address", f"{host}:{port}", error) from error
     return reserved

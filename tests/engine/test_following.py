@@ -18,9 +18,18 @@ import pytest
 
 import engine.following
 from engine.auth import KeyFile, create_key, remove_key
-from engine.bundle import PIN, Bundle, BundleError, bundle_to_serve, bundles_in, pin_bundle, write_bundle
+from engine.bundle import (
+    PIN,
+    Bundle,
+    BundleError,
+    bundle_to_serve,
+    bundles_in,
+    bundles_to_serve,
+    pin_bundle,
+    write_bundle,
+)
 from engine.event_store import MemoryEventStore, UserEvent
-from engine.following import follow_bundles, follow_keys, follow_policies, prepared
+from engine.following import first_to_serve, follow_bundles, follow_keys, follow_policies, prepared
 from engine.pacing import paced
 from engine.pipeline import RecommendationPipeline
 from engine.policy_files import PolicyFiles
@@ -189,6 +198,56 @@ def test_a_bad_bundle_is_refused_once_and_the_old_one_stays(
     assert caplog.text.count("embeddings.safetensors is damaged") == 1
 
 
+def test_a_bundle_that_is_still_being_copied_is_served_once_it_is_whole(
+    publish: Publish, served: Any, tmp_path: Path
+) -> None:
+    async def scene() -> None:
+        first = publish()
+        whole = publish()
+        elsewhere = tmp_path / "elsewhere" / whole.name
+        shutil.move(whole, elsewhere)
+        async with (
+            served(prepared(Bundle.load(first))) as shop,
+            following(follow_bundles, shop, first.parent, Bundle.load),
+        ):
+            copy = first.parent / whole.name
+            copy.mkdir()
+            for name in ("manifest.json", "catalog.parquet"):
+                shutil.copy2(elsewhere / name, copy)
+            await shop.until(lambda: (shop.value("bundle_swaps_total", result="refused") or 0) >= 1)
+            for file in elsewhere.iterdir():
+                if not (copy / file.name).exists():
+                    shutil.copy2(file, copy)
+            await shop.until(lambda: shop.service.pipeline.bundle.version == whole.name)
+
+    asyncio.run(scene())
+
+
+def test_a_start_beside_a_bad_bundle_serves_the_one_before(
+    publish: Publish, caplog: pytest.LogCaptureFixture
+) -> None:
+    oldest, older, bad = publish(), publish(), publish()
+    root = oldest.parent
+
+    def served_at_start() -> str:
+        return first_to_serve(bundles_to_serve(root), Bundle.load).bundle.version
+
+    damage(bad)
+    assert served_at_start() == older.name
+    assert f"bundle {bad} is refused: {bad}/embeddings.safetensors is damaged" in caplog.text
+    assert f"bundle {older} is served instead" in caplog.text
+    pin_bundle(root, older.name)
+    newest = publish()
+    assert served_at_start() == older.name
+    damage(older)
+    assert served_at_start() == oldest.name  # not what the pin keeps out
+    damage(oldest)
+    with pytest.raises(BundleError, match=f"{older.name}/embeddings.safetensors is damaged"):
+        served_at_start()
+    pin_bundle(root, None)
+    assert served_at_start() == newest.name
+
+
 def test_a_bundle_whose_answers_lack_a_stage_is_refused(publish: Publish) -> None:
     bundle = Bundle.load(publish())
 
@@ -249,7 +308,9 @@ def test_policies_that_fit_the_next_bundle_alone_wait_for_it(
     assert caplog.text.count("the policies in use stay") == 1
 
 
-def test_the_pinned_bundle_is_served_until_it_is_not(publish: Publish, served: Any) -> None:
+def test_the_pinned_bundle_is_served_until_it_is_not(
+    publish: Publish, served: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     async def scene() -> None:
         first, second = publish(), publish()
         root = first.parent
@@ -266,10 +327,13 @@ def test_the_pinned_bundle_is_served_until_it_is_not(publish: Publish, served: A
             third = publish()
             await asyncio.sleep(0.1)
             assert version() == first.name
+            assert shop.value("bundle_waiting") == 1
             pin_bundle(root, None)
             await shop.until(lambda: version() == third.name)
+            assert shop.value("bundle_waiting") == 0
             shutil.rmtree(third)
             await shop.until(lambda: version() == second.name)
+            assert caplog.text.count(f"bundle {third.name} waits, as {first.name} is pinned") == 1
 
     asyncio.run(scene())
 

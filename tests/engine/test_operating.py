@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -31,6 +32,7 @@ from engine.client import RecommenderClient, visitor
 from engine.event_store import LocalEventStore, UserEvent
 from engine.pipeline import RecommendationPipeline
 from engine.tls import TlsError, client_credentials, server_tls
+from engine.workers import ListenError
 from protos.trirank.v1 import recommender_pb2 as pb
 
 WAIT_S = 60
@@ -260,9 +262,33 @@ def test_metrics_count_real_requests(guarded: tuple[Running, str]) -> None:
     assert more("stage_seconds_count", "retrieval") == 4
     assert more("events_total", "new") == 2
     assert more("events_total", "repeated") == 1
+    assert more("key_requests_total", "OK", key.split("_")[1]) == 5
+    assert more("key_requests_total", "INVALID_ARGUMENT", key.split("_")[1]) == 1
+    log = server.log.read_text()
+    assert (
+        f"an invalid request of API key {key.split('_')[1]} (storefront): limit is 0; expected 1 to 500"
+        in log
+    )
+    assert "refused: no API key; expected one in the metadata" in log
+    assert "; ipv4:127.0.0.1" in log
     assert after["in_flight",] == 0
     assert after["concurrency_limit",] >= 1
     assert [name[2] for name in after if name[0] == "bundle_info"] == [bundle_version(server)]
+
+
+def test_a_request_that_is_too_large_is_told_so_and_counted(guarded: tuple[Running, str]) -> None:
+    server, key = guarded
+    metadata = (("x-api-key", key),)
+    name = ("requests_total", "INVALID_ARGUMENT", "Recommend")
+    before = scraped(server)
+    with grpc.insecure_channel(server.address) as channel:
+        ask = channel.unary_unary("/trirank.v1.RecommenderService/Recommend", None, None)
+        with pytest.raises(grpc.RpcError) as caught:
+            ask(bytes((16 << 20) + 1), timeout=WAIT_S, metadata=metadata)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details() == "the request's size is 16777217; expected at most 16777216 bytes"
+    assert "x-request-id" in dict(caught.value.trailing_metadata())
+    assert scraped(server)[name] == before.get(name, 0) + 1
 
 
 def bundle_version(server: Running) -> str:
@@ -284,10 +310,20 @@ def test_the_log_is_json_and_names_requests(guarded: tuple[Running, str]) -> Non
             b"", timeout=WAIT_S, metadata=(("x-api-key", key), ("x-request-id", "answered"))
         )
         assert ("x-request-id", "answered") in list(call.trailing_metadata())
-    lines = [line for line in server.log.read_text().splitlines() if not line.startswith("listening on")]
-    content = [json.loads(line) for line in lines]
+    content = [json.loads(line) for line in server.log.read_text().splitlines()]
     assert {"time", "level", "logger", "message"} <= set(content[0])
+    assert any(line["message"].startswith(f"listening on {server.address}, ") for line in content)
+    assert not any("worker" in line for line in content)
     assert any("request_id" in line and line["message"].startswith("refused: ") for line in content)
+
+
+def test_an_error_is_a_line_of_the_log(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "engine.cli", "serve", str(tmp_path / "none"), "--json_logs", "true"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    last = [json.loads(line) for line in done.stderr.splitlines()][-1]
+    assert last["level"] == "ERROR"
+    assert "none is not a directory" in last["message"]
 
 
 def test_the_key_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -511,6 +547,77 @@ def test_check_says_what_is_wrong(
     assert "error: " in err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--address 192.0.2.1:50051", "address: cannot listen on '192.0.2.1:50051': Cannot assign"),
+        (
+            "--num_processes 2 --address 192.0.2.1:50051",
+            "address: cannot listen on '192.0.2.1:50051': Cannot assign",
+        ),
+        ("--address no-such-host.invalid:1", "address: cannot listen on 'no-such-host.invalid:1': "),
+        ("--address a..b:1", "address: cannot listen on 'a..b:1': "),
+        ("--address *:50051", "address is '*:50051'; expected host:port"),
+        ("--address ::1:50051", "address is '::1:50051'; expected host:port, with an IPv6 address in brack"),
+        ("--address [localhost]:1", "address is '[localhost]:1'; expected host:port, with an IPv6 address"),
+        ("--metrics 192.0.2.1:9464", "metrics: cannot listen on '192.0.2.1:9464': Cannot assign"),
+        ("--metrics no-such-host.invalid:1", "metrics: cannot listen on 'no-such-host.invalid:1': "),
+        ("--metrics 127.0.0.1:65536", "metrics is '127.0.0.1:65536'; expected host:port"),
+        (
+            "--num_processes 3 --metrics 127.0.0.1:65534",
+            "metrics is '127.0.0.1:65534'; expected a port of at most 65533: the metrics of 3 processes",
+        ),
+        (
+            "--num_processes 2 --address 0.0.0.0:9465 --metrics 127.0.0.1:9464",
+            "metrics is '127.0.0.1:9464'; expected ports other than that of address, '0.0.0.0:9465'",
+        ),
+        ("--drain_s -5", "drain_s is -5.0; expected 0 or more"),
+        ("--cache_s -1", "cache_s is -1.0; expected 0 or more"),
+        ("--share 2", "share is 2.0; expected 0 to 1"),
+        ("--num_threads 0", "num_threads is 0; expected at least 1"),
+        ("--events /dev/null", "events is '/dev/null'; expected a directory that can be written or made"),
+        ("--events events --redis_url redis://h/abc", "redis_url names no database by its number; expected"),
+        ("--events events --redis_url redis://h/1/2", "redis_url names no database by its number; expected"),
+    ],
+)
+def test_options_that_cannot_be_are_found_before_anything_else(
+    words: str, message: str, bundle_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By --check, and without it in the same words: here before a bundle that is none."""
+    for command in ([str(bundle_path), *words.split(), "--check"], [str(tmp_path), *words.split()]):
+        assert operating.serve(command) == 2
+        assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_a_redis_url_that_is_none_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("redis")
+    for url in ("http://x", "redis://h:x/0", "unix:///socket?db=abc"):
+        assert operating.serve([str(tmp_path), "--events", str(tmp_path / "e"), "--redis_url", url]) == 2
+        assert capsys.readouterr().err.startswith("error: redis_url: ")
+
+
+def test_ports_that_are_taken(bundle_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They do not keep --check from its "could be": the server that runs already has them."""
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        address, metrics = (f"127.0.0.1:{taken.getsockname()[1]}" for taken in (one, other))
+        assert checked(capsys, bundle_path, "--address", address, "--metrics", metrics)[0] == 0
+        assert operating.serve([str(bundle_path), "--address", "127.0.0.1:0", "--metrics", metrics]) == 2
+    assert f"metrics: cannot listen on {metrics!r}: Address already in use" in capsys.readouterr().err
+
+
+def test_a_port_that_this_process_may_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unprivileged(socket.socket):
+        def bind(self, where: Any) -> None:
+            if 0 < where[1] < 1024:
+                raise PermissionError(13, "Permission denied")
+            super().bind(where)
+
+    monkeypatch.setattr(socket, "socket", Unprivileged)
+    operating._check_listening("address", "127.0.0.1:8443")
+    with pytest.raises(ListenError, match=r"^address: cannot listen on '\[::\]:443': Permission denied"):
+        operating._check_listening("address", "[::]:443")
+
+
 # Other bundles
 
 
@@ -551,6 +658,15 @@ def test_a_bundle_takes_over_under_fire(
                 thread.join()
     assert failures == []
     assert set(answers) == {first.name, second.name}
+
+
+def test_a_server_starts_beside_a_bad_bundle(
+    fill: Callable[..., dict[str, Any]], serving: Any, tmp_path: Path
+) -> None:
+    good, bad = write_bundle(tmp_path, fill), write_bundle(tmp_path, fill)
+    (bad / "manifest.json").write_text("{}")
+    with serving(tmp_path) as server, RecommenderClient(server.address, timeout_s=WAIT_S) as asking:
+        assert asking.recommend(visitor("loyal")).trace.bundle_version == good.name
 
 
 def test_rollback(

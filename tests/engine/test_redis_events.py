@@ -373,6 +373,23 @@ class SlowLine:
                 end.shutdown(socket.SHUT_RDWR)
 
 
+def test_who_has_little_time_does_not_wait_for_a_slow_redis(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    server.start()
+    line = SlowLine(server.port)
+    store = RedisEventStore(line.url, tmp_path / "buffer", timeout_s=WAIT_S)
+    event = UserEvent("a", "ann", "x", "view", 1)
+    record(store, event)
+    assert store.recent("ann", 10.0) == [event]
+    line.delay_s = 0.5
+    for _ in range(3):  # it is slow, not away: the next one asks again
+        with pytest.raises(StoreUnavailableError, match="did not answer in the time that a request had"):
+            store.recent("ann", 0.01)
+    assert store.recent("ann") == [event]  # and gets no answer to an older question
+    assert store.recent("nobody", 10.0) == []
+    store.close()
+
+
 def test_a_redis_that_is_slow_stopped_and_restarted_under_load(tmp_path: Path) -> None:
     """No acknowledged event is lost, each counts once, and who asks is answered or told at once."""
     server = Server(tmp_path)

@@ -244,44 +244,45 @@ from engine.pipeline import RecommendationPipeline
 from engine.server import serve
 
 class Misbehaving(RecommendationPipeline):
-    def resolve_visitor(self, user_id, events=()):
+    def resolve_visitor(self, user_id, events=(), budget=None):
         if user_id == "broken":
             raise ValueError("a secret of the inside")
         if user_id == "slow":
             print("begun", flush=True)
             time.sleep(0.5)
-        return super().resolve_visitor(user_id, events)
+        return super().resolve_visitor(user_id, events, budget)
 
 pipeline = Misbehaving(Bundle.load(sys.argv[1]))
 say = lambda address: print(address, flush=True)
-asyncio.run(serve(pipeline, "127.0.0.1:0", num_workers=2, drain_s=30, on_ready=say))
+asyncio.run(serve(pipeline, "127.0.0.1:0", num_workers=2, drain_s=3600, on_ready=say))
 """
 
 
 def test_failure_and_drain(bundle_path: Path, start_process: Any, tmp_path: Path) -> None:
     log = tmp_path / "stderr.txt"
     command = [sys.executable, "-c", MISBEHAVING, str(bundle_path)]
-    with log.open("w") as errors, start_process(command, errors) as (process, ready):
-        with grpc.insecure_channel(ready.strip()) as channel:
-            stub = pb_grpc.RecommenderServiceStub(channel)
-            watch = health_pb2_grpc.HealthStub(channel).Watch(
-                health_pb2.HealthCheckRequest(service=SERVICE), timeout=WAIT_S
-            )
-            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+    with (
+        log.open("w") as errors,
+        start_process(command, errors) as (process, ready),
+        grpc.insecure_channel(ready.strip()) as channel,
+    ):
+        stub = pb_grpc.RecommenderServiceStub(channel)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
 
-            code, details = refusal(lambda: stub.Recommend(pb.RecommendRequest(visitor=visitor("broken"))))
-            assert code == grpc.StatusCode.INTERNAL
-            assert "secret" not in details
-            request_id = details.split()[-1]
-            assert f"request {request_id} failed" in log.read_text()
-            assert "a secret of the inside" in log.read_text()
+        code, details = refusal(lambda: stub.Recommend(pb.RecommendRequest(visitor=visitor("broken"))))
+        assert code == grpc.StatusCode.INTERNAL
+        assert "secret" not in details
+        request_id = details.split()[-1]
+        assert f"request {request_id} failed" in log.read_text()
+        assert "a secret of the inside" in log.read_text()
 
-            under_way = stub.Recommend.future(pb.RecommendRequest(visitor=visitor("slow")), timeout=WAIT_S)
-            assert process.stdout.readline() == "begun\n"
-            process.send_signal(signal.SIGTERM)
-            assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-            watch.cancel()
-            assert len(under_way.result().items) == 10
+        under_way = stub.Recommend.future(pb.RecommendRequest(visitor=visitor("slow")), timeout=WAIT_S)
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGTERM)
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert len(under_way.result().items) == 10
+        # Whoever watches the health keeps no server from ending: the drain is longer than the wait.
         assert process.wait(timeout=WAIT_S) == 0
 
 
@@ -343,10 +344,12 @@ def test_a_request_keeps_the_policies_it_began_with(bundle_path: Path, tmp_path:
 
         begun, go = threading.Event(), threading.Event()
 
-        def resolve_visitor(self, user_id: str, events: Sequence[Event] = ()) -> Visitor:
+        def resolve_visitor(
+            self, user_id: str, events: Sequence[Event] = (), budget: Budget | None = None
+        ) -> Visitor:
             self.begun.set()
             assert self.go.wait(WAIT_S)
-            return super().resolve_visitor(user_id, events)
+            return super().resolve_visitor(user_id, events, budget)
 
     async def scene() -> tuple[str, ...]:
         with ThreadPoolExecutor(2) as pool:

@@ -24,6 +24,7 @@ from engine.telemetry import (
     request_id,
 )
 
+RPC = {"rpc.system": "grpc", "rpc.service": "trirank.v1.RecommenderService", "rpc.method": "Recommend"}
 STAGES = [StageTime("retrieval", 10.0, 10.004), StageTime("ranking", 10.004, 10.005, is_degraded=True)]
 
 
@@ -74,8 +75,11 @@ class FakeTracer:
         self.spans: list[dict[str, Any]] = []
         self.is_recording = is_recording
 
-    def start_span(self, name: str, context: Any = None, start_time: int = 0) -> Any:
-        tracer, entry = self, {"name": name, "context": context, "start": start_time, "attributes": {}}
+    def start_span(
+        self, name: str, context: Any = None, kind: Any = None, attributes: Any = None, start_time: int = 0
+    ) -> Any:
+        tracer, entry = self, {"name": name, "context": context, "start": start_time}
+        entry["attributes"] = dict(attributes or {})
 
         class Span:
             def is_recording(self) -> bool:
@@ -101,7 +105,7 @@ def test_spans_of_a_request() -> None:
     Tracing(tracer).record("Recommend", began, began + 0.005, stages, attributes={"bundle": "b1"})
     retrieval, ranking, request = tracer.spans
     assert [span["name"] for span in tracer.spans] == ["retrieval", "ranking", "Recommend"]
-    assert request["attributes"] == {"trirank.bundle": "b1"}
+    assert request["attributes"] == RPC | {"trirank.bundle": "b1"}
     assert ranking["attributes"] == {"trirank.degraded": True}
     assert retrieval["context"] is not None
     for span, begin_ms, end_ms in ((request, 0, 5), (retrieval, 1, 3), (ranking, 3, 4)):
@@ -113,7 +117,7 @@ def test_spans_of_a_request() -> None:
 def test_of_a_request_that_nobody_records_there_are_no_parts() -> None:
     tracer = FakeTracer(is_recording=False)
     Tracing(tracer).record("Recommend", 0.0, 1.0, STAGES, attributes={"bundle": "b1"})
-    assert [(span["name"], span["attributes"]) for span in tracer.spans] == [("Recommend", {})]
+    assert [(span["name"], span["attributes"]) for span in tracer.spans] == [("Recommend", RPC)]
 
 
 def test_without_a_tracer_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +141,38 @@ def test_spans_by_the_real_api() -> None:
     assert ranking.parent.span_id == request.context.span_id
     assert f"{request.parent.span_id:016x}" == "b7ad6b7169203331"
     assert f"{ranking.context.trace_id:032x}" == "0af7651916cd43dd8448eb211c80319c"
+
+
+@pytest.mark.parametrize(
+    ("code", "number", "is_error"),
+    [
+        ("OK", 0, False),
+        ("CANCELLED", 1, False),
+        ("UNKNOWN", 2, True),
+        ("INVALID_ARGUMENT", 3, False),
+        ("DEADLINE_EXCEEDED", 4, True),
+        ("NOT_FOUND", 5, False),
+        ("UNIMPLEMENTED", 12, True),
+        ("INTERNAL", 13, True),
+        ("UNAVAILABLE", 14, True),
+        ("DATA_LOSS", 15, True),
+    ],
+)
+def test_a_span_says_whose_fault_it_was(code: str, number: int, is_error: bool) -> None:
+    sdk = pytest.importorskip("opentelemetry.sdk.trace", reason="opentelemetry-sdk is not installed")
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+    from opentelemetry.trace import SpanKind, StatusCode
+
+    exporter, provider = InMemorySpanExporter(), sdk.TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    Tracing(provider.get_tracer("test")).record("Recommend", 0.0, 1.0, STAGES[:1], attributes={"code": code})
+    stage, request = exporter.get_finished_spans()
+    assert (stage.kind, request.kind) == (SpanKind.INTERNAL, SpanKind.SERVER)
+    assert stage.status.status_code == StatusCode.UNSET
+    expected = (StatusCode.ERROR, code) if is_error else (StatusCode.UNSET, None)
+    assert (request.status.status_code, request.status.description) == expected
+    assert request.attributes == RPC | {"trirank.code": code, "rpc.grpc.status_code": number}
 
 
 def test_log_lines_are_json_with_the_request_s_id() -> None:
@@ -170,11 +206,12 @@ def test_log_as_json_takes_the_root_logger() -> None:
     stream = io.StringIO()
     try:
         root.handlers = []
-        log_as_json(stream)
+        log_as_json(stream, fields={"worker": 1})
         logging.getLogger("engine.x").warning("seen")
     finally:
         root.handlers, root.level = before, level
-    assert json.loads(stream.getvalue())["message"] == "seen"
+    line = json.loads(stream.getvalue())
+    assert (line["message"], line["worker"]) == ("seen", 1)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import signal
@@ -25,7 +26,7 @@ from engine import shared_events, workers
 from engine.client import visitor
 from engine.event_store import LocalEventStore, MemoryEventStore, Recorded, StoreUnavailableError, UserEvent
 from engine.shared_events import MARKS_BYTES, EventServer, SharedEventStore
-from engine.workers import WORKER, Worker
+from engine.workers import WORKER, ListenError, Worker
 from protos.trirank.v1 import recommender_pb2 as pb
 from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
 
@@ -64,9 +65,9 @@ def test_nobody_is_asked_about_who_has_no_events(tmp_path: Path) -> None:
     asked = []
 
     class Noting(MemoryEventStore):
-        def recent(self, user_id: str) -> Sequence[UserEvent]:
+        def recent(self, user_id: str, timeout_s: float = math.inf) -> Sequence[UserEvent]:
             asked.append(user_id)
-            return super().recent(user_id)
+            return super().recent(user_id, timeout_s)
 
     owned = Noting()
     owned.record([UserEvent("1", "of old", "x")])
@@ -139,9 +140,9 @@ def test_a_store_that_is_not_there_and_comes_back(tmp_path: Path) -> None:
         def user_ids(self) -> None:  # so that everybody is asked about
             pass
 
-        def recent(self, user_id: str) -> Sequence[UserEvent]:
+        def recent(self, user_id: str, timeout_s: float = math.inf) -> Sequence[UserEvent]:
             self.num_asked += 1
-            if self.num_asked == 1:
+            if self.num_asked <= 2:
                 time.sleep(0.5)
             return [UserEvent(user_id, user_id, "x")]
 
@@ -151,6 +152,8 @@ def test_a_store_that_is_not_there_and_comes_back(tmp_path: Path) -> None:
     server = EventServer(Slow(), tmp_path / "events")
     with pytest.raises(StoreUnavailableError, match="timed out"):
         store.recent("late")
+    with pytest.raises(StoreUnavailableError, match="timed out"):
+        store.recent("late too", 0.001)
     # The late answer is not taken for the next one.
     assert [event.event_id for event in store.recent("ann")] == ["ann"]
     with pytest.raises(StoreUnavailableError, match="the disk is full"):
@@ -193,7 +196,7 @@ def has_ended(server: psutil.Process) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="SO_REUSEPORT deals connections on Linux")
 def test_two_servers_on_one_port(bundle_path: Path, start_process: Any, tmp_path: Path) -> None:
     words = ["--address", "127.0.0.1:0", "--json", "--num_processes", "2", "--num_workers", "1"]
-    words += ["--metrics", "127.0.0.1:0", "--events", str(tmp_path / "events")]
+    words += ["--metrics", "127.0.0.1:0", "--events", str(tmp_path / "events"), "--json_logs", "true"]
     command = [sys.executable, "-m", "engine.cli", "serve", str(bundle_path), *words]
     log = tmp_path / "log.txt"
     with log.open("w") as errors, start_process(command, errors) as (process, ready):
@@ -218,6 +221,9 @@ def test_two_servers_on_one_port(bundle_path: Path, start_process: Any, tmp_path
         process.send_signal(signal.SIGTERM)
         assert process.wait(WAIT_S) == 0
         assert all(map(has_ended, servers))
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    who = {line.get("worker") for line in lines if line["message"].startswith("listening on")}
+    assert who == {0, 1, None}  # None: the parent
     store = LocalEventStore(tmp_path / "events")
     assert [event.event_id for event in store.recent("somebody")] == ["1"]
     store.close()
@@ -248,7 +254,7 @@ def test_a_worker_that_cannot_be_started_is_tried_again(
 
 def test_a_worker_ends_with_the_process_that_started_it() -> None:
     program = "import time; from engine.workers import told; print(told(), flush=True); time.sleep(60)"
-    worker = Worker("127.0.0.1:1", None, "events")
+    worker = Worker("127.0.0.1:1", None, "events", 0)
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         env={**os.environ, WORKER: json.dumps(worker._asdict())},
@@ -290,11 +296,19 @@ print("ended", flush=True)
     process.stdout.close()
 
 
+def test_an_address_of_another_machine() -> None:
+    with pytest.raises(ListenError, match=r"^address: cannot listen on '192\.0\.2\.1:0': Cannot assign"):
+        workers._reserved("192.0.2.1", 0)
+
+
 def test_a_port_that_is_taken_and_a_bundle_that_is_none(
     server_address: str, bundle_path: Path, start_process: Any, tmp_path: Path
 ) -> None:
     for words, message in (
-        ([str(bundle_path), "--address", server_address], "Address already in use"),
+        (
+            [str(bundle_path), "--address", server_address],
+            f"address: cannot listen on {server_address!r}: Address already in use",
+        ),
         ([str(tmp_path), "--address", "127.0.0.1:0"], "a worker could not start; it ended with 2"),
     ):
         log = tmp_path / "log.txt"
