@@ -133,9 +133,9 @@ def test_costs_by_hand() -> None:
     costs.observe("ranking", 5.0, 0)
     assert costs.per_item("ranking") == 0
     costs.observe("ranking", 1.0, 100)  # mean .01, deviation .005
-    assert costs.per_item("ranking") == pytest.approx(0.03)
+    assert costs.per_item("ranking") == pytest.approx(0.02)
     costs.observe("ranking", 1.8, 100)  # deviation .005 + (.008 - .005) / 4, mean .01 + .008 / 8
-    assert costs.per_item("ranking") == pytest.approx(0.011 + 4 * 0.00575)
+    assert costs.per_item("ranking") == pytest.approx(0.011 + 2 * 0.00575)
     assert costs.per_item("retrieval") == 0
 
 
@@ -147,8 +147,8 @@ def test_the_estimate_is_seldom_too_low_and_not_much_too_high() -> None:
             num_low += costs.per_item("ranking") < cost
             estimates.append(costs.per_item("ranking"))
         costs.observe("ranking", cost * 50, 50)
-    assert num_low / 2900 < 0.02
-    assert sum(estimates) / len(estimates) < 0.003
+    assert num_low / 2900 < 0.1
+    assert sum(estimates) / len(estimates) < 0.002
     for _ in range(50):  # it follows a change
         costs.observe("ranking", 0.5, 50)
     assert costs.per_item("ranking") == pytest.approx(0.01, rel=0.1)
@@ -158,9 +158,9 @@ def test_what_was_passed_over_for_its_cost_gets_cheaper() -> None:
     costs = StageCosts()
     costs.ease("ranking")
     assert costs.per_item("ranking") == 0
-    costs.observe("ranking", 1.0, 10)  # an estimate of .1 + 4 * .05
+    costs.observe("ranking", 1.0, 10)  # an estimate of .1 + 2 * .05
     costs.ease("ranking")
-    assert costs.per_item("ranking") == pytest.approx(0.3 * 7 / 8)
+    assert costs.per_item("ranking") == pytest.approx(0.2 * 7 / 8)
 
 
 def test_who_has_gone() -> None:

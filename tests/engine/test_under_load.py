@@ -75,7 +75,7 @@ def test_as_many_are_ranked_as_there_is_time_for(bundle: Bundle) -> None:
     found = pipeline._retrieve(
         pipeline.query(loyal), np.ones(41, np.bool_) & (np.arange(41) > 0), _seen(2, 3, 5), 20, trace
     ).in_turns(pipeline.quotas)
-    pipeline.costs.observe("ranking", 1.0, 30)  # mean 1/30, deviation 1/60: an estimate of 3/30
+    pipeline.costs.observe("ranking", 1.0, 20)  # mean 1/20, deviation 1/40: an estimate of 2/20
     items, trace = pipeline.recommend(loyal, 20, budget=still(1.1))
     assert trace.degraded_stages == ["ranking"]
     score = dict(zip(whole.rows.tolist(), whole.scores.tolist(), strict=True))
@@ -96,7 +96,7 @@ def _seen(*rows: int) -> np.ndarray:
 def test_the_caller_s_own_candidates_all_come_back(bundle: Bundle) -> None:
     pipeline = RecommendationPipeline(bundle)
     rows = np.arange(1, 31, dtype=np.int32)
-    pipeline.costs.observe("ranking", 1.0, 30)
+    pipeline.costs.observe("ranking", 1.0, 20)
     items, trace = pipeline.rank(pipeline.resolve_visitor("loyal"), rows, budget=still(1.1))
     assert trace.degraded_stages == ["ranking"]
     popularity = bundle.catalog.popularity
@@ -117,8 +117,8 @@ def test_a_stage_that_would_overrun_is_not_begun_and_gets_another_chance(
         skipped.append(trace.degraded_stages)
         if not skipped[-1]:
             break
-    # 3 s, an eighth less each time, against .8 s: 3 * .875 ** 10 is the first to fit.
-    assert skipped == [["reranking"]] * 10 + [[]]
+    # 2 s, an eighth less each time, against .8 s: 2 * .875 ** 7 is the first to fit.
+    assert skipped == [["reranking"]] * 7 + [[]]
     assert pipeline.recommend(loyal, 10).trace.degraded_stages == []  # without a deadline all is done
 
 
