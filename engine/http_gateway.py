@@ -1,12 +1,13 @@
 """JSON over HTTP for those who cannot speak gRPC: `python -m engine.http_gateway --server 127.0.0.1:50051`.
 
     POST /v1/recommend          {"visitor": {"user_id": "u1"}, "limit": 5}
-    GET  /openapi.json  /healthz
+    GET  /docs  /openapi.json  /healthz
 
 Every unary call of the service is a path, made from the descriptors as is the OpenAPI document, so that a
 change of the .proto needs no change here. Fields are spelled as in the .proto; 64-bit numbers are strings, as
 protobuf's JSON mapping has it. The gateway only translates: limits, keys and deadlines are the server's. As
 clients should, it asks all addresses of the server's name in turn, and comes back where the server says so.
+A caller who goes away takes the call along.
 
 Needs the extra `http`, aiohttp: HTTP/1.1 that may face a network, in one package, which PyTorch Geometric
 brings along anyway. Starlette would need uvicorn and h11; the standard library says of its own server that it
@@ -21,12 +22,12 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import grpc
-from aiohttp import web
 from google.protobuf import json_format, message_factory
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -34,13 +35,27 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from engine.arguments import ArgumentParser
 from engine.client import aio_channels
 from engine.messages import MAX_MESSAGE_BYTES
+from engine.telemetry import read_request_id
 from engine.tls import client_credentials
 from protos.trirank.v1 import recommender_pb2 as pb
 
+NO_PACKAGE = "the HTTP gateway needs a package more: pip install 'trirank[http]'"
+try:
+    from aiohttp import web
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise ModuleNotFoundError(NO_PACKAGE, name=error.name) from error
+    print(f"error: {NO_PACKAGE}", file=sys.stderr)
+    sys.exit(2)
+
+logger = logging.getLogger(__name__)
+
 SERVICE = pb.DESCRIPTOR.services_by_name["RecommenderService"]
 DEFAULT_TIMEOUT_S = 5.0
-# Passed on as metadata.
-HEADERS = ("authorization", "x-api-key", "x-request-id", "traceparent", "tracestate")
+MAX_TIMEOUT_MS = 999_999
+REQUEST_ID = "x-request-id"
+# Passed on as metadata, beside the request's id.
+HEADERS = ("authorization", "x-api-key", "traceparent", "tracestate")
 # https://github.com/googleapis/googleapis/blob/master/google/rpc/code.proto
 HTTP_STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
@@ -69,16 +84,74 @@ SCALARS: dict[int, dict[str, str]] = {
     FieldDescriptor.TYPE_DOUBLE: {"type": "number", "format": "double"},
 }
 
-Handler = Callable[[web.Request], Awaitable[web.Response]]
+# What a caller may say of each call, as OpenAPI words it; keys are security schemes there.
+PARAMETERS: list[dict[str, Any]] = [
+    {
+        "name": "x-timeout-ms",
+        "in": "header",
+        "description": "How long the answer may take; the server's stages share it.",
+        "schema": {
+            "type": "integer",
+            "minimum": 1,
+            "maximum": MAX_TIMEOUT_MS,
+            "default": round(DEFAULT_TIMEOUT_S * 1000),
+        },
+    },
+    {
+        "name": REQUEST_ID,
+        "in": "header",
+        "description": "A name for the request, which the server's log and the answer have too: "
+        "1 to 64 letters, digits and ._:/+=-; anything else is replaced by a new name.",
+        "schema": {"type": "string"},
+    },
+    {
+        "name": "traceparent",
+        "in": "header",
+        "description": "The trace that the request belongs to (W3C Trace Context).",
+        "schema": {"type": "string"},
+    },
+    {
+        "name": "tracestate",
+        "in": "header",
+        "description": "What goes with traceparent.",
+        "schema": {"type": "string"},
+    },
+]
+ANSWER_HEADERS: dict[str, Any] = {
+    REQUEST_ID: {
+        "description": "The request's name: the caller's, or a new one.",
+        "schema": {"type": "string"},
+    }
+}
+ERROR_HEADERS: dict[str, Any] = ANSWER_HEADERS | {
+    "Retry-After": {
+        "description": "Seconds after which to ask again, where the server says so.",
+        "schema": {"type": "integer"},
+    }
+}
+STYLE = """
+body { font: 16px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; width: 100%; margin-bottom: 1rem }
+th, td { border: 1px solid #ccc; padding: .3rem .6rem; text-align: left; vertical-align: top }
+h2 { border-top: 2px solid #ccc; padding-top: 1rem }
+"""
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+NAME = web.RequestKey("name", str)  # of a request
 
 
 def gateway(channels: Sequence[grpc.aio.Channel]) -> web.Application:
     """Return the application that answers from the servers at the other end of channels, used in turn."""
-    application = web.Application(client_max_size=MAX_MESSAGE_BYTES)
+    application = web.Application(client_max_size=MAX_MESSAGE_BYTES, middlewares=[_name_and_word])
     document = openapi()
+    page = html_page(document)
 
     async def describe(request: web.Request) -> web.Response:
         return web.json_response(document)
+
+    async def show(request: web.Request) -> web.Response:
+        policy = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
+        return web.Response(text=page, content_type="text/html", headers=policy)
 
     async def health(request: web.Request) -> web.Response:
         stub = health_pb2_grpc.HealthStub(channels[0])
@@ -90,6 +163,7 @@ def gateway(channels: Sequence[grpc.aio.Channel]) -> web.Application:
         return web.json_response({"status": status}, status=200 if status == "SERVING" else 503)
 
     application.router.add_get("/openapi.json", describe)
+    application.router.add_get("/docs", show)
     application.router.add_get("/healthz", health)
     for method in SERVICE.methods:
         application.router.add_post(path_of(method), _handler(channels, method))
@@ -117,18 +191,21 @@ def openapi() -> dict[str, Any]:
         paths[path_of(method)] = {
             "post": {
                 "operationId": method.name,
+                "parameters": PARAMETERS,
                 "requestBody": {"required": True, "content": _json(_reference(method.input_type.name))},
                 "responses": {
                     "200": {
                         "description": "The answer",
+                        "headers": ANSWER_HEADERS,
                         "content": _json(_reference(method.output_type.name)),
                     },
                     "default": {
                         "description": "What is wrong, with the gRPC status code",
+                        "headers": ERROR_HEADERS,
                         "content": _json(_reference("Error")),
                     },
                 },
-                "security": [{}, {"key": []}],
+                "security": [{}, {"key": []}, {"key_header": []}],
             }
         }
     return {
@@ -137,9 +214,110 @@ def openapi() -> dict[str, Any]:
         "paths": paths,
         "components": {
             "schemas": schemas,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "key_header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
         },
     }
+
+
+def html_page(document: Mapping[str, Any]) -> str:
+    """Return the OpenAPI document as a page to read: one HTML text, without scripts and without links to
+    anywhere else, as the gateway's callers may have no way out of their network.
+    """
+    schemas = document["components"]["schemas"]
+    title = escape(f"{document['info']['title']}, {document['info']['version']}")
+    parts = [
+        f"<h1>{title}</h1>",
+        '<p>For programs: <a href="openapi.json">openapi.json</a>. Every request and answer is JSON. Where '
+        "the server wants a key: <code>authorization: Bearer KEY</code> or <code>x-api-key: KEY</code>.</p>",
+    ]
+    for path, calls in document["paths"].items():
+        for verb, call in calls.items():
+            parts.append(f"<h2>{escape(verb.upper())} {escape(path)}</h2>")
+            parts.append(_table({one["name"]: one for one in call["parameters"]}, "header of the request"))
+            parts.append(_message(call["requestBody"], "Request", schemas))
+            for status, answer in call["responses"].items():
+                words = "every other status" if status == "default" else f"status {status}"
+                parts.append(_message(answer, f"{answer['description']} ({words})", schemas))
+                parts.append(_table(answer["headers"], "header of the answer"))
+    parts.append("<h2>Messages</h2>")
+    for name, schema in schemas.items():
+        parts.append(f'<h3 id="{escape(name)}">{escape(name)}</h3>')
+        parts.append(_table(schema["properties"]))
+    body = "\n".join(parts)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    )
+
+
+def _message(content: Mapping[str, Any], heading: str, schemas: Mapping[str, Any]) -> str:
+    """Return a heading that names a message, and the message's fields."""
+    reference = content["content"]["application/json"]["schema"]
+    fields = schemas[_name_of(reference)]["properties"]
+    return f"<h3>{escape(heading)}: {_type(reference)}</h3>\n{_table(fields)}"
+
+
+def _table(entries: Mapping[str, Any], of: str = "field") -> str:
+    """Return a table of named schemas, or of parameters or headers, which have a schema each."""
+    if not entries:
+        return "<p>No fields.</p>"
+    rows = [
+        f"<tr><td><code>{escape(name)}</code></td><td>{_type(entry.get('schema', entry))}</td>"
+        f"<td>{escape(entry.get('description', ''))}</td></tr>"
+        for name, entry in entries.items()
+    ]
+    head = f"<tr><th>{escape(of)}</th><th>type</th><th></th></tr>"
+    return f"<table>{head}\n" + "\n".join(rows) + "</table>"
+
+
+def _type(schema: Mapping[str, Any]) -> str:
+    """Return in HTML what a value may be."""
+    if "$ref" in schema:
+        name = escape(_name_of(schema))
+        return f'<a href="#{name}">{name}</a>'
+    if schema["type"] == "array":
+        return f"list of {_type(schema['items'])}"
+    if isinstance(values := schema.get("additionalProperties"), Mapping):
+        return f"map of string to {_type(values)}"
+    if "enum" in schema:
+        return escape(" | ".join(schema["enum"]))
+    words = f"{schema['type']} ({schema['format']})" if "format" in schema else schema["type"]
+    if "minimum" in schema:
+        words += f", {schema['minimum']} to {schema['maximum']}, {schema['default']} where none is given"
+    return escape(words)
+
+
+@web.middleware
+async def _name_and_word(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give every request a name, and word what aiohttp refuses as the calls do: as an Error of the document.
+
+    The name is given here and not left to the server, as an answer that does not come in time would lack it.
+    """
+    request[NAME] = read_request_id(request.headers.items())
+    response: web.StreamResponse
+    try:
+        response = await handler(request)
+    except web.HTTPMethodNotAllowed as error:
+        expected = ", ".join(sorted(error.allowed_methods))
+        response = _refusal(405, "UNIMPLEMENTED", f"the method is {error.method}; expected {expected}")
+        response.headers["Allow"] = expected
+    except web.HTTPNotFound:
+        # gRPC's word for a call that is not there; NOT_FOUND is an item's.
+        message = f"the path is {request.path[:100]!r}; expected one of those at /docs"
+        response = _refusal(404, "UNIMPLEMENTED", message)
+    except web.HTTPRequestEntityTooLarge:
+        expected = f"at most {MAX_MESSAGE_BYTES} bytes"
+        response = _refusal(413, "INVALID_ARGUMENT", f"the body is too large; expected {expected}")
+    except web.HTTPException as error:
+        response = _refusal(error.status, "INVALID_ARGUMENT", error.reason)
+    except Exception:  # the caller is told in JSON here too, and the log what it was
+        logger.exception("request %s failed", request[NAME])
+        response = _refusal(500, "INTERNAL", f"the gateway failed; its log names {request[NAME]}")
+    response.headers.setdefault(REQUEST_ID, request[NAME])
+    return response
 
 
 def _handler(channels: Sequence[grpc.aio.Channel], method: MethodDescriptor) -> Handler:
@@ -163,11 +341,13 @@ def _handler(channels: Sequence[grpc.aio.Channel], method: MethodDescriptor) -> 
         except (json_format.ParseError, ValueError) as error:  # not JSON, not UTF-8, or not these fields
             return _refusal(400, "INVALID_ARGUMENT", str(error))
         metadata = [(name, request.headers[name]) for name in HEADERS if name in request.headers]
+        metadata.append((REQUEST_ID, request[NAME]))
         for name, value in metadata:
             if not (value.isascii() and value.isprintable()):  # gRPC takes no other
                 return _refusal(400, "INVALID_ARGUMENT", f"{name} is not of printable ASCII characters")
+        call = next(asks)(message, timeout=timeout_s, metadata=metadata)
         try:
-            response = await next(asks)(message, timeout=timeout_s, metadata=metadata)
+            response = await call
         except grpc.aio.AioRpcError as error:
             return _refusal(
                 HTTP_STATUS.get(error.code(), 500),
@@ -176,7 +356,8 @@ def _handler(channels: Sequence[grpc.aio.Channel], method: MethodDescriptor) -> 
                 error.trailing_metadata() or (),  # type: ignore[arg-type]  # pairs, unlike the stubs say
             )
         text = json_format.MessageToJson(response, preserving_proto_field_name=True, indent=None)
-        return web.Response(text=text, content_type="application/json")
+        headers = _headers(await call.trailing_metadata())
+        return web.Response(text=text, content_type="application/json", headers=headers)
 
     return handle
 
@@ -186,6 +367,9 @@ async def _text(request: web.Request) -> str:
         return await request.text()
     except LookupError as error:
         raise ValueError(f"charset is {request.charset!r}; expected utf-8") from error
+    except web.RequestPayloadError as error:
+        encoding = request.headers.get("content-encoding", "none")
+        raise ValueError(f"the body cannot be read; its content-encoding is {encoding[:20]!r}") from error
 
 
 def _timeout_s(request: web.Request) -> float:
@@ -194,18 +378,25 @@ def _timeout_s(request: web.Request) -> float:
     if given is None:
         return DEFAULT_TIMEOUT_S
     if not re.fullmatch(r"[0-9]{1,6}", given) or not int(given):
-        raise ValueError(f"x-timeout-ms is {given[:20]!r}; expected 1 to 999999")
+        raise ValueError(f"x-timeout-ms is {given[:20]!r}; expected 1 to {MAX_TIMEOUT_MS}")
     return int(given) / 1000
 
 
 def _refusal(
     status: int, code: str, message: str, metadata: Iterable[tuple[str, str | bytes]] = ()
 ) -> web.Response:
+    return web.json_response({"code": code, "message": message}, status=status, headers=_headers(metadata))
+
+
+def _headers(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, str]:
+    """Return what HTTP's callers are told of a call's trailing metadata."""
     headers = {}
     for name, value in metadata:
         if name == "retry-after-ms":
             headers["Retry-After"] = str(-(-int(value) // 1000))  # whole seconds, rounded up
-    return web.json_response({"code": code, "message": message}, status=status, headers=headers)
+        elif name == REQUEST_ID:
+            headers[REQUEST_ID] = str(value)
+    return headers
 
 
 def _add_schema(message: Descriptor, schemas: dict[str, Any]) -> None:
@@ -233,6 +424,10 @@ def _schema(field: FieldDescriptor, schemas: dict[str, Any]) -> dict[str, Any]:
 
 def _reference(name: str) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _name_of(reference: Mapping[str, str]) -> str:
+    return reference["$ref"].rpartition("/")[2]
 
 
 def _json(schema: dict[str, Any]) -> dict[str, Any]:
@@ -282,7 +477,13 @@ def main(argv: list[str] | None = None) -> int:
         made.on_cleanup.append(close)
         return made
 
-    web.run_app(application(), host=options.host, port=options.port, access_log=None)
+    web.run_app(
+        application(),
+        host=options.host,
+        port=options.port,
+        access_log=None,
+        handler_cancellation=True,  # who waits for nothing any more is not to cost the server anything
+    )
     return 0
 
 

@@ -7,6 +7,8 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +26,43 @@ FILES = sorted(path for path in DEPLOY.rglob("*") if path.is_file())
 
 
 def rendered(**changed: Any) -> dict[str, Any]:
-    """The chart's objects by kind, as `helm template shop` makes them; of its actions, those in use here."""
+    """The chart's objects by kind, as `helm template shop` makes them; of its actions, those in use here.
+
+    The gateway's have its name behind their kind. What changes is a value's path, with __ between its parts.
+    """
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     for path, value in changed.items():
-        section, key = path.split("__")
-        values[section][key] = value
+        *sections, key = path.split("__")
+        section = values
+        for name in sections:
+            section = section[name]
+        assert key in section, path  # a value that values.yaml does not list is none
+        section[key] = value
     objects = {}
     for path in (CHART / "templates").glob("*.yaml"):
         text = render(path.read_text(), {"Values": values, "Release": {"Name": "shop"}})
         for content in yaml.safe_load_all(text):
             if content:
-                assert content["kind"] not in objects
-                objects[content["kind"]] = content
+                name = content["kind"] + content["metadata"]["name"].removeprefix("shop").replace("-", " ")
+                assert name not in objects
+                objects[name] = content
     return objects
 
 
 def render(template: str, scope: dict[str, Any]) -> str:
+    def repeated(loop: re.Match[str]) -> str:
+        return "\n".join(render(loop[2], scope | {"": item}) for item in look_up(loop[1], scope))
+
+    loop = r"^\{\{- range (\S+) \}\}\n(.*?)\n\{\{- end \}\}$"
+    template = re.sub(loop, repeated, template, flags=re.DOTALL | re.MULTILINE)
     shown = [True]
     lines = []
     for line in template.split("\n"):
-        if match := re.fullmatch(r"\{\{- if (not )?(\S+) \}\}", line):
-            shown.append(shown[-1] and bool(look_up(match[2], scope)) != bool(match[1]))
+        if match := re.fullmatch(r"\{\{- if (not |or )?([^{}]+) \}\}", line):
+            paths = match[2].split()
+            assert len(paths) == (2 if match[1] == "or " else 1), line
+            is_so = any(look_up(path, scope) for path in paths) != (match[1] == "not ")
+            shown.append(shown[-1] and is_so)
         elif line == "{{- end }}":
             shown.pop()
         elif shown[-1] and (failure := re.fullmatch(r"\{\{- fail \"(.+)\" \}\}", line)):
@@ -65,14 +83,14 @@ def evaluate(action: str, scope: dict[str, Any]) -> str:
 
 def look_up(path: str, scope: Any) -> Any:
     assert path.startswith("."), path
-    for key in path[1:].split("."):
+    for key in path[1:].split("."):  # of "." alone it is "": an item of a range
         scope = scope[key]
     return scope
 
 
-def serve_options(capsys: pytest.CaptureFixture[str]) -> set[str]:
+def options_of(command: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> set[str]:
     with pytest.raises(SystemExit):
-        serve(["--help"])
+        command(["--help"])
     return set(re.findall(r"--(\w+)", capsys.readouterr().out))
 
 
@@ -96,11 +114,55 @@ def commands() -> dict[str, list[str]]:
 @pytest.mark.parametrize("where", ["Dockerfile", "compose", "chart"])
 def test_the_commands_and_their_options_exist(where: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = commands()[where]
-    known = serve_options(capsys)
+    known = options_of(serve, capsys)
     assert command[0] in COMMANDS
     assert command[:2] == ["serve", "/bundles"]
     used = {word[2:].split("=")[0] for word in command if word.startswith("--")}
     assert used <= known
+
+
+def test_the_commands_of_the_gateway_and_their_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    http_gateway = pytest.importorskip("engine.http_gateway", reason="the extra `http` is not installed")
+    known = options_of(http_gateway.main, capsys)
+    compose = yaml.safe_load((DEPLOY / "docker-compose.yaml").read_text())["services"]
+    service = compose["gateway"]
+    objects = rendered(gateway__enabled=True)
+    (served,) = objects["Deployment gateway"]["spec"]["template"]["spec"]["containers"]
+    of_server = objects["Service"]
+    addresses = (
+        (service["entrypoint"], service["command"], "trirank:50051"),
+        (served["command"], served["args"], f"{of_server['metadata']['name']}:50051"),
+    )
+    assert "trirank" in compose
+    assert 50051 in {port["port"] for port in of_server["spec"]["ports"]}
+    for command, arguments, server in addresses:
+        assert command == ["python", "-m", "engine.http_gateway"]
+        assert {word[2:].split("=")[0] for word in arguments} <= known
+        assert arguments == [f"--server={server}", "--host=0.0.0.0", "--port=8080"]
+    paths = {route.resource.canonical for route in http_gateway.gateway([]).router.routes()}
+    probes = [served[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
+    assert {probe["path"] for probe in probes} == {"/openapi.json", "/healthz"} <= paths
+    assert probes[2]["path"] != "/healthz"  # a server that is away is no reason to restart the gateway
+    assert "http://127.0.0.1:8080/healthz" in service["healthcheck"]["test"][-1]
+
+
+def test_every_metric_of_ours_is_on_the_dashboard() -> None:
+    dashboard = json.loads((DEPLOY / "grafana" / "dashboard.json").read_text())
+    shown = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
+    names = {family.name for family in Metrics().registry.collect() if family.name.startswith("trirank_")}
+    assert {"trirank_stuck_workers", "trirank_shadow", "trirank_shadow_overlap"} <= names
+    assert [name for name in sorted(names) if not re.search(rf"\b{name}(_total|_bucket)?\b", shown)] == []
+
+
+def test_panels_do_not_overlap() -> None:
+    dashboard = json.loads((DEPLOY / "grafana" / "dashboard.json").read_text())
+    taken: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        x, y, w, h = (panel["gridPos"][side] for side in "xywh")
+        cells = {(column, row) for column in range(x, x + w) for row in range(y, y + h)}
+        assert not cells & taken, panel["title"]
+        assert x + w <= 24
+        taken |= cells
 
 
 def test_every_metric_that_is_named_is_made() -> None:
@@ -139,9 +201,14 @@ def test_compose_mounts_files_that_are_there() -> None:
             assert (DEPLOY / source).is_file(), source
         elif not source.startswith("$"):
             assert source in compose["volumes"]
+    for name in ("trirank", "gateway"):
+        service = compose["services"][name]
+        assert service["read_only"]
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert "user" not in service  # the image's, which is not root
+        assert (DEPLOY / service["build"]["context"] / service["build"]["dockerfile"]).resolve().is_file()
     service = compose["services"]["trirank"]
-    assert service["read_only"]
-    assert (DEPLOY / service["build"]["context"] / service["build"]["dockerfile"]).resolve().is_file()
     scraped = yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())["scrape_configs"][0]
     assert scraped["dns_sd_configs"][0]["names"] == ["trirank"]
     assert f"--metrics=0.0.0.0:{scraped['dns_sd_configs'][0]['port']}" in service["command"]
@@ -188,6 +255,63 @@ def test_the_chart_with_its_options() -> None:
     assert f"--api_keys={mounts['api-keys']}/keys.json" in served["args"]
 
 
+def test_the_chart_s_gateway() -> None:
+    objects = rendered(gateway__enabled=True)
+    assert set(objects) == {*rendered(), "Deployment gateway", "Service gateway"}
+    deployment, service = objects["Deployment gateway"], objects["Service gateway"]
+    assert deployment["metadata"]["name"] == service["metadata"]["name"] == "shop-gateway"
+    spec = deployment["spec"]
+    labels = spec["template"]["metadata"]["labels"]
+    assert spec["selector"]["matchLabels"] == service["spec"]["selector"] == labels
+    for kind in ("Service", "StatefulSet", "PodDisruptionBudget"):  # which must not take it for a server
+        selector = objects[kind]["spec"]["selector"]
+        assert not selector.get("matchLabels", selector).items() <= labels.items(), kind
+    pod = spec["template"]["spec"]
+    of_server = objects["StatefulSet"]["spec"]["template"]["spec"]
+    (served,), (server,) = pod["containers"], of_server["containers"]
+    for key in ("image", "imagePullPolicy", "securityContext", "lifecycle"):
+        assert served[key] == server[key]
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert pod["securityContext"]["runAsUser"] == of_server["securityContext"]["runAsUser"]
+    assert not pod["automountServiceAccountToken"]
+    ports = {port["name"]: port["containerPort"] for port in served["ports"]}
+    assert {port["targetPort"] for port in service["spec"]["ports"]} == set(ports) == {"http"}
+    assert f"--port={ports['http']}" in served["args"]
+
+
+SCHEDULING = {
+    "nodeSelector": {"disk": "ssd"},
+    "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
+    "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}},
+    "dnsConfig": {"options": [{"name": "timeout", "value": "1"}, {"name": "attempts", "value": "1"}]},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "section"), [("StatefulSet", ""), ("Deployment gateway", "gateway__")], ids=["server", "gateway"]
+)
+def test_what_an_operator_adds(kind: str, section: str) -> None:
+    more = {
+        "extraArgs": ["--config=/a b.yaml", "--requests_per_s=5"],
+        "extraEnv": [
+            {"name": "GRPC_VERBOSITY", "value": "INFO"},
+            {"name": "SECRET", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}},
+        ],
+    }
+    is_on = {"gateway__enabled": True}
+    plain = rendered(**is_on)[kind]["spec"]["template"]["spec"]
+    given = {f"{section}{key}": value for key, value in (SCHEDULING | more).items()}
+    for secrets in ({}, {"redis__existingSecret": "r", "apiKeys__existingSecret": "k"}):
+        before = rendered(**is_on, **secrets)[kind]["spec"]["template"]["spec"]["containers"][0]
+        pod = rendered(**is_on, **secrets, **given)[kind]["spec"]["template"]["spec"]
+        assert {key: pod[key] for key in SCHEDULING} == SCHEDULING
+        (served,) = pod["containers"]
+        assert served["args"] == before["args"] + more["extraArgs"]  # the last word
+        assert served["env"] == before.get("env", []) + more["extraEnv"]
+    assert not set(SCHEDULING) & set(plain)
+    assert "env" not in plain["containers"][0]
+
+
 def test_pods_that_come_and_go_need_redis() -> None:
     with pytest.raises(ValueError, match=r"autoscaling\.enabled needs redis\.existingSecret"):
         rendered(autoscaling__enabled=True)
@@ -209,7 +333,10 @@ def requirements() -> list[str]:
 
 def test_the_image_has_all_that_serving_imports_and_no_torch() -> None:
     """What these modules load comes from the listed packages or from what those depend on."""
-    modules = "engine.cli, engine.operating, engine.server, engine.telemetry, engine.redis_events, redis"
+    modules = (
+        "engine.cli, engine.operating, engine.server, engine.telemetry, engine.redis_events, redis, "
+        "engine.http_gateway, opentelemetry.sdk.trace"
+    )
     program = f"""
 import sys, numpy, {modules}
 from retrieval.exact_search import ExactSearch, StoredVectors
@@ -226,7 +353,7 @@ print(*{{name.split('.')[0] for name in sys.modules}})
         if module in of_module and module != "_distutils_hack"  # of setuptools, loaded by every start
     }
     # redis and grpc use these where they are there.
-    allowed = {"trirank", "xxhash", "grpcio-tools", "opentelemetry-api", "opentelemetry-sdk", "psutil"}
+    allowed = {"trirank", "xxhash", "grpcio-tools", "psutil"}
     waiting = [normal(re.split(r"[\[<>=]", line)[0]) for line in requirements()]
     waiting += ["docstring-parser", "typeshed-client"]  # of jsonargparse[signatures]
     while waiting:
@@ -242,6 +369,14 @@ print(*{{name.split('.')[0] for name in sys.modules}})
     assert "torch" not in allowed
     assert loaded
     assert [module for module, owners in loaded.items() if not owners & allowed] == []
+
+
+def test_the_image_has_what_the_extras_of_serving_name() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    listed = {normal(re.split(r"[\[<>=]", line)[0]) for line in requirements()}
+    for extra in ("cpu", "redis", "http", "otel"):
+        for line in project[extra]:
+            assert normal(re.split(r"[\[<>=]", line)[0]) in listed, line
 
 
 def test_the_image_s_packages_are_pinned() -> None:

@@ -1,8 +1,15 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import json
-from collections.abc import Awaitable, Callable
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -10,11 +17,28 @@ import pytest
 
 pytest.importorskip("aiohttp", reason="the extra `http` is not installed")
 
+import aiohttp
 from aiohttp import test_utils
 
 from engine.client import RecommenderClient, aio_channels, visitor
-from engine.http_gateway import SERVICE, _refusal, gateway, main, openapi, path_of
+from engine.http_gateway import (
+    ERROR_HEADERS,
+    HEADERS,
+    NO_PACKAGE,
+    PARAMETERS,
+    REQUEST_ID,
+    SERVICE,
+    _refusal,
+    gateway,
+    html_page,
+    main,
+    openapi,
+    path_of,
+)
+from engine.messages import MAX_MESSAGE_BYTES
 from protos.trirank.v1 import recommender_pb2 as pb
+
+ROOT = Path(__file__).parents[2]
 
 Ask = Callable[..., Awaitable[tuple[int, Any]]]
 
@@ -35,6 +59,21 @@ def through(address: str, work: Callable[[Ask], Awaitable[Any]]) -> Any:
             return await work(ask)
 
     return asyncio.run(run())
+
+
+@asynccontextmanager
+async def recommending(answer: Callable[[bytes, Any], Awaitable[bytes]]) -> AsyncIterator[str]:
+    """Answer Recommend in the test's own loop; yields the address."""
+    server = grpc.aio.server()
+    handler = grpc.unary_unary_rpc_method_handler(answer)
+    generic = grpc.method_handlers_generic_handler(SERVICE.full_name, {"Recommend": handler})
+    server.add_generic_rpc_handlers((generic,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(None)
 
 
 def test_the_same_answers_as_grpc(server_address: str) -> None:
@@ -129,6 +168,135 @@ def test_all_servers_are_asked() -> None:
     asyncio.run(asyncio.wait_for(run(), 60))
 
 
+def test_a_caller_who_goes_away_takes_the_call_along(start_process: Any) -> None:
+    """As it is started: aiohttp's own test server cancels handlers, whatever the gateway asks for."""
+
+    async def run() -> None:
+        begun, cancelled = asyncio.Event(), asyncio.Event()
+
+        async def answer(_: bytes, context: Any) -> bytes:
+            begun.set()
+            try:
+                await asyncio.sleep(600)
+            except asyncio.CancelledError:
+                cancelled.set()
+                raise
+            return b""
+
+        async with recommending(answer) as address:
+            command = [sys.executable, "-u", "-m", "engine.http_gateway", "--server", address, "--port", "0"]
+            with start_process(command) as (_, ready):
+                (port,) = re.findall(r"http://127\.0\.0\.1:(\d+)", ready)
+                async with aiohttp.ClientSession() as caller:
+                    patient = {"x-timeout-ms": "600000"}  # the deadline cancels nothing here
+                    url = f"http://127.0.0.1:{port}/v1/recommend"
+                    asking = asyncio.create_task(caller.post(url, json={}, headers=patient))
+                    await begun.wait()
+                    assert not cancelled.is_set()
+                    asking.cancel()
+                    await cancelled.wait()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_requests_have_names() -> None:
+    async def run() -> None:
+        named: list[str] = []
+
+        async def answer(request: bytes, context: Any) -> bytes:
+            metadata = dict(context.invocation_metadata())
+            named.append(metadata[REQUEST_ID])
+            if metadata[REQUEST_ID] == "renamed":
+                context.set_trailing_metadata(((REQUEST_ID, "the-server-s"),))
+            if metadata[REQUEST_ID] == "refused":
+                context.set_trailing_metadata(((REQUEST_ID, "refused"), ("retry-after-ms", "1200")))
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the server is at its limit")
+            if metadata[REQUEST_ID] == "late":
+                await asyncio.sleep(600)
+            return b""
+
+        async with (
+            recommending(answer) as address,
+            grpc.aio.insecure_channel(address) as channel,
+            test_utils.TestClient(test_utils.TestServer(gateway([channel]))) as client,
+        ):
+
+            async def ask(name: str | None, path: str = "/v1/recommend", **more: str) -> tuple[int, str]:
+                headers = more | ({} if name is None else {REQUEST_ID: name})
+                async with client.post(path, json={}, headers=headers) as response:
+                    await response.read()
+                    assert ("Retry-After" in response.headers) == (response.status == 429)
+                    return response.status, response.headers[REQUEST_ID]
+
+            assert await ask("home-1") == (200, "home-1")
+            assert await ask("renamed") == (200, "the-server-s")
+            assert await ask("refused") == (429, "refused")
+            # What never comes to the server, or back from it, has the name all the same.
+            assert await ask("late", **{"x-timeout-ms": "50"}) == (504, "late")
+            assert await ask("lost", "/v2/recommend") == (404, "lost")
+            assert await ask("soon", **{"x-timeout-ms": "soon"}) == (400, "soon")
+            assert named == ["home-1", "renamed", "refused", "late"]
+            status, name = await ask(None)
+            assert (status, name) == (200, named[-1])
+            assert re.fullmatch("[0-9a-f]{32}", name)
+            status, name = await ask("not a name")
+            assert (status, name) == (200, named[-1])
+            assert name != "not a name"
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_the_server_s_own_names_come_back(server_address: str) -> None:
+    async def run() -> None:
+        async with (
+            grpc.aio.insecure_channel(server_address) as channel,
+            test_utils.TestClient(test_utils.TestServer(gateway([channel]))) as client,
+        ):
+            for body, status in (({}, 200), ({"limit": 501}, 400)):
+                async with client.post(
+                    "/v1/recommend", json=body, headers={REQUEST_ID: "page:7"}
+                ) as response:
+                    assert (response.status, response.headers[REQUEST_ID]) == (status, "page:7")
+
+    asyncio.run(run())
+
+
+def test_what_http_refuses_is_worded_like_the_rest() -> None:
+    async def work(ask: Ask) -> list[tuple[int, Any]]:
+        return [
+            await ask("POST", "/v2/recommend", json={}),
+            await ask("GET", "/v1/recommend"),
+            await ask("POST", "/v1/recommend", data=b" " * (MAX_MESSAGE_BYTES + 1)),
+            await ask("POST", "/v1/recommend", data=b"no gzip", headers={"content-encoding": "gzip"}),
+        ]
+
+    lost, method, large, packed = through("127.0.0.1:1", work)  # of which none needs a server
+    path = "the path is '/v2/recommend'; expected one of those at /docs"
+    assert lost == (404, {"code": "UNIMPLEMENTED", "message": path})
+    assert method == (405, {"code": "UNIMPLEMENTED", "message": "the method is GET; expected POST"})
+    size = f"the body is too large; expected at most {MAX_MESSAGE_BYTES} bytes"
+    assert large == (413, {"code": "INVALID_ARGUMENT", "message": size})
+    encoding = "the body cannot be read; its content-encoding is 'gzip'"
+    assert packed == (400, {"code": "INVALID_ARGUMENT", "message": encoding})
+
+
+def test_what_nobody_foresaw_is_worded_like_the_rest(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of ink")
+
+    monkeypatch.setattr("engine.http_gateway.json_format.Parse", fail)
+
+    async def work(ask: Ask) -> tuple[int, Any]:
+        return await ask("POST", "/v1/recommend", json={}, headers={REQUEST_ID: "r1"})
+
+    status, body = through("127.0.0.1:1", work)
+    assert (status, body) == (500, {"code": "INTERNAL", "message": "the gateway failed; its log names r1"})
+    assert "request r1 failed" in caplog.text
+    assert "out of ink" in caplog.text
+
+
 def test_events_over_http(server_address: str) -> None:
     async def work(ask: Ask) -> list[tuple[int, Any]]:
         event = {"event_id": "1", "user_id": "from http", "item_id": "item-9", "timestamp_ms": "5"}
@@ -158,6 +326,20 @@ def test_the_document_says_what_the_proto_says(capsys: pytest.CaptureFixture[str
         if name != "Error":
             fields = pb.DESCRIPTOR.message_types_by_name[name].fields_by_name
             assert set(schema["properties"]) == set(fields)
+    for path in document["paths"].values():
+        call = path["post"]
+        assert {one["name"] for one in call["parameters"]} == {
+            "x-timeout-ms",
+            "x-request-id",
+            "traceparent",
+            "tracestate",
+        }
+        assert set(call["responses"]["200"]["headers"]) == {"x-request-id"}
+        assert set(call["responses"]["default"]["headers"]) == {"x-request-id", "Retry-After"}
+    keys = document["components"]["securitySchemes"]
+    assert {name for one in call["security"] for name in one} == set(keys)
+    said = {one["name"] for one in PARAMETERS} | {keys["key_header"]["name"], "authorization"}
+    assert said == {*HEADERS, REQUEST_ID, "x-timeout-ms"}  # all that the gateway reads
     references = {word.split("/")[-1] for word in _values(document, "$ref")}
     assert references == set(schemas)
     assert schemas["Event"]["properties"]["timestamp_ms"] == {"type": "string", "format": "int64"}
@@ -178,3 +360,104 @@ def _values(content: Any, key: str) -> list[str]:
 def test_wrong_certificates(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--tls_cert", "own.pem"]) == 2
     assert "tls_cert and tls_key belong together" in capsys.readouterr().err
+
+
+class Page(HTMLParser):
+    """What stands in an HTML text; raises where a tag is not closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.ids: list[str] = []
+        self.links: set[str] = set()
+        self.code: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag != "meta":
+            self.open.append(tag)
+        for name, value in attrs:
+            assert name in ("id", "href", "lang", "charset")
+            if name == "id":
+                self.ids.append(str(value))
+            if name == "href":
+                self.links.add(str(value))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.open[-1:] == ["code"]:
+            self.code.append(data)
+
+
+def test_the_page_says_what_the_document_says() -> None:
+    document = openapi()
+    page = Page(html_page(document))
+    schemas = document["components"]["schemas"]
+    assert page.ids == list(schemas)  # each message once
+    assert page.links == {f"#{name}" for name in schemas} | {"openapi.json"}
+    assert {f"POST {path}" for path in document["paths"]} <= set(re.findall(r"POST /v1/[a-z-]+", page.text))
+    fields = {field for schema in schemas.values() for field in schema["properties"]}
+    assert fields | {one["name"] for one in PARAMETERS} | set(ERROR_HEADERS) <= set(page.code)
+    assert "integer, 1 to 999999, 5000 where none is given" in page.text
+    assert "map of string to string" in page.text
+    assert "VISITOR_KIND_KNOWN_USER" in page.text
+    assert not page.tags & {"script", "link", "img", "iframe", "form"}
+
+
+def test_the_page_shows_what_is_no_html_of_its_own() -> None:
+    evil = "<script>alert('1')</script>&\""
+    text = {"schema": {"type": evil, "format": evil, "description": evil}, "description": evil}
+    message = {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{evil[:8]}"}}}}
+    answer = {"description": evil, "headers": {evil: text}}
+    call = {
+        "parameters": [{"name": evil, **text}],
+        "requestBody": message,
+        "responses": {evil: answer | message},
+    }
+    fields = {evil: {"type": "array", "items": {"type": "string", "enum": [evil]}}}
+    document = {
+        "info": {"title": evil, "version": evil},
+        "paths": {evil: {evil: call}},
+        "components": {"schemas": {evil[:8]: {"properties": fields}}},
+    }
+    page = html_page(document)
+    assert "<script" not in page
+    assert html.escape(evil) in page
+    assert "script" not in Page(page).tags
+
+
+def test_the_page_is_served() -> None:
+    async def run() -> None:
+        async with (
+            grpc.aio.insecure_channel("127.0.0.1:1") as channel,
+            test_utils.TestClient(test_utils.TestServer(gateway([channel]))) as client,
+            client.get("/docs") as response,
+        ):
+            assert (response.status, response.content_type) == (200, "text/html")
+            assert await response.text() == html_page(openapi())
+            # A browser would not load anything else, were there anything.
+            assert response.headers["Content-Security-Policy"].startswith("default-src 'none'")
+
+    asyncio.run(run())
+
+
+def test_without_its_package_it_says_what_to_install() -> None:
+    program = "import sys; sys.modules['aiohttp'] = None; "
+    for rest, code in (
+        ("import runpy; runpy.run_module('engine.http_gateway', run_name='__main__')", 2),
+        ("import engine.http_gateway", 1),
+    ):
+        command = [sys.executable, "-c", program + rest]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == code
+        assert NO_PACKAGE in done.stderr.splitlines()[-1]
+        assert ("Traceback" in done.stderr) == (code == 1)  # an importer's own mistake
+    assert "pip install 'trirank[http]'" in NO_PACKAGE

@@ -33,7 +33,7 @@ export class Recommender {
   constructor(address, { timeoutMs = 200, apiKey, ca, cert, key } = {}) {
     const read = (path) => (path ? readFileSync(path) : null);
     const credentials =
-      ca || cert ? grpc.credentials.createSsl(read(ca), read(key), read(cert)) : grpc.credentials.createInsecure();
+      ca || cert || key ? grpc.credentials.createSsl(read(ca), read(key), read(cert)) : grpc.credentials.createInsecure();
     this.timeoutMs = timeoutMs;
     this.apiKey = apiKey;
     this.client = new RecommenderService(address, credentials, {
