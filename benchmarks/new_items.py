@@ -8,12 +8,14 @@ normal. Histories are whole: who has touched a withheld item before has it in th
 
     chance            ten drawn at random
     text similarity   cosine of an item's text vector with the mean of those of the history
+    the newest first  the same, each event of the history counting by its age, as the recipe has it
     ranker            the ranker as the recipe has it: nothing tells withheld items apart, so this is chance
     content           a ranker that has learned to read what items are
 
-Both rankers also answer as they would be exported, where withheld items get the vectors of the trained ones
-most like them (training/new_items.py). Beside these stands what all items ranked give: recall@10 of the
-questions for withheld items, NDCG@10 of those for other items, and NDCG@10 of both together.
+Both rankers also answer as they would be exported, but for the transitions, which no withheld item has:
+withheld items get the vectors of the trained ones most like them (training/new_items.py). Beside these stands
+what all items ranked give: recall@10 of the questions for withheld items, NDCG@10 of those for other items,
+and NDCG@10 of both together.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file
 
-from benchmarks.full_ranking import Scores, question_metrics
+from benchmarks.full_ranking import Scores, question_metrics, recency
+from benchmarks.latency import commit
 from benchmarks.quality_fusion import SETTINGS, keep_settings, of_training
 from engine.arguments import ArgumentParser
 from ranking.ranker import HybridRanker
@@ -101,17 +104,18 @@ def among(scores: Scores, candidates: NDArray[np.bool_]) -> Scores:
     return only
 
 
-def text_similarity(vectors: NDArray[np.float32]) -> Scores:
+def text_similarity(vectors: NDArray[np.float32], half_life: float | None = None) -> Scores:
     """Return the products of each item's vector with the mean of those of the history.
 
     Args:
         vectors: [I+1, C] float32, of length 1 or zero.
+        half_life: of an event of the history, in events; None counts all alike.
     """
 
     def scores(questions: Holdout) -> NDArray[np.float32]:
-        histories = [questions.history(q).wanted for q in range(len(questions))]
-        means = [vectors[items].mean(axis=0) if len(items) else 0 * vectors[0] for items in histories]
-        found: NDArray[np.float32] = np.stack(means) @ vectors.T
+        histories = [history for _, history, _ in questions]
+        sums = [recency(history, half_life) @ vectors[history.wanted] for history in histories]
+        found: NDArray[np.float32] = np.stack(sums) @ vectors.T
         return found
 
     return scores
@@ -144,11 +148,13 @@ def compare(
     out = out / f"share{share:g}-seed{seed}"
     if out.is_dir() and any(out.iterdir()) and not (out / SETTINGS).is_file():
         raise ValueError(f"{out} holds results that do not say their settings; expected another --out")
-    # What serving does with a model changes nothing here, and the seed is not the recipe's own.
     whole = recipe_of(parser, config)
-    recipe, pipeline = of_training(whole), whole["pipeline"]
-    fingerprint = data.info.fingerprint
-    keep_settings(out, {"fingerprint": fingerprint, "share": share, "seed": seed, "recipe": recipe})
+    # No transitions lead to what nobody has touched.
+    pipeline = whole["pipeline"] | {"transition_weight": 0.0}
+    # Of what is for serving a model nothing else changes anything here, and the seed is not the recipe's own.
+    weighed = {name: pipeline.get(name) for name in ("graph_weight", "half_life_events")}
+    kept = {"fingerprint": data.info.fingerprint, "share": share, "seed": seed, "weighed": weighed}
+    keep_settings(out, kept | {"recipe": of_training(whole)})
     content = content_of(directory, content_options, out)
     if content is None:
         raise ValueError("the catalog says nothing of its items, or content.encoder is none")
@@ -176,8 +182,12 @@ def compare(
         "chance": {"recall": min(1.0, CUTOFF / int(withheld.sum()))},
         "text similarity": {"recall": means(among(text_similarity(texts), withheld), asked)[RECALL]},
     }
+    if half_life := pipeline.get("half_life_events"):
+        by_age = among(text_similarity(texts, half_life), withheld)
+        rows["text similarity, the newest first"] = {"recall": means(by_age, asked)[RECALL]}
     new, degrees = np.flatnonzero(withheld).astype(np.int32), split.train.item_counts().astype(np.float32)
     like = like_items(degrees, content_features(items), new)
+    commits: dict[str, str | None] = {}
     for name, its in (("ranker", settings), ("content", reading_settings)):
         done = out / name / f"{part}.json"
         if not done.is_file():
@@ -197,11 +207,13 @@ def compare(
             weights = choose_weights(ranker, vectors, split, pipeline)
             add_graph_scores(ranker, vectors, weights.graph, pipeline.get("half_life_events"))
             known = example_histories(dataclasses.replace(data, split=split), NUM_COMPRESSED, seed=0)
-            compress(ranker, [history.items for history in known])
+            compress(ranker, [history.wanted for history in known])
             give_new_items_vectors(ranker, degrees, new, like)
             found = {name: alone, f"{name}, exported": figures(ranker)}
-            done.write_text(json.dumps(found) + "\n", encoding="utf-8")
-        rows |= json.loads(done.read_text(encoding="utf-8"))
+            done.write_text(json.dumps({"commit": commit(), "rows": found}) + "\n", encoding="utf-8")
+        told = json.loads(done.read_text(encoding="utf-8"))
+        rows |= told["rows"]
+        commits[name] = told["commit"]
     return {
         "data": data.info.name,
         "simulated": data.info.simulated,
@@ -212,6 +224,7 @@ def compare(
         "num_withheld": int(withheld.sum()),
         "num_questions": len(asked),
         "num_others": len(others),
+        "commits": commits,
         "rows": rows,
     }
 

@@ -31,7 +31,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,14 @@ from safetensors.numpy import load_file, save_file
 from scipy.stats import ttest_rel
 
 from benchmarks.full_ranking import Scores, Vectors, question_metrics, recency
+from benchmarks.latency import commit
 from engine.arguments import ArgumentParser, nearest
 from ranking.ranker import HybridRanker
 from retrieval.fold_in import fold_in
-from training.answers import question_queries
+from training.answers import history_queries, question_queries
 from training.compression import weighted
-from training.data.splits import Holdout, Protocol, SplitData, load_split, split_as_trained
+from training.data.splits import Holdout, Protocol, Split, SplitData, load_split, split_as_trained
+from training.export import NUM_COMPRESSED, example_histories
 from training.score_weights import GRAPH_WEIGHTS, TRANSITION_WEIGHTS, ScoreWeights, best_weights, questions_of
 from training.stages import keep_freed_memory, quiet_lightning
 from training.train import (
@@ -117,10 +119,14 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Answers:
-    """What a ranker answers with, and the graph's own scores at a weight of 1; None without a graph."""
+    """What a ranker answers with, and the graph's own scores at a weight of 1; None without a graph.
+
+    `examples` [N, Q] are its queries after training histories, which an export compresses for.
+    """
 
     ranker: Vectors
     graph: Vectors | None = None
+    examples: NDArray[np.float32] | None = None
 
     def whole(self) -> Vectors:
         """Return both in one, uncompressed."""
@@ -133,10 +139,11 @@ class Answers:
         return Vectors(users, items)
 
     def weighted(self, weight: float) -> Vectors:
-        """Return them as an export has them, compressed for what is asked here."""
+        """Return them as an export has them, compressed for training histories."""
         both = self.whole()
         users, asked = np.zeros_like(both.users), both.users.any(axis=1)
-        users[asked] = weighted(both.users[asked], both.items, self.ranker.items.shape[1], weight)
+        dim = self.ranker.items.shape[1]
+        users[asked] = weighted(both.users[asked], both.items, dim, weight, self.examples)
         return Vectors(users, both.items)
 
     def save(self, file: Path) -> None:
@@ -144,6 +151,8 @@ class Answers:
         arrays = {"users": self.ranker.users, "items": self.ranker.items}
         if self.graph is not None:
             arrays |= {"graph_users": self.graph.users, "graph_items": self.graph.items}
+        if self.examples is not None:
+            arrays["examples"] = self.examples
         unfinished = file.with_suffix(".tmp")
         save_file(arrays, unfinished)
         unfinished.rename(file)
@@ -153,7 +162,7 @@ class Answers:
         """Read what `save` has written."""
         arrays = load_file(file)
         graph = Vectors(arrays["graph_users"], arrays["graph_items"]) if "graph_users" in arrays else None
-        return cls(Vectors(arrays["users"], arrays["items"]), graph)
+        return cls(Vectors(arrays["users"], arrays["items"]), graph, arrays.get("examples"))
 
 
 class Experiment:
@@ -174,11 +183,13 @@ class Experiment:
         recipe, settings = self._recipe()
         self.half_life: float | None = recipe["pipeline"]["half_life_events"]
         self.num_neighbours: int = recipe["pipeline"]["num_neighbours"]
+        # What the recipe says; None has validation choose.
+        self.graph_weight: float | None = recipe["pipeline"].get("graph_weight")
+        self.transition_weight: float | None = recipe["pipeline"].get("transition_weight")
         self.data: SplitData = load_split(directory, settings().split)
         if not self.data.split.ordered:
             raise ValueError(f"split {self.data.split.name} leaves the events without an order to learn from")
-        # Of what is for serving a model nothing but half_life_events and num_neighbours plays a part here,
-        # and the recipe's own seed plays none.
+        # Of what is for serving a model nothing else plays a part here, and the recipe's own seed plays none.
         record = {
             "data": self.data.info.name,
             "fingerprint": self.data.info.fingerprint,
@@ -187,10 +198,15 @@ class Experiment:
             "protocol": protocol,
             "half_life_events": self.half_life,
             "num_neighbours": self.num_neighbours,
+            "graph_weight": self.graph_weight,
+            "transition_weight": self.transition_weight,
+            "compressed_for": "training histories",
             "recipe": of_training(recipe),
         }
         # Directories that do not say it were begun before it was written down, with the default.
-        keep_settings(out, record, unsaid={"num_neighbours": PipelineOptions().num_neighbours})
+        defaults = PipelineOptions()
+        names = ("num_neighbours", "graph_weight", "transition_weight")
+        keep_settings(out, record, unsaid={name: getattr(defaults, name) for name in names})
 
     def _recipe(self) -> tuple[dict[str, Any], Settings]:
         parser = build_parser()
@@ -207,7 +223,9 @@ class Experiment:
         if file.is_file():
             return
         begin = time.perf_counter()
-        record: dict[str, Any] = {"variant": variant, "seed": seed, "protocol": self.protocol}
+        record: dict[str, Any] = {
+            "variant": variant, "seed": seed, "protocol": self.protocol, "commit": commit()
+        }  # fmt: skip
         scores: Scores
         if variant == "graph":
             scores = self.graph(seed, "test").scores
@@ -306,14 +324,15 @@ class Experiment:
             )
             self._add_graph_scores(ranker, variant, seed, "strict")
             if self.protocol == "strict":
-                ranker_answers(ranker, split.test).save(folder / "test.safetensors")
+                self._answers_of(ranker, split, "test").save(folder / "test.safetensors")
             # Last: this file says that the fit is done.
-            ranker_answers(ranker, split.validation).save(folder / "validation.safetensors")
+            self._answers_of(ranker, split, "validation").save(folder / "validation.safetensors")
         if self.protocol == "refit":
             _say(f"seed {seed}: {variant} on train and validation, {chosen.epochs} epochs as chosen")
+            final = split_as_trained(self.data, "refit")
             ranker, _ = fit_ranking(
                 self.directory,
-                split_as_trained(self.data, "refit"),
+                final,
                 self._graph(variant, seed, "refit"),
                 folder / "refit",
                 settings,
@@ -324,7 +343,12 @@ class Experiment:
                 folds=self._folds(variant, seed, "refit"),
             )
             self._add_graph_scores(ranker, variant, seed, "refit")
-            ranker_answers(ranker, split.test).save(folder / "test.safetensors")
+            self._answers_of(ranker, final, "test").save(folder / "test.safetensors")
+
+    def _answers_of(self, ranker: HybridRanker, known: Split, part: str) -> Answers:
+        """Return what a ranker that has learned from a split answers the questions of a part with."""
+        holdout = self.data.split.test if part == "test" else self.data.split.validation
+        return ranker_answers(ranker, holdout, replace(self.data, split=known))
 
     def _add_graph_scores(self, ranker: HybridRanker, variant: str, seed: int, protocol: Protocol) -> None:
         """Let the graph's own scores add to a ranker's, at a weight of 1, where it has a graph."""
@@ -387,9 +411,15 @@ class Experiment:
             holdout,
             self.data.split,
             self.num_neighbours,
-            graph_weights=GRAPH_WEIGHTS if with_graph else (0.0,),
-            transition_weights=TRANSITION_WEIGHTS if its.transitions else (0.0,),
+            graph_weights=_choices(with_graph, self.graph_weight, GRAPH_WEIGHTS),
+            transition_weights=_choices(its.transitions, self.transition_weight, TRANSITION_WEIGHTS),
         )
+
+
+def _choices(plays_a_part: bool, said: float | None, choices: Sequence[float]) -> Sequence[float]:
+    if not plays_a_part:
+        return (0.0,)
+    return choices if said is None else (said,)
 
 
 SETTINGS = "settings.json"  # what all rows of a directory have in common
@@ -427,8 +457,14 @@ def _drop_checkpoints(folder: Path) -> None:
         checkpoint.unlink()
 
 
-def ranker_answers(ranker: HybridRanker, holdout: Holdout) -> Answers:
-    """Return what a ranker scores with after the histories of a holdout, and the vectors that it scores."""
+def ranker_answers(ranker: HybridRanker, holdout: Holdout, known: SplitData) -> Answers:
+    """Return what a ranker scores with after the histories of a holdout, and the vectors that it scores.
+
+    Args:
+        ranker: on the CPU, in evaluation mode.
+        holdout: what is asked.
+        known: what it has learned from; an export compresses for its histories.
+    """
     with torch.no_grad():
         items = ranker.item_vectors().float().numpy()
     users = np.zeros((holdout.events.num_users + 1, items.shape[1]), np.float32)
@@ -437,7 +473,10 @@ def ranker_answers(ranker: HybridRanker, holdout: Holdout) -> Answers:
     own, graph = (
         Vectors(users[:, part].copy(), items[:, part].copy()) for part in (slice(dim), slice(dim, None))
     )
-    return Answers(own, graph if ranker.graph_scores is not None else None)
+    if ranker.graph_scores is None:
+        return Answers(own)
+    examples = [history.wanted for history in example_histories(known, NUM_COMPRESSED, seed=0)]
+    return Answers(own, graph, history_queries(ranker, examples))
 
 
 def graph_answers(embeddings: Path, holdout: Holdout, half_life: float | None) -> Vectors:

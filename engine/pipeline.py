@@ -394,7 +394,7 @@ class RecommendationPipeline:
         def state() -> NDArray[np.float32]:
             scorer = self.bundle.scorer
             assert scorer is not None
-            history = left_padded([visitor.history.items], scorer.history_length)
+            history = left_padded([visitor.history.wanted], scorer.history_length)
             rows, weights = scorer.context.encode(context, moment if self.has_clock else None)
             asked_in = Encoded(rows[np.newaxis], weights[np.newaxis])
             found: NDArray[np.float32] = scorer.user_states(history, asked_in, weights_of_heads)[0]

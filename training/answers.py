@@ -25,7 +25,7 @@ def history_queries(
 
     Args:
         ranker: in evaluation mode.
-        histories: item rows, oldest first.
+        histories: item rows of the events that were wanted, oldest first (History.wanted).
         context: of the moments, [N, K] each; None where nothing is known of them.
     """
     # Histories of like length meet, so that short ones are not padded to the longest.
@@ -41,7 +41,7 @@ def history_queries(
 
 def question_queries(ranker: HybridRanker, holdout: Holdout) -> NDArray[np.float32]:
     """Return the same for each question of a holdout, in the context of its moment: [N, Q] float32."""
-    histories = [history.items for _, history, _ in holdout]
+    histories = [history.wanted for _, history, _ in holdout]
     return history_queries(ranker, histories, encoded_context(ranker.context, holdout.events, holdout.ends))
 
 

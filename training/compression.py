@@ -10,7 +10,11 @@ from numpy.typing import NDArray
 
 
 def weighted(
-    queries: NDArray[np.float32], items: NDArray[np.float32], dim: int, weight: float
+    queries: NDArray[np.float32],
+    items: NDArray[np.float32],
+    dim: int,
+    weight: float,
+    examples: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """Return queries [N, Q] whose products with the items are the scores that an export of them has.
 
@@ -22,11 +26,12 @@ def weighted(
         items: [I, Q], likewise, at a weight of 1; the first row is padding.
         dim: D.
         weight: of the graph's own scores.
+        examples: [M, Q] other queries, whose scores are to change least; None for these.
     """
     weights = np.where(np.arange(items.shape[1]) < dim, 1, weight).astype(np.float32)
     if not weight or items.shape[1] == dim:
         return queries * weights
-    of_queries, of_items = compression(queries, items[1:] * weights, dim)
+    of_queries, of_items = compression(queries if examples is None else examples, items[1:] * weights, dim)
     found: NDArray[np.float32] = queries @ (of_queries @ of_items.T) * weights
     return found
 

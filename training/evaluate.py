@@ -212,7 +212,7 @@ class Questions:
         self.contexts = [holdout.events.context_at(int(end)) for end in self.ends]
         self.users = holdout.users[rows]
         self.visitor_histories = [holdout.history(int(q)) for q in rows]
-        self.histories = [history.items for history in self.visitor_histories]
+        self.histories = [history.items for history in self.visitor_histories]  # what is not asked for
         self.targets = [holdout.target(int(q)) for q in rows]
         self.repeats = repeats
 
@@ -266,7 +266,8 @@ def ranking_scores(bundle: Bundle, questions: Questions) -> NDArray[np.float32]:
     and the transitions.
     """
     assert bundle.scorer is not None
-    history = left_padded(questions.histories, bundle.scorer.history_length)
+    wanted = [history.wanted for history in questions.visitor_histories]
+    history = left_padded(wanted, bundle.scorer.history_length)
     scores = np.zeros((len(history), bundle.catalog.num_items + 1), np.float32)
     context = encoded_context(bundle.scorer.context, questions.events, questions.ends)
     everything = np.arange(1, bundle.catalog.num_items + 1)[None]
@@ -274,7 +275,6 @@ def ranking_scores(bundle: Bundle, questions: Questions) -> NDArray[np.float32]:
     repeated = None if weights is None else np.repeat(weights, len(history), axis=0)
     scores[:, 1:] = bundle.scorer.score(history, everything, context, repeated)
     if bundle.transitions is not None and (weight := transition_weight(bundle, weights)):
-        wanted = [visitor_history.wanted for visitor_history in questions.visitor_histories]
         scores += np.float32(weight) * bonuses(bundle.transitions, wanted)
     return scores
 

@@ -349,7 +349,7 @@ def export_bundle(
     }
     if ranker is not None:
         ranker.float().cpu().eval()
-        compress(ranker, [history.items for history in example_histories(data, NUM_COMPRESSED, seed=0)])
+        compress(ranker, [history.wanted for history in example_histories(data, NUM_COMPRESSED, seed=0)])
         give_new_items_vectors(ranker, degrees, new, like)
     of_graph, of_ranker = (
         index_options(pipeline, source, has_ranker=ranker is not None) for source in ("embedding", "sequence")
@@ -392,7 +392,7 @@ def export_bundle(
                 },
                 directory / TRANSITIONS,
             )
-            items_of = [history.items for history in histories]
+            items_of = [history.wanted for history in histories]
             precision = pipeline.get("ranker_precision", "float32")
             indexes[RANKER_INDEX] = export_ranker(ranker, directory, of_ranker, items_of, precision)
         info = asdict(data.info)
@@ -481,7 +481,7 @@ def verify_bundle(bundle: Bundle, ranker: HybridRanker | None, data: SplitData) 
     _check_close("ONNX states differ from torch", found_states, states.numpy(), slack)
     found = bundle.scorer.score(history, candidates, context, weights)
     _check_close("ONNX scores differ from torch", found, scores.numpy(), slack)
-    asked = bundle.scorer.user_states(left_padded([history.items for history in histories], longest))
+    asked = bundle.scorer.user_states(left_padded([history.wanted for history in histories], longest))
     _check_index(RANKER_INDEX, bundle.ranker_index, asked, fused, of_ranker)
 
 

@@ -30,13 +30,14 @@ FULL_SOFTMAX_ITEMS = 50_000
 RANKING_EPOCHS = 24  # by default: how long the learning rate takes to fall to zero
 
 
-def dropout_for(events_per_item: float) -> float:
-    """Return how much dropout suits data of a density: min(0.5, 1.2 / cube root of the events an item has).
+def dropout_for(targets_per_item: float) -> float:
+    """Return how much dropout suits data of a density (training.data.sequences.targets_per_item).
 
-    0.5 up to 14 events an item, 0.3 at 64, 0.18 at 290. Amazon Beauty (13) does well with 0.5, MovieLens-1M
-    (289) on validation far better with 0.2 (benchmarks/results/README.md); what lies between is a guess.
+    min(0.5, 1.2 / its cube root): 0.5 up to 14 targets an item, 0.3 at 64, 0.18 at 290. Amazon Beauty (13)
+    does well with 0.5, MovieLens-1M (289) on validation far better with 0.2 (benchmarks/results/README.md);
+    what lies between is a guess.
     """
-    return round(min(0.5, 1.2 / float(np.cbrt(max(events_per_item, 1.0)))), 2)
+    return round(min(0.5, 1.2 / float(np.cbrt(max(targets_per_item, 1.0)))), 2)
 
 
 def check_heads(heads: Sequence[str], event_types: Sequence[str]) -> None:
@@ -162,7 +163,7 @@ class RankingModule(L.LightningModule):
                 )
             graph["item_vectors"] = folds.mean(0)  # what is asked and served with
         check_sequence_encoder(self.make_encoder)
-        dropout = dropout_for(self.data.events_per_item) if self.dropout is None else self.dropout
+        dropout = dropout_for(self.data.targets_per_item) if self.dropout is None else self.dropout
         vectors = content.get("content_vectors")
         self.ranker = HybridRanker(
             self.make_encoder(self.data.history_length + 1, dropout),
@@ -269,11 +270,12 @@ class RankingModule(L.LightningModule):
         self._log_accuracy(batch, "test")
 
     def _log_accuracy(self, batch: QuestionBatch, part: str) -> None:
-        history = torch.from_numpy(left_padded(batch.histories, self.ranker.history_length))
+        history = torch.from_numpy(left_padded(batch.wanted, self.ranker.history_length))
         rows, weights = (torch.from_numpy(array).to(self.device) for array in batch.context)
         states = self.ranker.states(history.to(self.device))[:, -1]
         states = self.ranker.in_context(states, rows, weights).float()
-        scores = (states @ self._item_vectors.T).float().cpu().numpy()
+        with torch.autocast(self.device.type, enabled=False):  # rounded scores would make ties
+            scores = (states @ self._item_vectors.T).cpu().numpy()
         metrics = mean_accuracy(
             scores, batch.histories, batch.targets, (10,), repeats=self.data.split.repeats
         )

@@ -452,7 +452,10 @@ def load_best(module: L.LightningModule, trainer: L.Trainer) -> int:
     """
     checkpoint = trainer.checkpoint_callback
     if not isinstance(checkpoint, ModelCheckpoint) or not checkpoint.best_model_path:
-        raise ValueError("the run never reached a validation; max_epochs must be at least 1")
+        raise ValueError(
+            "the run never reached a validation; expected a trainer with max_epochs of at least 1, and no "
+            "max_steps or max_time that end the first epoch"
+        )
     state = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
     module.load_state_dict(state["state_dict"])
     module.cpu().eval()

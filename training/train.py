@@ -35,6 +35,7 @@ from training.cross_fit import fold_vectors, without_fold
 from training.data.context import context_table
 from training.data.dataset import Dataset
 from training.data.modules import RankingData, RetrievalData
+from training.data.sequences import targets_per_item
 from training.data.splits import Split, SplitData, SplitOptions, final_split, load_split
 from training.encoder_checks import check_graph_encoder, check_sequence_encoder
 from training.export import DEFAULT_POLICIES, DEFAULT_SOURCES, export_bundle
@@ -267,6 +268,7 @@ def train(
         if epochs != -1:  # without end
             check_numbers(f"{stage}.trainer.", 1, {"max_epochs": epochs})
         check_numbers(f"{stage}.", 1, {"patience": recipe[stage]["patience"]})
+        _check_validations(stage, recipe[stage]["trainer"])
     for stage in ("retrieval", "ranking") if recipe["refit"] else ():
         max_steps = recipe[stage]["trainer"]["max_steps"]
         if max_steps != -1:
@@ -419,6 +421,18 @@ def add_graph_scores(
     ranker.add_graph_scores(torch.from_numpy(vectors["item_vectors"]), weight, half_life)
 
 
+def _check_validations(stage: str, trainer: Mapping[str, Any]) -> None:
+    """Raise ValueError where a fit would never be asked anything, so that no epoch could be the best."""
+    for name in ("limit_train_batches", "limit_val_batches"):
+        if trainer[name] is not None:
+            check_numbers(f"{stage}.trainer.", 0, {name: trainer[name]}, above=True)
+    if trainer["check_val_every_n_epoch"] != 1:
+        raise ValueError(
+            f"{stage}.trainer.check_val_every_n_epoch is {trainer['check_val_every_n_epoch']}; expected 1: "
+            "the best epoch is looked for among all"
+        )
+
+
 def num_folds_of(options: Any, split: Split, content: Path | None) -> int:
     """Return how many folds the users are dealt into: what the recipe says, else NUM_FOLDS or 1.
 
@@ -438,7 +452,7 @@ def num_folds_of(options: Any, split: Split, content: Path | None) -> int:
     num_users = len(np.unique(split.train.users))
     is_tuned = options.model.fine_tune_graph
     if options.num_folds is None:
-        density = len(split.train) / max(1, len(np.unique(split.train.items)))
+        density = targets_per_item(split.train, split.repeats)
         starts = content is not None and options.model.content_as == "start" and not is_tuned
         return min(NUM_FOLDS, num_users) if starts and density < FOLDED_BELOW else 1
     if not 1 <= options.num_folds <= (1 if is_tuned else num_users):

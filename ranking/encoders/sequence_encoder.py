@@ -39,6 +39,13 @@ class SequenceEncoder(nn.Module):
         num_heads: int,
     ) -> None:
         super().__init__()
+        for name, size, least in (
+            ("dim", dim, 1),
+            ("num_blocks", num_blocks, 0),
+            ("num_heads", num_heads, 1),
+        ):
+            if size < least:
+                raise ValueError(f"{name} is {size}; expected {least} or more")
         if dim % num_heads:
             raise ValueError(f"num_heads is {num_heads}; expected a divisor of dim, which is {dim}")
         self.dim = dim

@@ -14,9 +14,10 @@ from benchmarks.quality_fusion import VARIANTS, Answers, Experiment, late_fusion
 from engine.cli import main as trirank
 from engine.history import left_padded
 from training import train
-from training.answers import question_queries
+from training.answers import history_queries
 from training.compression import compression
 from training.data.splits import SplitOptions, load_split
+from training.export import NUM_COMPRESSED, example_histories
 from training.score_weights import GRAPH_WEIGHTS, TRANSITION_WEIGHTS
 
 TINY = [
@@ -98,7 +99,8 @@ def test_a_row_is_what_its_ranker_finds(directory, strict):
     )
     row = json.loads((strict / "cross-attention-seed1.json").read_text())
     ranker.add_graph_scores(torch.from_numpy(load_file(embeddings)["item_vectors"]), row["graph_weight"], 3)
-    queries, items = question_queries(ranker, data.split.test), ranker.item_parts()[1:].detach().numpy()
+    known = [history.wanted for history in example_histories(data, NUM_COMPRESSED, seed=0)]
+    queries, items = history_queries(ranker, known), ranker.item_parts()[1:].detach().numpy()
     if row["graph_weight"]:
         ranker.compress(*map(torch.from_numpy, compression(queries, items, 8)))
     found = []

@@ -13,10 +13,10 @@ from training.ranking_module import RankingModule, dropout_for
 
 
 @pytest.mark.parametrize(
-    ("events_per_item", "expected"), [(0.0, 0.5), (1.0, 0.5), (13.0, 0.5), (64.0, 0.3), (289.0, 0.18)]
+    ("targets_per_item", "expected"), [(0.0, 0.5), (1.0, 0.5), (13.0, 0.5), (64.0, 0.3), (289.0, 0.18)]
 )
-def test_dense_data_want_less_dropout(events_per_item: float, expected: float) -> None:
-    assert dropout_for(events_per_item) == expected
+def test_dense_data_want_less_dropout(targets_per_item: float, expected: float) -> None:
+    assert dropout_for(targets_per_item) == expected
 
 
 def test_dropout_never_rises_with_the_density() -> None:
@@ -37,8 +37,10 @@ def test_one_dropout_for_the_whole_ranker(tmp_path: Path) -> None:
     data = RankingData(tmp_path / "data")
     data.setup("fit")
     train = data.split.train
-    assert data.events_per_item == len(train) / len(set(train.items.tolist()))
-    by_rule = dropout_for(data.events_per_item)
+    touched = {(user, item) for user, item in zip(train.users.tolist(), train.items.tolist(), strict=True)}
+    assert data.targets_per_item == len(touched) / len(set(train.items.tolist()))
+    assert data.targets_per_item < len(train) / len(set(train.items.tolist()))
+    by_rule = dropout_for(data.targets_per_item)
     assert by_rule < 0.5
     assert dropouts_of(RankingModule(lambda *sizes: SASRec(*sizes, dim=8)), data) == {by_rule}
     assert dropouts_of(RankingModule(lambda *sizes: SASRec(*sizes, dim=8), dropout=0.35), data) == {0.35}

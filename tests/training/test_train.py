@@ -538,7 +538,16 @@ def test_heads_are_weighed_by_the_recipe_and_by_each_request(shop: Path, tmp_pat
             ["--ranking.model.encoder.num_heads=3"],
             "ranking.model.encoder: num_heads is 3; expected a divisor",
         ),
-        (["--ranking.model.encoder.dim=0"], "ranking.model.encoder: it fails on a toy, ZeroDivisionError"),
+        (["--ranking.model.encoder.dim=0"], "ranking.model.encoder: dim is 0; expected 1 or more"),
+        (["--ranking.model.encoder.num_blocks=-1"], "ranking.model.encoder: num_blocks is -1; expected 0"),
+        (
+            ["--ranking.trainer.limit_val_batches=0"],
+            "ranking.trainer.limit_val_batches is 0; expected above 0",
+        ),
+        (
+            ["--retrieval.trainer.check_val_every_n_epoch=2"],
+            "retrieval.trainer.check_val_every_n_epoch is 2; expected 1",
+        ),
         (["--retrieval.model.encoder=ranking.encoders.hstu.HSTU"], "retrieval.model.encoder: it fails"),
         (["--ranking.trainer.max_epochs=0"], "ranking.trainer.max_epochs is 0; expected 1 or more"),
         (["--retrieval.patience=-3"], "retrieval.patience is -3; expected 1 or more"),

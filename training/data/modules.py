@@ -19,7 +19,13 @@ from ranking.context import ContextTable, Encoded
 from retrieval.graph_matrix import USER_ITEM
 from training.data.context import context_table, encoded_context
 from training.data.graph import build_graph
-from training.data.sequences import SequenceBatch, equal_share, make_sequences, sequence_batches
+from training.data.sequences import (
+    SequenceBatch,
+    equal_share,
+    make_sequences,
+    sequence_batches,
+    targets_per_item,
+)
 from training.data.splits import Holdout, Split, SplitOptions, load_split
 from training.stages import check_numbers
 
@@ -187,7 +193,7 @@ class RankingData(_StageData):
         self.is_trained = torch.from_numpy(
             np.bincount(split.train.items, minlength=split.train.num_items + 1) > 0
         )
-        self.events_per_item = len(split.train) / max(1, int(self.is_trained.sum()))
+        self.targets_per_item = targets_per_item(split.train, split.repeats)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Yield SequenceBatch."""

@@ -55,15 +55,15 @@ def make_sequences(
 ) -> Sequences:
     """Cut every user's events into windows.
 
-    An event that repeats the item just before it is dropped; an item that the user knows already stays in
+    Events that say "not this" are left out: the ranker does not know an event's type, and would take them for
+    wishes. One that repeats the item just before it is dropped; an item that the user knows already stays in
     the history and is not predicted, unless `repeats`. `context` says which keys of the context to keep.
     """
+    events = events.take(events.event_types != NEGATIVE_EVENT)
     kept = events.is_next_item
     kinds = _kinds(events, repeats)[kept]
-    target = (np.ones(len(events), bool) if repeats else events.is_first_touch) & (
-        events.event_types != NEGATIVE_EVENT
-    )
-    target, events = target[kept], events.take(kept)
+    target = _may_be_predicted(events, repeats)[kept]
+    events = events.take(kept)
     starts, ends, has_start = [], [], []
     for first, end in zip(events.offsets[1:-1].tolist(), events.offsets[2:].tolist(), strict=True):
         while end > first:
@@ -86,6 +86,21 @@ def make_sequences(
         encoded_context(context, events),
         kinds,
     )
+
+
+def targets_per_item(train: Interactions, repeats: bool) -> float:
+    """Return how many events of an item there are to learn from, on average over the items that have any.
+
+    The density of the data, which defaults follow from: what a user does with one item in a row, and where
+    repeats are not normal all of it, counts once.
+    """
+    events = train.take(train.event_types != NEGATIVE_EVENT)
+    targets = events.items[events.is_next_item & _may_be_predicted(events, repeats)]
+    return len(targets) / max(1, len(np.unique(targets)))
+
+
+def _may_be_predicted(events: Interactions, repeats: bool) -> NDArray[np.bool_]:
+    return np.ones(len(events), np.bool_) if repeats else events.is_first_touch
 
 
 def _kinds(events: Interactions, repeats: bool) -> NDArray[np.uint8]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.history import EVENT_CODE, NEGATIVE_EVENT, without_repeats
 from training.data.interactions import Interactions
-from training.data.sequences import equal_share, make_sequences, sequence_batches
+from training.data.sequences import equal_share, make_sequences, sequence_batches, targets_per_item
 
 VIEW = EVENT_CODE["view"]
 LENGTH = 4  # T of the worked-out windows
@@ -104,10 +104,10 @@ def test_with_repeats_known_items_are_learned_too():
 
 
 @pytest.mark.parametrize("repeats", [False, True])
-def test_what_was_removed_from_the_cart_is_input_only(repeats):
+def test_what_was_removed_from_the_cart_is_no_wish(repeats):
     events = interactions([[1, 2, 3]], [VIEW, NEGATIVE_EVENT, VIEW])
     found = predictions(batches(make_sequences(events, LENGTH, repeats=repeats)))
-    assert found == [([], 1), ([1, 2], 3)]
+    assert found == [([], 1), ([1], 3)]
 
 
 def test_windows_with_nothing_to_predict_are_left_out():
@@ -117,6 +117,14 @@ def test_windows_with_nothing_to_predict_are_left_out():
     assert predictions(batches(sequences)) == [([], 1), ([], 1), ([1], 2)]
     for batch in batches(sequences, batch_size=1, seed=0):
         assert (batch.targets > 0).any()
+
+
+def test_the_density_counts_what_can_be_learned():
+    cart = EVENT_CODE["cart"]
+    events = interactions([[1, 1, 2, 1], [1, 2, 3]], [VIEW, cart, VIEW, VIEW, VIEW, NEGATIVE_EVENT, VIEW])
+    assert targets_per_item(events, repeats=False) == 4 / 3  # 1, 2 of one; 1, 3 of the other
+    assert targets_per_item(events, repeats=True) == 5 / 3  # and 1 again
+    assert targets_per_item(interactions([[1]], [NEGATIVE_EVENT]), repeats=False) == 0
 
 
 HISTORIES = st.lists(st.lists(st.integers(1, 6), max_size=12), min_size=1, max_size=4).filter(any)
@@ -138,9 +146,9 @@ def test_every_event_is_learned_from_once(histories, length, repeats, batch_size
     for history in histories:
         before, known = [], set()
         for item, kind in zip(history, kinds[position : position + len(history)], strict=True):
-            if before and before[-1] == item:
+            if kind == NEGATIVE_EVENT or (before and before[-1] == item):
                 continue
-            if kind != NEGATIVE_EVENT and (repeats or item not in known):
+            if repeats or item not in known:
                 expected.append((before.copy(), item))
             before.append(item)
             known.add(item)
