@@ -58,6 +58,7 @@ logger = logging.getLogger(__name__)
 # threads of the pool in turn: past saturation, on two crowded cores, refusals took 400 to 740 ms at the
 # median, and 80 to 180 ms with this, with 10% more answers.
 SWITCH_INTERVAL_S = 0.0005
+REDIS_URL = "TRIRANK_REDIS_URL"  # of the environment: what is in an argument all processes can read
 WILDCARDS = ("0.0.0.0", "[::]")
 FIRST_FREE_PORT = 1024  # those below take a right on most systems
 
@@ -65,6 +66,7 @@ FIRST_FREE_PORT = 1024  # those below take a right on most systems
 def serve(argv: list[str]) -> int:
     """Answer gRPC requests from a bundle until SIGTERM or SIGINT."""
     args = _serve_parser().parse_args(argv)
+    args.redis_url = args.redis_url or os.environ.get(REDIS_URL)
     worker = told()
     if args.json_logs:
         log_as_json(fields={"worker": worker.number} if worker else None)
@@ -179,7 +181,8 @@ def _serve_parser() -> ArgumentParser:
         "--redis_url",
         type=str | None,
         default=None,
-        help="Redis that keeps recorded events for several servers: redis://[user:password@]host:port/db",
+        help="Redis that keeps recorded events for several servers: redis://[user:password@]host:port/db; "
+        f"{REDIS_URL} of the environment where it is not given",
     )
     add(
         "--api_keys",

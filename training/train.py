@@ -424,12 +424,11 @@ def add_graph_scores(
 def _check_validations(stage: str, trainer: Mapping[str, Any]) -> None:
     """Raise ValueError where a fit would never be asked anything, so that no epoch could be the best."""
     for name in ("limit_train_batches", "limit_val_batches"):
-        if trainer[name] is not None:
-            check_numbers(f"{stage}.trainer.", 0, {name: trainer[name]}, above=True)
-    if trainer["check_val_every_n_epoch"] != 1:
+        check_numbers(f"{stage}.trainer.", 0, {name: trainer.get(name)}, above=True)
+    if (every := trainer.get("check_val_every_n_epoch")) != 1:
         raise ValueError(
-            f"{stage}.trainer.check_val_every_n_epoch is {trainer['check_val_every_n_epoch']}; expected 1: "
-            "the best epoch is looked for among all"
+            f"{stage}.trainer.check_val_every_n_epoch is {every}; expected 1: the best epoch is looked for "
+            "among all"
         )
 
 

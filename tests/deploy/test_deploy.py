@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from engine.cli import COMMANDS
-from engine.operating import serve
+from engine.operating import REDIS_URL, serve
 from engine.telemetry import Metrics
 
 ROOT = Path(__file__).parents[2]
@@ -250,7 +250,9 @@ def test_the_chart_with_its_options() -> None:
     assert scaler["scaleTargetRef"]["name"] == objects["StatefulSet"]["metadata"]["name"]
     assert scaler["metrics"][0]["pods"]["metric"]["name"] == "trirank_in_flight"
     (served,) = spec["template"]["spec"]["containers"]
+    assert served["env"][0]["name"] == REDIS_URL
     assert served["env"][0]["valueFrom"]["secretKeyRef"] == {"name": "r", "key": "url"}
+    assert not any("redis" in word for word in served["args"])  # all processes can read those
     mounts = {mount["name"]: mount["mountPath"] for mount in served["volumeMounts"]}
     assert f"--api_keys={mounts['api-keys']}/keys.json" in served["args"]
 

@@ -589,6 +589,15 @@ def test_options_that_cannot_be_are_found_before_anything_else(
         assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
+def test_the_redis_url_may_come_from_the_environment(
+    bundle_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(operating.REDIS_URL, "redis://user:a secret@h/abc")
+    code, err = checked(capsys, bundle_path, "--events", tmp_path / "events")
+    assert (code, "redis_url names no database by its number" in err) == (2, True)
+    assert "secret" not in err
+
+
 def test_a_redis_url_that_is_none_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("redis")
     for url in ("http://x", "redis://h:x/0", "unix:///socket?db=abc"):

@@ -256,6 +256,8 @@ def test_what_was_taken_out_of_the_cart_is_not_searched_for(plain: Recommendatio
         query_vector(plain.bundle, kept),
         query_vector(plain.bundle, plain.resolve_visitor("", [Event("item-9")])),
     )
+    in_cart = plain.resolve_visitor("", [Event("item-9", "cart")])
+    np.testing.assert_array_equal(plain.query(kept).state(), plain.query(in_cart).state())
 
 
 @pytest.mark.parametrize(

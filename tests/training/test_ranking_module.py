@@ -1,12 +1,19 @@
 """What the ranker's module decides by the data."""
 
 from pathlib import Path
+from typing import Literal
+from unittest import mock
 
 import lightning as L
+import numpy as np
+import polars as pl
 import pytest
 
+import training.ranking_module
 from ranking.dropout import Dropout
 from ranking.encoders.sasrec import SASRec
+from ranking.ranker import HybridRanker
+from training.data.dataset import DatasetInfo, write_info
 from training.data.modules import RankingData
 from training.data.simulator import ShopConfig, write_dataset
 from training.ranking_module import RankingModule, dropout_for
@@ -44,3 +51,79 @@ def test_one_dropout_for_the_whole_ranker(tmp_path: Path) -> None:
     assert by_rule < 0.5
     assert dropouts_of(RankingModule(lambda *sizes: SASRec(*sizes, dim=8)), data) == {by_rule}
     assert dropouts_of(RankingModule(lambda *sizes: SASRec(*sizes, dim=8), dropout=0.35), data) == {0.35}
+
+
+NUM_ITEMS, LENGTH = 60, 8
+
+
+@pytest.fixture(scope="module")
+def cycle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set in which item n + 1 comes after item n, and the first after the last."""
+    folder = tmp_path_factory.mktemp("cycle")
+    events = [(user, (7 * user + place) % NUM_ITEMS) for user in range(120) for place in range(LENGTH)]
+    pl.DataFrame(
+        {
+            "user_id": [f"u{user}" for user, _ in events],
+            "item_id": [f"i{item}" for _, item in events],
+            "timestamp": np.arange(len(events)),
+            "event_type": ["view"] * len(events),
+        }
+    ).write_parquet(folder / "events.parquet")
+    pl.DataFrame({"item_id": [f"i{item}" for item in range(NUM_ITEMS)]}).write_parquet(
+        folder / "items.parquet"
+    )
+    write_info(folder, DatasetInfo(name="cycle", source={}, time="order"))
+    return folder
+
+
+def fitted(
+    cycle: Path, loss: Literal["auto", "full", "sampled"], num_epochs: int
+) -> tuple[float, dict[str, int]]:
+    """Return NDCG@10 on validation after some epochs, and how often a step asked for vectors of items."""
+    L.seed_everything(0)
+    asked = {"item_vectors": 0, "vectors": 0}
+    in_training = {"now": False}
+
+    def counting(name: str) -> object:
+        method = getattr(HybridRanker, name)
+
+        def counted(self: HybridRanker, *arguments: object) -> object:
+            asked[name] += in_training["now"]
+            return method(self, *arguments)
+
+        return counted
+
+    class Module(RankingModule):
+        def _loss_of(self, batch):  # type: ignore[no-untyped-def]
+            in_training["now"] = True
+            try:
+                return super()._loss_of(batch)
+            finally:
+                in_training["now"] = False
+
+    module = Module(
+        lambda *sizes: SASRec(*sizes, dim=16), loss=loss, num_negatives=16, learning_rate=0.02, dropout=0.0
+    )
+    silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(max_epochs=num_epochs, accelerator="cpu", enable_model_summary=False, **silent)
+    with mock.patch.multiple(HybridRanker, **{name: counting(name) for name in asked}):
+        trainer.fit(module, datamodule=RankingData(cycle, batch_size=16))
+    return float(trainer.callback_metrics["val_ndcg@10"]), asked
+
+
+@pytest.mark.parametrize("loss", ["full", "sampled"])
+def test_what_comes_next_is_learned_with_either_loss(cycle: Path, loss: Literal["full", "sampled"]) -> None:
+    ndcg, asked = fitted(cycle, loss, num_epochs=10)
+    assert ndcg > 0.8  # by chance .08
+    assert (asked["item_vectors"] == 0) == (loss == "sampled")
+
+
+def test_catalogs_too_large_for_the_whole_softmax_are_sampled(
+    cycle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, asked = fitted(cycle, "auto", num_epochs=1)
+    assert asked["item_vectors"] > 0
+    monkeypatch.setattr(training.ranking_module, "FULL_SOFTMAX_ITEMS", NUM_ITEMS - 1)
+    _, asked = fitted(cycle, "auto", num_epochs=1)
+    assert asked["item_vectors"] == 0
+    assert asked["vectors"] > 0
