@@ -16,7 +16,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -192,6 +192,7 @@ def compare(
     bundles: Sequence[Path],
     fusion: Sequence[Path],
     peers: PeerOptions,
+    options: SplitOptions = SplitOptions(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
     """Return the rows of each protocol's table; see main's options.
 
@@ -200,7 +201,7 @@ def compare(
     Raises:
         ValueError: a bundle or a fusion table is of other data or another split.
     """
-    data: SplitData = load_split(directory, SplitOptions())
+    data: SplitData = load_split(directory, options)
     if not data.split.ordered:
         raise ValueError(f"split {data.split.name} leaves the events without an order to rank by")
     console = Console(stderr=True)
@@ -208,9 +209,11 @@ def compare(
     for path in bundles:
         bundle = Bundle.load(resolve_bundle(path), num_threads=os.cpu_count() or 1)
         protocol = protocol_of(bundle)
-        if bundle.manifest["data"]["split"] != data.split.name:
-            other = bundle.manifest["data"]["split"]
-            raise ValueError(f"{path} was trained on split {other}; expected {data.split.name}")
+        theirs = bundle.manifest.get("recipe", {}).get("split", {})
+        other = theirs | {"name": bundle.manifest["data"]["split"]}
+        ours = {name: value for name, value in asdict(options).items() if name in other}
+        if other != (ours := ours | {"name": data.split.name}):
+            raise ValueError(f"{path} was trained on split {other}; expected {ours}")
         if protocol not in tables:
             raise ValueError(f"{path} is of protocol {protocol}; expected {' or '.join(protocols)}")
         console.print(f"{bundle.version}: asking")
@@ -325,6 +328,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--peer_epochs", type=int, default=30, help="Of RecTools' SASRec; minutes each on two cores."
     )
+    parser.add_argument(
+        "--split",
+        type=SplitOptions,
+        default=SplitOptions(),
+        help="As bundles were trained with: --split.name global-time asks everybody at one moment.",
+    )
     parser.add_argument("--json", type=Path | None, default=None, help="File for all figures.")
     options = parser.parse_args(argv)
     try:
@@ -343,6 +352,7 @@ def main(argv: list[str] | None = None) -> int:
             options.bundles,
             options.fusion,
             PeerOptions(python=options.rectools_python, epochs=options.peer_epochs),
+            parser.instantiate(options).split,
         )
     except (ValueError, OSError) as error:
         print(f"benchmarks.quality: {error}", file=sys.stderr)

@@ -12,12 +12,13 @@ from scipy.sparse import csr_array
 from benchmarks import quality, quality_ranking
 from benchmarks.baselines.markov import FirstOrderMarkov
 from benchmarks.baselines.session_knn import SessionKNN
-from benchmarks.full_ranking import history_matrix
+from benchmarks.full_ranking import history_matrix, question_metrics
 from benchmarks.peers import implicit_als, rectools_sasrec
 from benchmarks.peers.implicit_als import ImplicitALS
 from benchmarks.quality_ranking import BASELINES, PeerOptions, baseline_row, compare
 from engine.cli import main as trirank
 from training.data.interactions import Interactions
+from training.data.simulator import ShopConfig, write_dataset
 from training.data.splits import Holdout, SplitOptions, final_split, load_split
 from training.metrics import ndcg, places_by_score
 
@@ -150,6 +151,23 @@ def test_bundles_and_published_rows_stand_in_the_table_of_their_protocol(
     assert "published: z, protocol unstated" in shown
     assert quality.main([*command, "--models", "popularity", "--protocols", "refit"]) == 2
     assert "is of protocol strict; expected refit" in capsys.readouterr().err
+    assert quality.main([*command, "--models", "popularity", "--split.seed", "1"]) == 2
+    assert "was trained on split {" in capsys.readouterr().err
+
+
+def test_a_split_by_time_has_baselines_too(tmp_path):
+    """Everybody is asked at one moment: what is popular before it, and not what comes after, is known."""
+    size = {"num_users": 200, "num_items": 60, "num_events": 3_000, "new_items": 0.0, "num_categories": 8}
+    write_dataset(ShopConfig(**size), tmp_path / "data")
+    by_time = SplitOptions(name="global-time")
+    results = compare(tmp_path / "data", ["strict"], ["popularity"], [], [], PeerOptions(), by_time)
+    assert results["split"] == "global-time"
+    split = load_split(tmp_path / "data", by_time).split
+    assert results["num_users"] == len(split.test)
+    (row,) = results["protocols"]["strict"]
+    scores = BASELINES["popularity"](split)
+    found = question_metrics(scores, split.test, ["ndcg@10"], repeats=split.repeats)["ndcg@10"].mean()
+    assert row["ndcg@10"] == pytest.approx(found)
 
 
 def test_wrong_input(directory, tmp_path, capsys):
