@@ -279,6 +279,8 @@ def _serve(args: Any, argv: list[str], worker: Worker | None, closing: contextli
         _say(args, f"listening on {address}, bundle {ready['bundle']}")
         if args.json:
             print(json.dumps({"address": address} | ready), flush=True)
+        if worker:  # nobody reads on: what some library prints would fill the pipe, and stop the server
+            os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     is_one_bundle = (args.bundle / MANIFEST).is_file()
     serving = run_server(

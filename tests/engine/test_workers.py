@@ -212,6 +212,8 @@ def test_two_servers_on_one_port(bundle_path: Path, start_process: Any, tmp_path
 
         servers = psutil.Process(process.pid).children()
         assert len(servers) == 2
+        for one in servers:  # nobody reads what they print, which goes to the log
+            until(lambda one=one: os.readlink(f"/proc/{one.pid}/fd/1") == str(log))
         servers[0].kill()
         until(lambda: "is started again" in log.read_text())
         until(lambda: log.read_text().count("listening on") == 4)  # two, the parent, and the new one
