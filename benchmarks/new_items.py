@@ -43,7 +43,7 @@ from training.answers import ranker_scores
 from training.content import content_features, encoder_name, text_vectors
 from training.data.dataset import Dataset
 from training.data.splits import Holdout, Split, load_split
-from training.export import NUM_COMPRESSED, compress, example_histories
+from training.export import compress, compressed_for
 from training.new_items import give_new_items_vectors
 from training.stages import keep_freed_memory, quiet_lightning
 from training.train import (
@@ -206,8 +206,7 @@ def compare(
             alone = figures(ranker)
             weights = choose_weights(ranker, vectors, split, pipeline)
             add_graph_scores(ranker, vectors, weights.graph, pipeline.get("half_life_events"))
-            known = example_histories(dataclasses.replace(data, split=split), NUM_COMPRESSED, seed=0)
-            compress(ranker, [history.wanted for history in known])
+            compress(ranker, compressed_for(split.train))
             give_new_items_vectors(ranker, degrees, new, like)
             found = {name: alone, f"{name}, exported": figures(ranker)}
             done.write_text(json.dumps({"commit": commit(), "rows": found}) + "\n", encoding="utf-8")

@@ -30,8 +30,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,13 @@ from ranking.ranker import HybridRanker
 from retrieval.fold_in import fold_in
 from training.answers import history_queries, question_queries
 from training.compression import weighted
+from training.data.interactions import Interactions
 from training.data.splits import Holdout, Protocol, Split, SplitData, load_split, split_as_trained
-from training.export import NUM_COMPRESSED, example_histories
+from training.export import compressed_for
 from training.score_weights import GRAPH_WEIGHTS, TRANSITION_WEIGHTS, ScoreWeights, best_weights, questions_of
 from training.stages import keep_freed_memory, quiet_lightning
 from training.train import (
     EMBEDDINGS,
-    PipelineOptions,
     Settings,
     add_graph_scores,
     build_parser,
@@ -203,10 +203,7 @@ class Experiment:
             "compressed_for": "training histories",
             "recipe": of_training(recipe),
         }
-        # Directories that do not say it were begun before it was written down, with the default.
-        defaults = PipelineOptions()
-        names = ("num_neighbours", "graph_weight", "transition_weight")
-        keep_settings(out, record, unsaid={name: getattr(defaults, name) for name in names})
+        keep_settings(out, record)
 
     def _recipe(self) -> tuple[dict[str, Any], Settings]:
         parser = build_parser()
@@ -348,7 +345,7 @@ class Experiment:
     def _answers_of(self, ranker: HybridRanker, known: Split, part: str) -> Answers:
         """Return what a ranker that has learned from a split answers the questions of a part with."""
         holdout = self.data.split.test if part == "test" else self.data.split.validation
-        return ranker_answers(ranker, holdout, replace(self.data, split=known))
+        return ranker_answers(ranker, holdout, known.train)
 
     def _add_graph_scores(self, ranker: HybridRanker, variant: str, seed: int, protocol: Protocol) -> None:
         """Let the graph's own scores add to a ranker's, at a weight of 1, where it has a graph."""
@@ -411,6 +408,7 @@ class Experiment:
             holdout,
             self.data.split,
             self.num_neighbours,
+            examples=answers.examples,
             graph_weights=_choices(with_graph, self.graph_weight, GRAPH_WEIGHTS),
             transition_weights=_choices(its.transitions, self.transition_weight, TRANSITION_WEIGHTS),
         )
@@ -430,13 +428,12 @@ def of_training(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in recipe.items() if key not in ("pipeline", "seed", "refit")}
 
 
-def keep_settings(out: Path, record: Mapping[str, Any], unsaid: Mapping[str, Any] | None = None) -> None:
+def keep_settings(out: Path, record: Mapping[str, Any]) -> None:
     """Write what the rows of a directory come from; where it says so already, it must be the same.
 
     Args:
         out: the directory, made where it is not there.
         record: the settings, as JSON would have them.
-        unsaid: the settings of a directory that does not say them.
 
     Raises:
         ValueError: the directory holds rows of other settings.
@@ -446,10 +443,23 @@ def keep_settings(out: Path, record: Mapping[str, Any], unsaid: Mapping[str, Any
     if not file.is_file():
         file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         return
-    before = {**(unsaid or {}), **json.loads(file.read_text(encoding="utf-8"))}
-    differ = [key for key in record if before.get(key) != record[key]]
+    now, before = (dict(_leaves(one)) for one in (record, json.loads(file.read_text(encoding="utf-8"))))
+    differ = [
+        f"{name} is {json.dumps(now.get(name))}, there {json.dumps(before.get(name))}"
+        for name in sorted(now.keys() | before.keys())
+        if now.get(name) != before.get(name)
+    ]
     if differ:
-        raise ValueError(f"{out} holds rows of other settings ({', '.join(differ)}); expected another --out")
+        raise ValueError(f"{out} holds rows of other settings: {'; '.join(differ)}; expected another --out")
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings within settings, by their dotted names."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
 
 
 def _drop_checkpoints(folder: Path) -> None:
@@ -457,7 +467,7 @@ def _drop_checkpoints(folder: Path) -> None:
         checkpoint.unlink()
 
 
-def ranker_answers(ranker: HybridRanker, holdout: Holdout, known: SplitData) -> Answers:
+def ranker_answers(ranker: HybridRanker, holdout: Holdout, known: Interactions) -> Answers:
     """Return what a ranker scores with after the histories of a holdout, and the vectors that it scores.
 
     Args:
@@ -475,8 +485,7 @@ def ranker_answers(ranker: HybridRanker, holdout: Holdout, known: SplitData) -> 
     )
     if ranker.graph_scores is None:
         return Answers(own)
-    examples = [history.wanted for history in example_histories(known, NUM_COMPRESSED, seed=0)]
-    return Answers(own, graph, history_queries(ranker, examples))
+    return Answers(own, graph, history_queries(ranker, compressed_for(known)))
 
 
 def graph_answers(embeddings: Path, holdout: Holdout, half_life: float | None) -> Vectors:

@@ -151,6 +151,7 @@ class StageCosts:
                 mean, deviation = self._estimates[stage]
                 keep = 1 - self.MEAN_GAIN
                 self._estimates[stage] = (keep * mean, keep * deviation)
+                self._means[stage] *= keep
 
     def usual(self, stages: Iterable[str]) -> float:
         """Return the seconds that stages take together on average; one that was never seen counts as none."""

@@ -146,6 +146,8 @@ async def follow_bundles(
     waiting: str | None = None
 
     def choose() -> tuple[Path, object]:
+        nonlocal waiting
+        waiting = _what_waits(service, root, waiting)
         path = bundle_to_serve(root)
         files = [(file.name, file.stat()) for file in sorted(path.iterdir())]
         stamps = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in files]
@@ -159,7 +161,6 @@ async def follow_bundles(
         seen: object = None
         try:
             path, seen = await asyncio.to_thread(choose)
-            waiting = _say_what_waits(service, root, waiting)
             if path == service.pipeline.bundle.path:
                 refused = None
                 continue
@@ -181,8 +182,8 @@ async def follow_bundles(
             refused = seen
 
 
-def _say_what_waits(service: Service, root: Path, said: str | None) -> str | None:
-    """Say what a pin keeps out, unless it was what was said last, and return it."""
+def _what_waits(service: Service, root: Path, said: str | None) -> str | None:
+    """Return which bundle a pin keeps out, and say it unless it was what was said last."""
     name = pinned(root)
     newest = bundles_in(root)[-1].name
     waiting = newest if name not in (None, newest) else None
@@ -257,19 +258,19 @@ def first_to_serve(
     """Return the pipeline of the first of some bundles (bundles_to_serve) that can be served.
 
     A server that starts beside a bad bundle serves what one that was running would have stayed with. Raises
-    what is wrong with the first where none of them can be served.
+    what is wrong with the first where none of them can be served, and at once what is not the bundle's fault:
+    policies, or a provider.
     """
-    failure: Exception | None = None
+    failure: BundleError | None = None
     for path in paths:
         try:
             pipeline = prepared(open_bundle(path), policies, events)
-        except Exception as error:  # noqa: BLE001  # whatever it is, an older one may be without it
+        except BundleError as error:
             logger.error("bundle %s is refused: %s", path, error)
-            failure = failure or error
+            failure = failure or error.with_traceback(None)  # whose frames hold what was opened
         else:
             if failure:
                 logger.error("bundle %s is served instead", path)
-            failure = None  # its frames hold what was opened of the bad one
             return pipeline
     assert failure is not None
     raise failure

@@ -51,6 +51,8 @@ except ModuleNotFoundError as error:
 logger = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RecommenderService"]
+WRITES = {"RecordEvents"}
+GONE_S = 0.05  # how often a call that takes long is asked whether anybody waits for it
 DEFAULT_TIMEOUT_S = 5.0
 MAX_TIMEOUT_MS = 999_999
 REQUEST_ID = "x-request-id"
@@ -347,7 +349,11 @@ def _handler(channels: Sequence[grpc.aio.Channel], method: MethodDescriptor) -> 
                 return _refusal(400, "INVALID_ARGUMENT", f"{name} is not of printable ASCII characters")
         call = next(asks)(message, timeout=timeout_s, metadata=metadata)
         try:
-            response = await call
+            response = await _answer(call, request, is_read=method.name not in WRITES)
+        except asyncio.CancelledError:
+            if not call.cancelled():
+                raise
+            return _refusal(499, "CANCELLED", "the caller has gone")
         except grpc.aio.AioRpcError as error:
             return _refusal(
                 HTTP_STATUS.get(error.code(), 500),
@@ -360,6 +366,24 @@ def _handler(channels: Sequence[grpc.aio.Channel], method: MethodDescriptor) -> 
         return web.Response(text=text, content_type="application/json", headers=headers)
 
     return handle
+
+
+async def _answer(call: Any, request: web.Request, *, is_read: bool) -> Any:
+    """Await a call; cancel it where it only reads, and nobody waits for it any more.
+
+    aiohttp would cancel the handler, and with it what somebody sent and left, such as the last clicks on a
+    page that closes.
+    """
+    answer = asyncio.ensure_future(_of(call))
+    while not answer.done():
+        await asyncio.wait([answer], timeout=GONE_S)
+        if is_read and (request.transport is None or request.transport.is_closing()):
+            call.cancel()
+    return answer.result()
+
+
+async def _of(call: Any) -> Any:
+    return await call
 
 
 async def _text(request: web.Request) -> str:
@@ -482,7 +506,6 @@ def main(argv: list[str] | None = None) -> int:
         host=options.host,
         port=options.port,
         access_log=None,
-        handler_cancellation=True,  # who waits for nothing any more is not to cost the server anything
     )
     return 0
 

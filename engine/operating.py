@@ -350,7 +350,9 @@ def _check_options(args: Any) -> None:
                 f"metrics is {args.metrics!r}; expected a port of at most {65536 - len(ports)}: "
                 f"the metrics of {len(ports)} processes take as many, from this on"
             )
-        is_one_host = metrics_host == host or metrics_host in WILDCARDS or host in WILDCARDS
+        is_one_family = (":" in metrics_host) == (":" in host)
+        is_wild = metrics_host in WILDCARDS or host in WILDCARDS
+        is_one_host = metrics_host == host or (is_one_family and is_wild)
         if port in ports and is_one_host:
             raise ValueError(
                 f"metrics is {args.metrics!r}; expected ports other than that of address, {args.address!r}"
@@ -435,7 +437,8 @@ def _host_and_port(name: str, address: str) -> tuple[str, int]:
     host, colon, port = address.rpartition(":")
     if not (colon and host and host != "*" and port.isdecimal() and int(port) < 65536):
         raise ValueError(f"{name} is {address!r}; expected host:port")
-    if (":" in host) != (host[0] == "[" and host[-1] == "]"):  # gRPC takes no other
+    has_brackets = host[0] == "[" and host[-1] == "]"
+    if has_brackets != (":" in host) and (has_brackets or name == "address"):  # gRPC takes no other
         raise ValueError(f"{name} is {address!r}; expected host:port, with an IPv6 address in brackets")
     return host, int(port)
 

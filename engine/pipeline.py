@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from engine.bundle import Bundle
 from engine.deadline import Budget, StageCosts
-from engine.event_store import EventStore, StoreUnavailableError, UserEvent
+from engine.event_store import EventStore, StoreUnavailableError
 from engine.event_store import merge as merge_events
 from engine.history import (
     EMPTY_HISTORY,
@@ -345,9 +345,9 @@ class RecommendationPipeline:
         stored = history = self.bundle.users.get(user_id)
         asked, is_degraded = None, False
         if user_id and self.events is not None:
-            recent = self._recent(self.events, user_id, budget or Budget(None))
-            is_degraded = recent is None
-            history, _ = merge_events(history, recent or (), self.bundle.catalog)
+            merged = self._with_recent(stored, self.events, user_id, budget or Budget(None))
+            is_degraded = merged is None
+            history = merged or stored
             asked = StageTiming("history", begin, time.perf_counter(), len(stored), len(history))
         history, num_unknown = merge_events(history, events, self.bundle.catalog)
         user_row = self.bundle.users.row(user_id)
@@ -355,11 +355,15 @@ class RecommendationPipeline:
         resolving_s = time.perf_counter() - begin
         return Visitor(history, user_row, is_unknown, num_unknown, resolving_s, asked, is_degraded)
 
-    def _recent(self, events: EventStore, user_id: str, budget: Budget) -> Sequence[Event | UserEvent] | None:
-        """Return what was recorded of a user; None where the store does not say it, or not in time.
+    def _with_recent(
+        self, history: History, events: EventStore, user_id: str, budget: Budget
+    ) -> History | None:
+        """Return a history with what was recorded of a user; None where the store does not say it, or not in
+        time, or nobody can read it.
 
         The stage "history", but before the trace begins: that tells what is known of the visitor.
         """
+        budget.check()
         later_s = self.costs.usual(budget.later("history"))
         if not budget.affordable("history", 1, self.costs.per_item("history"), later_s):
             seldom.warning("history was skipped: too little time")
@@ -367,7 +371,8 @@ class RecommendationPipeline:
             return None
         begin = time.perf_counter()
         try:
-            return events.recent(user_id, budget.allowance("history", later_s))
+            recent = events.recent(user_id, budget.allowance("history", later_s))
+            return merge_events(history, recent, self.bundle.catalog)[0]
         except StoreUnavailableError:  # the store itself has logged it
             return None
         except Exception:

@@ -8,6 +8,7 @@ extra `redis`, and one server of Redis, no cluster.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
@@ -17,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -150,6 +152,7 @@ class RedisEventStore:
         self._has_undelivered = any(True for _ in self._buffer.replay())
         self._is_closed = threading.Event()
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="redis-events")
+        self._reading = ThreadPoolExecutor(4, thread_name_prefix="redis-reading")
         self._delivery = threading.Thread(target=self._deliver_later, name="redis-delivery", daemon=True)
         self._delivery.start()
 
@@ -210,6 +213,7 @@ class RedisEventStore:
         """See EventStore. What is not delivered stays on disk for the next start."""
         self._is_closed.set()
         self._pool.shutdown()
+        self._reading.shutdown(cancel_futures=True)
         self._delivery.join(CLOSE_S)
         with self._buffering:
             self._buffer.close()
@@ -220,20 +224,17 @@ class RedisEventStore:
         if timeout_s >= self._timeout_s:
             found: dict[bytes, bytes] = self._redis.hgetall(key)
             return found
-        connections = self._redis.connection_pool
-        connection = connections.get_connection()
+        # In another thread, as a connection has one time for all of its answers; a late one stays there.
+        ask = functools.partial(self._redis.hgetall, key)
+        asked: Future[dict[bytes, bytes]] = self._reading.submit(self._asked, ask)
         try:
-            connection.send_command("HGETALL", key)
-            if not connection.can_read(max(0.0, timeout_s)):
-                # Not away: the next caller may have more time. But this answer must reach nobody else.
-                raise StoreUnavailableError("Redis did not answer in the time that a request had")
-            found = self._redis.parse_response(connection, "HGETALL")
-        except BaseException:
-            connection.disconnect()
-            raise
-        finally:
-            connections.release(connection)
-        return found
+            return asked.result(max(0.0, timeout_s))
+        except FutureTimeoutError as error:
+            asked.cancel()
+            # Not away, as far as is known: the next caller may have more time.
+            message = "Redis did not answer in the time that a request had"
+            seldom.warning(message)
+            raise StoreUnavailableError(message) from error
 
     def _record(self, events: Sequence[UserEvent]) -> Recorded:
         try:

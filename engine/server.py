@@ -57,10 +57,10 @@ STATUSES = health_pb2.HealthCheckResponse
 # Requests for each worker that may be under way before the limit has measured anything: room for a burst.
 INITIAL_LIMIT = 4
 # Of a message that gRPC lets in, so that one that is too large for the service can be told so, and counted.
-WIRE_BYTES = 4 * messages.MAX_MESSAGE_BYTES
+WIRE_BYTES = messages.MAX_MESSAGE_BYTES + (1 << 20)
 CONNECTION_AGE_S = 120.0  # give or take a tenth; then it takes no new calls, and the client connects anew
 CONNECTION_GRACE_S = 60.0  # for what is under way then; a Watch of the health ends with it
-WATCHERS_S = 0.2  # for the last answers to leave, and for who watches the health to see it
+WATCHERS_S = 0.2  # for those who watch the health to be told of the end
 END_S = 2.0  # after draining, for a worker to come back from the stage that it is in
 NO_OTHERS: Mapping[str, RecommendationPipeline] = MappingProxyType({})
 ROLE_OF = {"RecordEvents": "client"}  # of an API key; all other calls are for readers
@@ -154,7 +154,6 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         self._rates = RateLimiter(rate_limit)
         self._tracing = Tracing()
         self._jobs: dict[Future[Any], float] = {}  # in the pool, and since when
-        self.num_calls = 0  # that are not answered yet
         self.metrics.in_flight.set_function(lambda: self.limit.in_flight)
         self.metrics.stuck_workers.set_function(lambda: self.num_stuck(STUCK_S))
         self.metrics.concurrency_limit.set_function(lambda: self.limit.limit)
@@ -232,7 +231,6 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         named = (("x-request-id", request_id.get()),)
         context.set_trailing_metadata(named)
         caller = Caller(context.peer().rpartition(":")[0])  # the address, without the port
-        self.num_calls += 1
         try:
             key = self._key(metadata)
             if key is not None:
@@ -255,8 +253,6 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
                 self._observe, method, ok, "", began_s, ended_s, trace, metadata, caller
             )
             return response
-        finally:
-            self.num_calls -= 1
         # Out of the handler: gRPC keeps what abort raises, and with it would keep the error, its frames and
         # their bundle, in a circle that only the garbage collector can break.
         self._observe(method, code, reason, began_s, time.perf_counter(), None, metadata, caller)
@@ -395,6 +391,36 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
             attributes |= {"bundle": trace.bundle_version, "variant": trace.variant}
         texts = {name: value for name, value in metadata if isinstance(value, str)}
         self._tracing.record(method, began_s, ended_s, stages, attributes=attributes, metadata=texts)
+
+
+class Health(health.aio.HealthServicer):  # type: ignore[misc,name-defined]  # missing in the stubs
+    """The standard health service, but that who watches it keeps no server from ending.
+
+    A watch has no end of its own, and each would make a shutdown take the whole drain.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_ending = asyncio.Event()
+
+    async def Watch(  # noqa: N802  # gRPC's spelling
+        self, request: health_pb2.HealthCheckRequest, context: Any
+    ) -> None:
+        """Tell of every change, until the server ends."""
+        watching = asyncio.ensure_future(super().Watch(request, context))
+        ending = asyncio.ensure_future(self._is_ending.wait())
+        try:
+            await asyncio.wait([watching, ending], return_when=asyncio.FIRST_COMPLETED)
+            if not watching.done():
+                await asyncio.wait([watching], timeout=WATCHERS_S)
+        finally:
+            watching.cancel()
+            ending.cancel()
+
+    async def enter_graceful_shutdown(self) -> None:
+        """Say NOT_SERVING from now on, and end those who watch."""
+        await super().enter_graceful_shutdown()
+        self._is_ending.set()
 
 
 def add_to_server(service: RecommenderService, server: grpc.aio.Server) -> None:
@@ -668,7 +694,7 @@ async def serve(
         )
         del pipeline  # or it would stay in memory when another has replaced it
         add_to_server(service, server)
-        servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in the stubs
+        servicer = Health()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         try:
@@ -717,12 +743,7 @@ async def serve(
         await stop.wait()
         logger.info("draining: no new requests, up to %g s for those under way", drain_s)
         await servicer.enter_graceful_shutdown()
-        stopping = asyncio.create_task(server.stop(drain_s))
-        while service.num_calls and not stopping.done():
-            await asyncio.sleep(0.01)
-        # The last answers are on their way. What is left are those who watch the health, without end.
-        await server.stop(WATCHERS_S)
-        await stopping
+        await server.stop(drain_s)
         service.close()
         for follower in followers:
             follower.cancel()

@@ -247,11 +247,16 @@ def write_index(
     return told
 
 
-def example_histories(data: SplitData, num_histories: int, seed: int) -> list[History]:
+def example_histories(train: Interactions, num_histories: int, seed: int) -> list[History]:
     """Return the training events of some users, drawn at random from those who have any."""
-    users = np.unique(data.split.train.users)
+    users = np.unique(train.users)
     rng = np.random.default_rng(seed)
-    return [data.split.train.history(int(user)) for user in rng.permutation(users)[:num_histories]]
+    return [train.history(int(user)) for user in rng.permutation(users)[:num_histories]]
+
+
+def compressed_for(train: Interactions) -> list[NDArray[np.int32]]:
+    """Return the histories after which an export's scores are to be what they were before compression."""
+    return [history.wanted for history in example_histories(train, NUM_COMPRESSED, seed=0)]
 
 
 def folded_in(
@@ -349,7 +354,7 @@ def export_bundle(
     }
     if ranker is not None:
         ranker.float().cpu().eval()
-        compress(ranker, [history.wanted for history in example_histories(data, NUM_COMPRESSED, seed=0)])
+        compress(ranker, compressed_for(train))
         give_new_items_vectors(ranker, degrees, new, like)
     of_graph, of_ranker = (
         index_options(pipeline, source, has_ranker=ranker is not None) for source in ("embedding", "sequence")
@@ -357,7 +362,7 @@ def export_bundle(
 
     def fill(directory: Path) -> dict[str, Any]:
         popularity = pl.Series("popularity", vectors["item_degrees"][1:], pl.Int64)
-        histories = example_histories(data, NUM_EXAMPLES, seed=0)
+        histories = example_histories(train, NUM_EXAMPLES, seed=0)
         known = items.drop(
             "description", strict=False
         )  # what the content vectors were made from, and no more
@@ -437,7 +442,7 @@ def verify_bundle(bundle: Bundle, ranker: HybridRanker | None, data: SplitData) 
     of_graph, of_ranker = (
         index_options(settings, source, has_ranker=ranker is not None) for source in ("embedding", "sequence")
     )
-    histories = example_histories(data, NUM_CHECKED, seed=1)
+    histories = example_histories(data.split.train, NUM_CHECKED, seed=1)
     vectors = {"item_vectors": items, "item_degrees": bundle.item_degrees}
     queries = folded_in(vectors, histories, settings, data.info.time)
     noise = 0.01 * rng.standard_normal((32, items.shape[1]))

@@ -57,6 +57,7 @@ def best_weights(
     split: Split,
     k: int,
     *,
+    examples: NDArray[np.float32] | None = None,
     graph_weights: Sequence[float] = GRAPH_WEIGHTS,
     transition_weights: Sequence[float] = TRANSITION_WEIGHTS,
 ) -> ScoreWeights:
@@ -70,12 +71,13 @@ def best_weights(
         holdout: of questions_of(split).
         split: what it has learned from, and transitions are counted in.
         k: items that a row of the transitions keeps.
+        examples: [M, Q] queries after the histories that an export compresses for; None for `queries`.
         graph_weights: to choose from.
         transition_weights: to choose from.
     """
     transitions = training_transitions(split.train, k)
     pairs = [*product(graph_weights, transition_weights), ALONE]
-    by_weight = {weight: weighted(queries, items, dim, weight) for weight, _ in pairs}
+    by_weight = {weight: weighted(queries, items, dim, weight, examples) for weight, _ in pairs}
     sums = dict.fromkeys(pairs, 0.0)
     size = max(1, SCORES_AT_ONCE // len(transitions))
     for start in range(0, len(holdout), size):

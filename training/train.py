@@ -29,7 +29,7 @@ from engine.pipeline import check_settings
 from engine.policies import check_policies
 from ranking.ranker import NEXT, HybridRanker
 from retrieval.item_index import IndexOptions
-from training.answers import question_queries
+from training.answers import history_queries, question_queries
 from training.content import ContentOptions, encoder_name, write_content
 from training.cross_fit import fold_vectors, without_fold
 from training.data.context import context_table
@@ -38,7 +38,7 @@ from training.data.modules import RankingData, RetrievalData
 from training.data.sequences import targets_per_item
 from training.data.splits import Split, SplitData, SplitOptions, final_split, load_split
 from training.encoder_checks import check_graph_encoder, check_sequence_encoder
-from training.export import DEFAULT_POLICIES, DEFAULT_SOURCES, export_bundle
+from training.export import DEFAULT_POLICIES, DEFAULT_SOURCES, compressed_for, export_bundle
 from training.quantization import Precision
 from training.ranking_module import RANKING_EPOCHS, RankingModule, check_heads
 from training.retrieval_module import RETRIEVAL_EPOCHS, RetrievalModule
@@ -409,6 +409,7 @@ def choose_weights(
         holdout,
         split,
         pipeline["num_neighbours"],
+        examples=history_queries(ranker, compressed_for(split.train)),
         graph_weights=GRAPH_WEIGHTS if graph is None else (graph,),
         transition_weights=TRANSITION_WEIGHTS if transitions is None else (transitions,),
     )

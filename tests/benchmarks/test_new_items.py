@@ -115,7 +115,7 @@ def test_what_is_known_of_new_items_finds_them(directory, tmp_path, capsys):
     assert json.loads(out.read_text()) == figures
     # What decides the exported rows' weights is not passed over.
     assert new_items.main([*command, "--options", *TINY, "pipeline.graph_weight=5"]) == 2
-    assert "holds rows of other settings (weighed)" in capsys.readouterr().err
+    assert "holds rows of other settings: weighed.graph_weight is 5.0, there null" in capsys.readouterr().err
 
 
 def test_a_catalog_that_says_nothing_is_refused(directory, tmp_path, capsys):
@@ -147,14 +147,13 @@ def test_results_of_other_data_or_settings_are_not_reused(directory, tmp_path, c
 
     assert "the catalog says nothing" in refused(directory)
     assert "the catalog says nothing" in refused(directory, "pipeline.num_ranked=7")
-    assert "holds rows of other settings (recipe); expected another --out" in refused(
-        directory, "ranking.trainer.max_epochs=2"
-    )
+    told = refused(directory, "ranking.trainer.max_epochs=2")
+    assert "holds rows of other settings: recipe.ranking.trainer.max_epochs is 2, there" in told
     other = tmp_path / "data"
     shutil.copytree(directory, other)
     pl.read_parquet(other / "events.parquet")[:-1].write_parquet(other / "events.parquet")
     write_info(other, DatasetInfo(name="colours", source={}, time="order"))
-    assert "holds rows of other settings (fingerprint); expected" in refused(other)
+    assert "holds rows of other settings: fingerprint is" in refused(other)
     (tmp_path / "runs" / "share0.5-seed0" / "settings.json").unlink()
     (tmp_path / "runs" / "share0.5-seed0" / "ranker").mkdir()
     assert "holds results that do not say their settings; expected another --out" in refused(directory)

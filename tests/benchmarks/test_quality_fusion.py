@@ -17,7 +17,7 @@ from training import train
 from training.answers import history_queries
 from training.compression import compression
 from training.data.splits import SplitOptions, load_split
-from training.export import NUM_COMPRESSED, example_histories
+from training.export import compressed_for
 from training.score_weights import GRAPH_WEIGHTS, TRANSITION_WEIGHTS
 
 TINY = [
@@ -99,7 +99,7 @@ def test_a_row_is_what_its_ranker_finds(directory, strict):
     )
     row = json.loads((strict / "cross-attention-seed1.json").read_text())
     ranker.add_graph_scores(torch.from_numpy(load_file(embeddings)["item_vectors"]), row["graph_weight"], 3)
-    known = [history.wanted for history in example_histories(data, NUM_COMPRESSED, seed=0)]
+    known = compressed_for(data.split.train)
     queries, items = history_queries(ranker, known), ranker.item_parts()[1:].detach().numpy()
     if row["graph_weight"]:
         ranker.compress(*map(torch.from_numpy, compression(queries, items, 8)))
@@ -133,9 +133,9 @@ def test_a_second_start_skips_what_is_done_and_prints_the_table(directory, stric
 
 def test_rows_of_other_settings_are_not_mixed(directory, strict, capsys):
     assert _run(directory, strict, "--seeds", "0", "--protocol", "refit") == 2
-    assert "holds rows of other settings (protocol)" in capsys.readouterr().err
+    assert 'holds rows of other settings: protocol is "refit", there "strict"' in capsys.readouterr().err
     assert _run(directory, strict, "--max_epochs", "2") == 2
-    assert "holds rows of other settings (recipe)" in capsys.readouterr().err
+    assert "holds rows of other settings: recipe." in capsys.readouterr().err
 
 
 def test_a_refit_goes_on_where_it_was_interrupted(directory, tmp_path, monkeypatch, capsys):
@@ -192,13 +192,12 @@ def test_the_number_of_neighbours_is_a_setting_of_the_rows(directory, tmp_path):
     settings = json.loads(file.read_text())
     assert settings.pop("num_neighbours") == 200
     other = [*TINY, "pipeline.num_neighbours=50"]
-    with pytest.raises(ValueError, match=r"holds rows of other settings \(num_neighbours\)"):
+    with pytest.raises(ValueError, match=r"holds rows of other settings: num_neighbours is 50, there 200"):
         Experiment(directory, tmp_path, "strict", other)
-    # A directory that does not say it has the default.
+    # A directory that does not say it is of other code.
     file.write_text(json.dumps(settings))
-    Experiment(directory, tmp_path, "strict", TINY)
-    with pytest.raises(ValueError, match=r"holds rows of other settings \(num_neighbours\)"):
-        Experiment(directory, tmp_path, "strict", other)
+    with pytest.raises(ValueError, match="holds rows of other settings: num_neighbours is 200, there null"):
+        Experiment(directory, tmp_path, "strict", TINY)
 
 
 def test_shuffled_vectors_are_the_same_ones_elsewhere(tmp_path):

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import polars as pl
 import pytest
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
@@ -35,7 +35,7 @@ from engine.catalog import CATALOG_SCHEMA
 from engine.client import visitor
 from engine.history import USERS_SCHEMA
 from engine.pipeline import RecommendationPipeline
-from engine.server import RecommenderService, add_to_server
+from engine.server import Health, RecommenderService, add_to_server
 from protos.trirank.v1 import recommender_pb2 as pb
 from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
 from ranking.onnx_scorer import write_models
@@ -344,7 +344,7 @@ async def serve_in_process(
         del pipeline
         server = grpc.aio.server()
         add_to_server(service, server)
-        servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        servicer = Health()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
         if credentials:

@@ -62,11 +62,13 @@ def through(address: str, work: Callable[[Ask], Awaitable[Any]]) -> Any:
 
 
 @asynccontextmanager
-async def recommending(answer: Callable[[bytes, Any], Awaitable[bytes]]) -> AsyncIterator[str]:
-    """Answer Recommend in the test's own loop; yields the address."""
+async def recommending(
+    answer: Callable[[bytes, Any], Awaitable[bytes]], method: str = "Recommend"
+) -> AsyncIterator[str]:
+    """Answer a call in the test's own loop; yields the address."""
     server = grpc.aio.server()
     handler = grpc.unary_unary_rpc_method_handler(answer)
-    generic = grpc.method_handlers_generic_handler(SERVICE.full_name, {"Recommend": handler})
+    generic = grpc.method_handlers_generic_handler(SERVICE.full_name, {method: handler})
     server.add_generic_rpc_handlers((generic,))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -195,6 +197,35 @@ def test_a_caller_who_goes_away_takes_the_call_along(start_process: Any) -> None
                     assert not cancelled.is_set()
                     asking.cancel()
                     await cancelled.wait()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_what_a_caller_has_sent_and_left_is_recorded(start_process: Any) -> None:
+    """The last clicks on a page that closes: nobody waits for the answer."""
+
+    async def run() -> None:
+        num_recorded, all_recorded = 0, asyncio.Event()
+
+        async def answer(_: bytes, context: Any) -> bytes:
+            nonlocal num_recorded
+            await asyncio.sleep(0.2)  # longer than a caller who has gone goes unnoticed
+            num_recorded += 1
+            if num_recorded == 5:
+                all_recorded.set()
+            return b""
+
+        async with recommending(answer, "RecordEvents") as address:
+            command = [sys.executable, "-u", "-m", "engine.http_gateway", "--server", address, "--port", "0"]
+            with start_process(command) as (_, ready):
+                (port,) = re.findall(r"http://127\.0\.0\.1:(\d+)", ready)
+                head = b"POST /v1/record-events HTTP/1.1\r\nHost: shop\r\nContent-Length: 2\r\n\r\n"
+                for _ in range(5):
+                    _, writer = await asyncio.open_connection("127.0.0.1", int(port))
+                    writer.write(head + b"{}")
+                    writer.close()
+                    await writer.wait_closed()
+                await all_recorded.wait()
 
     asyncio.run(asyncio.wait_for(run(), 60))
 
