@@ -19,7 +19,7 @@ def test_copies_are_bundles_each_newer_than_the_last(bundle_path: Path, tmp_path
 
 
 def test_swaps(bundle_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ask = ["swaps", str(bundle_path), "--times", "1", "--seconds", "2", "--rate", "30", "--json"]
+    ask = ["swaps", str(bundle_path), "--times", "1", "--seconds", "8", "--rate", "30", "--json"]
     assert main(ask) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["swaps"], result["failed"], result["refused_by_the_server"]) == (1, 0, 0)
@@ -48,13 +48,13 @@ def test_swaps_at_a_share_of_what_the_server_can_do(
 ) -> None:
     for name, value in (("RATE_S", 0.5), ("GROWTH", 8.0), ("DRAIN_S", 0.1), ("SETTLE_S", 0.1)):
         monkeypatch.setattr(f"benchmarks.faults.{name}", value)
-    ask = ["swaps", str(bundle_path), "--times", "1", "--seconds", "2", "--share", "0.1", "--json"]
+    ask = ["swaps", str(bundle_path), "--times", "1", "--seconds", "8", "--share", "0.1", "--json"]
     assert main(ask) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["swaps"] == 1
     assert result["saturation_per_s"] > 10
     assert result["rate"] == pytest.approx(0.1 * result["saturation_per_s"])
-    assert result["calls"] == pytest.approx(4 * result["rate"], abs=2)  # two parts of two seconds
+    assert result["calls"] == pytest.approx(16 * result["rate"], abs=2)  # two parts of eight seconds
     assert main([*ask, "--share", "1.5"]) == 2
     assert "share is 1.5; expected above 0, up to 1" in capsys.readouterr().err
 
