@@ -209,11 +209,11 @@ def compare(
     for path in bundles:
         bundle = Bundle.load(resolve_bundle(path), num_threads=os.cpu_count() or 1)
         protocol = protocol_of(bundle)
-        theirs = bundle.manifest.get("recipe", {}).get("split", {})
-        other = theirs | {"name": bundle.manifest["data"]["split"]}
-        ours = {name: value for name, value in asdict(options).items() if name in other}
-        if other != (ours := ours | {"name": data.split.name}):
-            raise ValueError(f"{path} was trained on split {other}; expected {ours}")
+        told = bundle.manifest.get("recipe", {}).get("split", {})
+        theirs = told | {"name": bundle.manifest["data"]["split"]}
+        ours = asdict(options) | {"name": data.split.name}
+        if any(ours.get(name) != value for name, value in theirs.items()):
+            raise ValueError(f"{path} was trained on split {theirs}; expected {ours}")
         if protocol not in tables:
             raise ValueError(f"{path} is of protocol {protocol}; expected {' or '.join(protocols)}")
         console.print(f"{bundle.version}: asking")

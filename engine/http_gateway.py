@@ -7,7 +7,7 @@ Every unary call of the service is a path, made from the descriptors as is the O
 change of the .proto needs no change here. Fields are spelled as in the .proto; 64-bit numbers are strings, as
 protobuf's JSON mapping has it. The gateway only translates: limits, keys and deadlines are the server's. As
 clients should, it asks all addresses of the server's name in turn, and comes back where the server says so.
-A caller who goes away takes the call along.
+A caller who goes away takes the call along, unless it records events.
 
 Needs the extra `http`, aiohttp: HTTP/1.1 that may face a network, in one package, which PyTorch Geometric
 brings along anyway. Starlette would need uvicorn and h11; the standard library says of its own server that it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
@@ -375,3 +376,39 @@ def refused() -> Callable[..., Any]:
         return caught.value
 
     return refused
+
+
+class Certificates(NamedTuple):
+    """Files of what a TLS server and its clients have."""
+
+    ca: Path
+    cert: Path
+    key: Path
+    client_cert: Path
+    client_key: Path
+    other_ca: Path
+    renewed_cert: Path  # its own authority
+    renewed_key: Path
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Make certificates of two days; skip where there is no openssl."""
+    openssl = shutil.which("openssl")
+    if not openssl:
+        pytest.skip("openssl is not installed: TLS is not tested")
+    home = tmp_path_factory.mktemp("certificates")
+
+    def make(name: str, *options: str) -> tuple[Path, Path]:
+        cert, key = home / f"{name}.pem", home / f"{name}.key"
+        new = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        files = ["-keyout", str(key), "-out", str(cert), "-days", "2", "-subj", f"/CN={name}"]
+        subprocess.run([openssl, *new, *files, *options], check=True, capture_output=True)
+        return cert, key
+
+    ca, ca_key = make("authority")
+    signed = ["-CA", str(ca), "-CAkey", str(ca_key), "-addext", "basicConstraints=CA:FALSE"]
+    cert, key = make("server", *signed, "-addext", "subjectAltName=IP:127.0.0.1")
+    client_cert, client_key = make("client", *signed)
+    renewed = make("renewed", "-addext", "subjectAltName=IP:127.0.0.1")
+    return Certificates(ca, cert, key, client_cert, client_key, make("other")[0], *renewed)

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import grpc
 import pytest
@@ -52,35 +52,6 @@ def storefront(tmp_path_factory: pytest.TempPathFactory) -> Run:
         )
 
     return run
-
-
-class Certificates(NamedTuple):
-    ca: Path
-    cert: Path
-    key: Path
-    client_cert: Path
-    client_key: Path
-    other_ca: Path
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    openssl = shutil.which("openssl")
-    if not openssl:
-        pytest.skip("openssl is not installed: the Node.js example is not tested with TLS")
-    home = tmp_path_factory.mktemp("certificates")
-
-    def make(name: str, *options: str) -> tuple[Path, Path]:
-        cert, key = home / f"{name}.pem", home / f"{name}.key"
-        new = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-        files = ["-keyout", str(key), "-out", str(cert), "-days", "2", "-subj", f"/CN={name}"]
-        subprocess.run([openssl, *new, *files, *options], check=True, capture_output=True)
-        return cert, key
-
-    ca, ca_key = make("authority")
-    signed = ["-CA", str(ca), "-CAkey", str(ca_key), "-addext", "basicConstraints=CA:FALSE"]
-    server = make("server", *signed, "-addext", "subjectAltName=IP:127.0.0.1")
-    return Certificates(ca, *server, *make("client", *signed), make("other")[0])
 
 
 @pytest.mark.parametrize(
@@ -148,7 +119,7 @@ def assert_fallback(found: "subprocess.CompletedProcess[str]") -> None:
     assert "UNAVAILABLE" in found.stderr or "DEADLINE_EXCEEDED" in found.stderr
 
 
-def test_tls(storefront: Run, certificates: Certificates, served: Any, bundle_path: Path) -> None:
+def test_tls(storefront: Run, certificates: Any, served: Any, bundle_path: Path) -> None:
     tls = server_tls(certificates.cert, certificates.key, None)
     assert tls
     environments = [
@@ -164,7 +135,7 @@ def test_tls(storefront: Run, certificates: Certificates, served: Any, bundle_pa
     assert_fallback(clear)
 
 
-def test_mtls(storefront: Run, certificates: Certificates, served: Any, bundle_path: Path) -> None:
+def test_mtls(storefront: Run, certificates: Any, served: Any, bundle_path: Path) -> None:
     tls = server_tls(certificates.cert, certificates.key, certificates.ca)
     assert tls
     authority = {"TRIRANK_CA": str(certificates.ca)}
@@ -176,7 +147,7 @@ def test_mtls(storefront: Run, certificates: Certificates, served: Any, bundle_p
 
 
 def test_an_api_key(
-    storefront: Run, certificates: Certificates, served: Any, bundle_path: Path, tmp_path: Path
+    storefront: Run, certificates: Any, served: Any, bundle_path: Path, tmp_path: Path
 ) -> None:
     """As it should be used: under TLS."""
     tls = server_tls(certificates.cert, certificates.key, None)
@@ -201,7 +172,7 @@ def test_an_api_key(
         assert not found.stdout  # a mistake of the shop's, which a fallback would hide
 
 
-def test_wrong_files_are_told(storefront: Run, certificates: Certificates) -> None:
+def test_wrong_files_are_told(storefront: Run, certificates: Any) -> None:
     for environment, message in (
         ({"TRIRANK_CA": "no.pem"}, "ENOENT: "),
         ({"TRIRANK_CERT": str(certificates.client_cert)}, "Error: "),

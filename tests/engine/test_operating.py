@@ -350,42 +350,7 @@ def test_the_key_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 # TLS
 
 
-class Certificates(NamedTuple):
-    ca: Path
-    cert: Path
-    key: Path
-    client_cert: Path
-    client_key: Path
-    other_ca: Path
-    renewed_cert: Path  # its own authority
-    renewed_key: Path
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    openssl = shutil.which("openssl")
-    if not openssl:
-        pytest.skip("openssl is not installed")
-    home = tmp_path_factory.mktemp("certificates")
-
-    def make(name: str, *options: str) -> tuple[Path, Path]:
-        cert, key = home / f"{name}.pem", home / f"{name}.key"
-        new = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-        files = ["-keyout", str(key), "-out", str(cert), "-days", "2", "-subj", f"/CN={name}"]
-        subprocess.run([openssl, *new, *files, *options], check=True, capture_output=True)
-        return cert, key
-
-    ca, ca_key = make("authority")
-    signed = ["-CA", str(ca), "-CAkey", str(ca_key), "-addext", "basicConstraints=CA:FALSE"]
-    cert, key = make("server", *signed, "-addext", "subjectAltName=IP:127.0.0.1")
-    client_cert, client_key = make("client", *signed)
-    renewed = make("renewed", "-addext", "subjectAltName=IP:127.0.0.1")
-    return Certificates(ca, cert, key, client_cert, client_key, make("other")[0], *renewed)
-
-
-def test_mtls(
-    bundle_path: Path, certificates: Certificates, serving: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mtls(bundle_path: Path, certificates: Any, serving: Any, capsys: pytest.CaptureFixture[str]) -> None:
     files = certificates
     options = ["--tls_cert", str(files.cert), "--tls_key", str(files.key)]
     with serving(bundle_path, *options, "--tls_client_ca", str(files.ca)) as server:
@@ -398,7 +363,7 @@ def test_mtls(
         assert capsys.readouterr().out == ""
 
 
-def test_tls(bundle_path: Path, certificates: Certificates, served: Any) -> None:
+def test_tls(bundle_path: Path, certificates: Any, served: Any) -> None:
     tls = server_tls(certificates.cert, certificates.key, None)
     assert tls
 
@@ -421,7 +386,7 @@ def test_tls(bundle_path: Path, certificates: Certificates, served: Any) -> None
 
 def test_a_certificate_is_renewed_without_a_restart(
     bundle_path: Path,
-    certificates: Certificates,
+    certificates: Any,
     served: Any,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -461,7 +426,7 @@ def test_a_certificate_is_renewed_without_a_restart(
     assert caplog.text.count("the certificate in use stays") == 2
 
 
-def test_wrong_certificates(certificates: Certificates, tmp_path: Path) -> None:
+def test_wrong_certificates(certificates: Any, tmp_path: Path) -> None:
     files = certificates
     for make, message in (
         (lambda: server_tls(files.cert, None, None), "tls_cert is given without tls_key"),
@@ -497,7 +462,7 @@ def checked(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, st
 
 
 def test_check_finds_nothing_wrong(
-    bundle_path: Path, certificates: Certificates, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bundle_path: Path, certificates: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert checked(capsys, bundle_path.parent)[0] == 0
     create_key(tmp_path / "keys.json", "a")
