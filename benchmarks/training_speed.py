@@ -1,6 +1,7 @@
 """How long an epoch of LightGCN takes: `python -m benchmarks.training_speed --data ../shared/data/gowalla`.
 
 Of the ranker: `python -m benchmarks.training_speed ranking --data data/beauty` (training_speed_ranking.py).
+Of a run of `trirank train`: `python -m benchmarks.training_speed run runs/...` (training_speed_run.py).
 
 Each contender trains in a process of its own, so that peak memories are apart, on the same graph with the
 same batches: as many (user, item) pairs a step and an epoch, the same D and layers, Adam over the embeddings,
@@ -389,9 +390,9 @@ def print_table(results: dict[str, Any], console: Console) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark: a table on stdout, or JSON with --json."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["ranking"]:
-        ranking = importlib.import_module("benchmarks.training_speed_ranking")
-        code: int = ranking.main(argv[1:])
+    if argv[:1] in (["ranking"], ["run"]):
+        other = importlib.import_module(f"benchmarks.training_speed_{argv[0]}")
+        code: int = other.main(argv[1:])
         return code
     parser = ArgumentParser(prog="python -m benchmarks.training_speed", description=__doc__)
     parser.add_argument(

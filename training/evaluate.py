@@ -38,7 +38,7 @@ from training import metrics
 from training.data.context import encoded_context
 from training.data.dataset import fingerprint
 from training.data.splits import Holdout, Protocol, Split, SplitOptions, load_split, split_as_trained
-from training.slices import DEFINITIONS, target_slices
+from training.slices import BY_ITEM, DEFINITIONS, HEAD_ALONE, head_share, target_slices
 from training.transitions import bonuses
 
 SLATE_LENGTH = 50  # items that the pipeline is asked for
@@ -140,6 +140,7 @@ def evaluate(
         "stages": list(results),
         **{name: results.get(name) for name in STAGES},
         **({"slices": by_slice} if slices else {}),
+        **({"head_share": {name: head_share(by_slice, name) for name in results}} if slices else {}),
     }
 
 
@@ -418,6 +419,14 @@ def _print_slices(results: dict[str, Any], title: str, console: Console) -> None
     console.print(table)
     for name, definition in DEFINITIONS.items():
         console.print(f"{name}: {definition}", highlight=False)
+    asked = {name: results["slices"][name]["num_targets"] for name in BY_ITEM}
+    asked_share = asked["head items"] / max(sum(asked.values()), 1)
+    for stage, share in results["head_share"].items():
+        told = "it finds nothing"
+        if share is not None:
+            told = f"head items are {share:.1%} of its recall@10 and {asked_share:.1%} of what is asked for"
+            told += ": its accuracy comes from the head alone" if share > HEAD_ALONE else ""
+        console.print(f"{stage}: {told}", highlight=False)
 
 
 def main(argv: list[str] | None = None) -> int:

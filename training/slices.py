@@ -6,6 +6,9 @@ where at least one of its targets is in the slice, with these targets alone. Sli
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,6 +17,7 @@ from training.data.splits import Holdout
 
 SHORT_HISTORY = 5  # events; a history of fewer is short
 TAIL_SHARE = 0.2  # of the training events
+HEAD_ALONE = 0.99  # a model of whose accuracy the head makes more has it from there alone
 
 DEFINITIONS = {
     "new users": "users without a training event",
@@ -22,6 +26,9 @@ DEFINITIONS = {
     "tail items": f"targets among the least popular items that make {TAIL_SHARE:.0%} of the training events",
     "head items": "targets among all other items with a training event",
 }
+
+
+BY_ITEM = ("new items", "tail items", "head items")  # every target is in one of them
 
 
 def target_slices(train: Interactions, holdout: Holdout) -> dict[str, NDArray[np.bool_]]:
@@ -58,3 +65,21 @@ def tail_popularity(counts: NDArray[np.int64]) -> int:
     """
     events_at = np.bincount(counts) * np.arange(counts.max(initial=0) + 1)
     return int(np.searchsorted(np.cumsum(events_at), TAIL_SHARE * events_at.sum()))
+
+
+def head_share(slices: Mapping[str, Mapping[str, Any]], stage: str) -> float | None:
+    """Return what head items make of a stage's recall@10; None where it finds nothing.
+
+    It is that of the slices of BY_ITEM, each times its questions: where a question has one target, head items
+    among all that the stage finds.
+
+    Args:
+        slices: of training.evaluate: {name: {"num_users", stage: metrics or None}}.
+        stage: its name.
+    """
+    found = {
+        name: slices[name]["num_users"] * slices[name][stage]["recall@10"] if slices[name][stage] else 0.0
+        for name in BY_ITEM
+    }
+    total = sum(found.values())
+    return found["head items"] / total if total else None

@@ -5,7 +5,7 @@ import pytest
 
 from training.data.interactions import Interactions
 from training.data.splits import Holdout
-from training.slices import DEFINITIONS, tail_popularity, target_slices
+from training.slices import DEFINITIONS, head_share, tail_popularity, target_slices
 
 
 def events(users, items):
@@ -56,3 +56,15 @@ def test_a_user_known_by_validation_alone_is_new_to_a_strict_model_and_has_a_his
     found = target_slices(log.take(np.array([2])), holdout)
     assert found["new users"].tolist() == [True]
     assert found["short histories"].tolist() == [True]
+
+
+def test_what_the_head_makes_of_what_is_found():
+    slices = {
+        "new items": {"num_users": 3, "ranking": {"recall@10": 0.0}, "popularity": {"recall@10": 0.0}},
+        "tail items": {"num_users": 10, "ranking": {"recall@10": 0.1}, "popularity": {"recall@10": 0.0}},
+        "head items": {"num_users": 20, "ranking": {"recall@10": 0.2}, "popularity": {"recall@10": 0.0}},
+    }
+    assert head_share(slices, "ranking") == 4 / 5
+    assert head_share(slices, "popularity") is None  # finds nothing
+    slices["new items"] = {"num_users": 0, "ranking": None}  # nothing new was asked for
+    assert head_share(slices, "ranking") == 4 / 5

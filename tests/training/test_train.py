@@ -342,7 +342,7 @@ def test_the_slices_add_up_and_change_nothing_else(
     bundle = Bundle.load(resolve_bundle(strict))
     whole = evaluate(bundle, shop / "data", stages=("popularity", "ranking"))
     results = evaluate(bundle, shop / "data", stages=("popularity", "ranking"), slices=True)
-    slices = results.pop("slices")
+    slices, head = results.pop("slices"), results.pop("head_share")
     assert results == whole
     # One target a user: new, tail and head items part the users, and the mean over all is theirs.
     parts = [slices[name] for name in ("new items", "tail items", "head items")]
@@ -350,8 +350,12 @@ def test_the_slices_add_up_and_change_nothing_else(
     for stage in ("popularity", "ranking"):
         total = sum(part["num_users"] * part[stage]["ndcg@10"] for part in parts if part[stage])
         assert total / results["num_users"] == pytest.approx(results[stage]["ndcg@10"])
+        found = sum(part["num_users"] * part[stage]["recall@10"] for part in parts if part[stage])
+        of_the_head = slices["head items"]["num_users"] * slices["head items"][stage]["recall@10"]
+        assert head[stage] == pytest.approx(of_the_head / found)
     # Popularity finds nothing in the tail.
-    assert slices["head items"]["popularity"]["ndcg@10"] > slices["tail items"]["popularity"]["ndcg@10"]
+    assert slices["tail items"]["popularity"]["ndcg@10"] == 0
+    assert head["popularity"] == 1 > head["ranking"]
     assert slices["new users"]["num_users"] == 0
     assert slices["new users"]["ranking"] is None
     command = ["evaluate", str(strict), "--data", str(shop / "data"), "--slices", "--max_users", "30"]
@@ -360,6 +364,8 @@ def test_the_slices_add_up_and_change_nothing_else(
     shown = capsys.readouterr().out
     assert "leave-one-out, strict, test, 30 users" in shown
     assert "tail items: targets among the least popular items that make 20%" in shown
+    assert "popularity: head items are 100.0% of its recall@10" in shown
+    assert "its accuracy comes from the head alone" in shown
 
 
 def test_the_global_time_split_is_the_second_protocol(
