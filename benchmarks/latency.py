@@ -29,7 +29,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -51,6 +50,7 @@ from engine.bundle import Bundle, resolve_bundle
 from engine.client import RecommenderClient, visitor
 from engine.pipeline import RecommendationPipeline
 from protos.trirank.v1 import recommender_pb2 as pb
+from training.commit import source_commit
 
 WARM_UP = 50
 NUM_RECORDED = 100  # requests whose kernels are played back
@@ -149,7 +149,7 @@ def measure_cell(bundle_path: Path, cell: Cell, settings: Settings) -> dict[str,
         "cell": asdict(cell),
         "bundle": bundle_path.name,
         "indexes": json.loads((bundle_path / "manifest.json").read_text(encoding="utf-8"))["indexes"],
-        "commit": commit(),
+        "commit": source_commit(),
         "load_average": os.getloadavg()[0],
         "kernels": {name: percentiles(values) for name, values in kernel_ms.items()}
         | {kernels.ECHO_KERNEL: percentiles(echo_ms)},
@@ -261,18 +261,6 @@ def percentiles(values: Sequence[float]) -> Figures:
 def _merge(times: dict[str, list[float]], more: Mapping[str, list[float]]) -> None:
     for name, values in more.items():
         times.setdefault(name, []).extend(values)
-
-
-def commit() -> str | None:
-    """Return the commit of the source, with a + where files differ from it; None outside of a checkout."""
-    folder = str(Path(__file__).parent)
-    found = [
-        subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=False)
-        for arguments in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"])
-    ]
-    if any(one.returncode for one in found):
-        return None
-    return found[0].stdout.strip() + ("+" if found[1].stdout.strip() else "")
 
 
 def run_table(bundles: Path, out: Path, cells: Sequence[Cell], settings: Settings) -> dict[str, Any]:

@@ -34,12 +34,12 @@ from rich.table import Table
 from safetensors.numpy import load_file
 
 from benchmarks.full_ranking import Scores, question_metrics, recency
-from benchmarks.latency import commit
 from benchmarks.quality_fusion import SETTINGS, keep_settings, of_training
 from engine.arguments import ArgumentParser
 from ranking.ranker import HybridRanker
 from retrieval.new_items import like_items
 from training.answers import ranker_scores
+from training.commit import source_commit
 from training.content import content_features, encoder_name, text_vectors
 from training.data.dataset import Dataset
 from training.data.splits import Holdout, Split, load_split
@@ -209,7 +209,7 @@ def compare(
             compress(ranker, compressed_for(split.train))
             give_new_items_vectors(ranker, degrees, new, like)
             found = {name: alone, f"{name}, exported": figures(ranker)}
-            done.write_text(json.dumps({"commit": commit(), "rows": found}) + "\n", encoding="utf-8")
+            done.write_text(json.dumps({"commit": source_commit(), "rows": found}) + "\n", encoding="utf-8")
         told = json.loads(done.read_text(encoding="utf-8"))
         rows |= told["rows"]
         commits[name] = told["commit"]

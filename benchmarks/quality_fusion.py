@@ -44,11 +44,11 @@ from safetensors.numpy import load_file, save_file
 from scipy.stats import ttest_rel
 
 from benchmarks.full_ranking import Scores, Vectors, question_metrics, recency
-from benchmarks.latency import commit
 from engine.arguments import ArgumentParser, nearest
 from ranking.ranker import HybridRanker
 from retrieval.fold_in import fold_in
 from training.answers import history_queries, question_queries
+from training.commit import source_commit
 from training.compression import weighted
 from training.data.interactions import Interactions
 from training.data.splits import Holdout, Protocol, Split, SplitData, load_split, split_as_trained
@@ -221,7 +221,7 @@ class Experiment:
             return
         begin = time.perf_counter()
         record: dict[str, Any] = {
-            "variant": variant, "seed": seed, "protocol": self.protocol, "commit": commit()
+            "variant": variant, "seed": seed, "protocol": self.protocol, "commit": source_commit()
         }  # fmt: skip
         scores: Scores
         if variant == "graph":

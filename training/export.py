@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import subprocess
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -40,6 +39,7 @@ from retrieval.item_index import DEFAULT_K, EXACT_KINDS, TUNING_QUERIES, IndexOp
 from retrieval.neighbours import item_neighbours
 from retrieval.new_items import like_items
 from training.answers import history_queries
+from training.commit import source_commit
 from training.compression import compression
 from training.content import content_embedding, content_features
 from training.data.dataset import Dataset
@@ -403,7 +403,7 @@ def export_bundle(
         info = asdict(data.info)
         kept = ("name", "fingerprint", "simulated", "time", "repeats", "num_users", "num_items", "num_events")
         return {
-            "commit": _commit(),
+            "commit": source_commit(),
             "data": {key: info[key] for key in kept} | {"split": data.split.name, "clock": clock},
             "ranker": {
                 "kind": "none" if ranker is None else "ordered",
@@ -549,17 +549,3 @@ def _users_table(data: SplitData) -> pl.DataFrame:
         lists, on="user", how="left", maintain_order="left"
     )
     return joined.select(pl.col(name).cast(dtype) for name, dtype in USERS_SCHEMA.items())
-
-
-def _commit() -> str | None:
-    """The commit of the source that trained the bundle, where it runs from a checkout."""
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
