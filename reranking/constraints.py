@@ -21,6 +21,7 @@ class DropSeen(SoftRule):
     def start(self, page: Page, weight: float) -> None:
         """See SoftRule.start."""
         page.penalty[page.items.seen] += weight
+        page.lasting[page.items.seen] += weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class Cap(SoftRule):
 
 class _WholeCap(Guard):
     def __init__(self, page: Page, weight: float, codes: NDArray[np.int32], max_items: int) -> None:
-        self.penalty, self.weight, self.codes = page.penalty, weight, codes
+        self.penalties, self.weight, self.codes = (page.penalty, page.lasting), weight, codes
         self.group_of: list[int] = codes.tolist()
         self.left: dict[int, int] = {}  # of each group met so far
         self.max_items = max_items
@@ -92,7 +93,9 @@ class _WholeCap(Guard):
             left = self.left.get(group, self.max_items) - 1
             self.left[group] = left
             if left == 0:
-                self.penalty[(self.codes == group).nonzero()[0]] += self.weight
+                members = (self.codes == group).nonzero()[0]
+                for penalty in self.penalties:
+                    penalty[members] += self.weight
 
 
 class _WindowCap(Guard):

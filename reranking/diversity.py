@@ -150,8 +150,9 @@ class MaxSum(_Trade):
     the screen's first). A chance is the softmax over the ranked items of adjusted relevance, in units of the
     scores, divided by `temperature`. A slate's last screen may be shorter; pins count on their screens.
     So where the ranker is sure, its word counts; where it is not, variety costs little. On the screen the
-    items stand by relevance: that changes no pair and brings the likeliest to the top. Where a soft rule
-    objects to one of them, the item takes its place that would have been chosen next.
+    items stand by relevance: that changes no pair and brings the likeliest to the top. What a soft rule
+    objects to for good is chosen last; where one objects at a place, the next of the screen stands there, or
+    else the item that would have been chosen next.
     """
 
     rule = "max_sum"
@@ -195,7 +196,7 @@ class _Screen(Worth):
         self.discount = (1 / np.log2(np.arange(2, rule.screen + 2))).astype(np.float32)
         self.product = np.empty(len(gain), np.float32)
 
-    def enter(self, penalty: Floats) -> None:
+    def enter(self, lasting: Floats) -> None:
         """See Worth.enter."""
         begin = self.num_chosen
         if begin % self.rule.screen:
@@ -204,7 +205,7 @@ class _Screen(Worth):
         num_pairs = max((end - begin) * (end - begin - 1) / 2, 1)
         weight = np.float32((1 - self.rule.relevance_weight) / num_pairs)
         weighed = self.directions * weight
-        is_free = not penalty.any()  # as on most screens
+        is_free = not lasting.any()  # as on most screens
         likeness = np.zeros_like(self.gain)  # to the items of the screen, weighed
         chosen = [pick for place, pick in self.pins.items() if begin <= place < end]
         num_pinned = len(chosen)
@@ -214,7 +215,7 @@ class _Screen(Worth):
         for _ in range(min(end - begin - num_pinned, int(np.count_nonzero(left > -np.inf)))):
             np.multiply(left, self.discount[len(chosen)], out=self.value)
             self.value -= likeness
-            wanted = self.value if is_free else np.subtract(self.value, penalty, out=self.product)
+            wanted = self.value if is_free else np.subtract(self.value, lasting, out=self.product)
             pick = int(wanted.argmax())
             chosen.append(pick)
             left[pick] = -np.inf

@@ -147,8 +147,8 @@ class Worth:
     def __init__(self, value: Floats) -> None:
         self.value = value
 
-    def enter(self, penalty: Floats) -> None:
-        """Make ready for the next place, where the soft rules object to the items [N] so much."""
+    def enter(self, lasting: Floats) -> None:
+        """Make ready for the next place; see Page.lasting [N]."""
 
     def chose(self, pick: int) -> None:
         """Take note of the item chosen: it cannot be chosen again."""
@@ -167,11 +167,15 @@ class Page:
     available: Mask  # [N] what may be chosen: all that the filters allow, but for what is pinned
     pins: Mapping[int, int]  # place -> the item that will stand there
     penalty: Floats  # [N] what the soft rules hold against each item at the next place
+    lasting: Floats  # [N] of that, what they will hold against it at all places behind
     worth: Worth = field(init=False)
 
 
 class Guard:
-    """A soft rule at work on one page: it moves its own `weight` into page.penalty and out of it."""
+    """A soft rule at work on one page: it moves its own `weight` into page.penalty and out of it.
+
+    Where it will never take it out, it moves it into page.lasting too.
+    """
 
     def enter(self, place: int) -> None:
         """Object to items at this place."""

@@ -230,6 +230,7 @@ def _build(pool: _Pool, rules: Sequence[Rule], limit: int) -> _Built:
         available=available,
         pins=pinned,
         penalty=penalty,
+        lasting=penalty.copy(),
     )
     if diversity is None:
         page.worth = Worth(np.where(available, relevance, np.float32(-np.inf)))
@@ -259,7 +260,7 @@ def _fill(page: Page, guards: Sequence[Guard]) -> tuple[list[int], list[float]]:
     for place in range(page.limit):
         for enter in entering:
             enter(place)
-        worth.enter(penalty)
+        worth.enter(page.lasting)
         pick = pins.get(place, -1)
         if pick < 0:
             np.subtract(value, penalty, out=difference)

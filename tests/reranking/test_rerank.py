@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from reranking.adjustments import Boost
 from reranking.constraints import Cap, DropSeen
-from reranking.diversity import MMR
+from reranking.diversity import MMR, MaxSum
 from reranking.filters import Deny, InStock, PriceRange
 from reranking.items import RankedItems, Request
 from reranking.policy import single_policy
@@ -75,6 +75,41 @@ def test_a_diversity_rule_chooses_among_what_the_soft_rules_leave():
     slate = rerank(ITEMS, [DropSeen(), MMR(relevance_weight=0.9), ONE_OF_A_BRAND], limit=3)
     assert slate.order.tolist() == [1, 3, 5]
     assert slate.relaxed == []
+
+
+@pytest.mark.parametrize("place", [1, 3, 11])
+def test_what_holds_for_one_place_does_not_choose_the_screen(place):
+    """Items 20 to 29 are paid for: one stands at the slot, and all others where they stood without it."""
+    items = more(range(1, 41), range(40, 0, -1))
+    slot = Sponsored(places=[place], brand="x", selected=having(*range(21, 31), size=41))
+    slate = rerank(items, [MaxSum(relevance_weight=0.985), slot], limit=25)
+    others = [*range(20), *range(21, 25)]
+    assert slate.order.tolist() == [*others[: place - 1], 20, *others[place - 1 :]]
+
+
+def test_a_full_window_does_not_choose_the_screen():
+    # Two of brand 2 lead, eight of brand 1 follow: brand 1 may not stand at places 11 and 12, but at 13.
+    brand = [2, 2, *[1] * 28, *[2] * 10]
+    items = more(range(1, 41), range(40, 0, -1), brand=brand)
+    cap = Cap(field="brand", max_items=8, window=10)
+    expected = [*range(10), 30, 31, *range(10, 18)]
+    assert rerank(items, [cap], limit=20).order.tolist() == expected
+    assert rerank(items, [MaxSum(relevance_weight=0.985), cap], limit=20).order.tolist() == expected
+
+
+@pytest.mark.parametrize("rule", [DropSeen(), Cap(field="brand", max_items=1)])
+def test_a_screen_is_chosen_among_what_may_stay(rule):
+    """Beside the first, which is seen and of the pinned item's brand, the last alone looks different."""
+    items = RankedItems(
+        rows=np.arange(1, 6, dtype=np.int32),
+        scores=np.array([5, 4, 3, 2, 1], np.float32),
+        vectors=np.array([[1, 0], [1, 0], [1, 0], [0, 1], [0, 0]], np.float32),
+        groups={"brand": np.array([1, 0, 0, 0, 1], np.int32)},
+        seen=np.array([True, False, False, False, False]),
+    )
+    pin = Pin(item_id="e", place=4, row=5)
+    slate = rerank(items, [MaxSum(relevance_weight=0.01, screen=2), rule, pin], limit=4)
+    assert slate.order.tolist() == [1, 3, 2, 4]
 
 
 def test_filters_are_absolute():
