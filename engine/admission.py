@@ -13,8 +13,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 
 class RejectedError(Exception):
@@ -195,29 +193,19 @@ class ConcurrencyLimit:
 
 
 class Permit:
-    """A place among the requests under way, given back at the end of the `with` block or by `release`.
-
-    A block that ends with an exception (cancelled, refused) says nothing about latency and is not measured.
-    """
+    """A place among the requests under way."""
 
     def __init__(self, limit: ConcurrencyLimit, began: float, queued: bool) -> None:
         self._limit = limit
         self._began = began
         self._queued = queued
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release(counts=kind is None)
-
     def release(self, *, counts: bool) -> None:
-        """Give the place back, once, where no `with` block does; `counts` says whether to measure."""
+        """Give the place back, once.
+
+        Args:
+            counts: whether to measure what it took: what was cancelled or failed says nothing of latency.
+        """
         self._limit._release(self._began, self._queued, counts)
 
 
@@ -254,13 +242,12 @@ class RateLimiter:
         self._clock = clock
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tokens, and when that was
 
-    def check(self, caller: str, limit: RateLimit | None = None, cost: float = 1.0) -> None:
-        """Take tokens of a caller. Raises RejectedError, and takes none, where there are not enough.
+    def check(self, caller: str, limit: RateLimit | None = None) -> None:
+        """Take a token of a caller. Raises RejectedError where there is none.
 
         Args:
             caller: who asks, such as the id of an API key.
             limit: the caller's own.
-            cost: in tokens; one above the burst counts as the burst, or it would never be let in.
         """
         limit = limit or self._default
         if limit is None:
@@ -268,7 +255,7 @@ class RateLimiter:
         now = self._clock()
         tokens, then = self._buckets.pop(caller, (limit.burst, now))
         tokens = min(limit.burst, tokens + limit.per_s * max(0.0, now - then))
-        missing = min(cost, limit.burst) - tokens
+        missing = min(1.0, limit.burst) - tokens  # a burst of less than one lets in what fills it
         self._buckets[caller] = (tokens if missing > 0 else -missing, now)
         if len(self._buckets) > self._max_callers:
             self._buckets.popitem(last=False)

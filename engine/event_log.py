@@ -51,7 +51,7 @@ class EventLog:
         self.directory = Path(directory)
         self.num_lost_bytes = 0  # of all that was read: not part of any whole frame
         self._max_segment_bytes = max_segment_bytes
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = (self.directory / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -138,7 +138,7 @@ class EventLog:
         path = self._path(number, "snapshot")
         draft = path.with_suffix(".tmp")
         try:
-            with draft.open("wb") as stream:
+            with open(draft, "wb", opener=private) as stream:
                 for payload in payloads:
                     stream.write(_frames([payload], stream.tell()))
                 stream.flush()
@@ -256,6 +256,11 @@ def _frames(payloads: Iterable[bytes], position: int) -> bytes:
 def _checksum(payload: bytes, position: int) -> int:
     """Return a CRC-32 that holds for this place alone: a frame copied into a payload is no frame."""
     return zlib.crc32(payload, position & 0xFFFFFFFF)
+
+
+def private(path: str, flags: int) -> int:
+    """Open a file for `open(..., opener=private)`: one that it makes is its owner's alone to read."""
+    return os.open(path, flags, 0o600)
 
 
 def _write(descriptor: int, data: bytes) -> None:

@@ -212,6 +212,11 @@ async def _swap(
             f"{path}: it was not opened and did not answer trial requests within {OPENING_TIMEOUT_S:g} s"
         ) from None
     replaced = service.pipeline
+    if missing := missing_policies(pipeline, replaced):
+        logger.warning(
+            "bundle %s has no policy %s, which %s had: requests that name one are invalid now",
+            bundle.version, ", ".join(missing), replaced.bundle.version
+        )  # fmt: skip
     service.use(pipeline)
     service.metrics.bundle_swaps.labels("swapped").inc()
     logger.info("bundle %s is served instead of %s", bundle.version, replaced.bundle.version)
@@ -257,15 +262,14 @@ def first_to_serve(
 ) -> RecommendationPipeline:
     """Return the pipeline of the first of some bundles (bundles_to_serve) that can be served.
 
-    A server that starts beside a bad bundle serves what one that was running would have stayed with. Raises
-    what is wrong with the first where none of them can be served, and at once what is not the bundle's fault:
-    policies, or a provider.
+    A server that starts beside a bad bundle, or one that the policies do not fit, serves what one that was
+    running would have stayed with. Raises what is wrong with the first where none of them can be served.
     """
-    failure: BundleError | None = None
+    failure: ValueError | OSError | None = None
     for path in paths:
         try:
             pipeline = prepared(open_bundle(path), policies, events)
-        except BundleError as error:
+        except (ValueError, OSError) as error:  # such as a BundleError, a PolicyError
             logger.error("bundle %s is refused: %s", path, error)
             failure = failure or error.with_traceback(None)  # whose frames hold what was opened
         else:
@@ -305,6 +309,11 @@ def _history(rng: np.random.Generator, num_items: int, length: int) -> History:
         return EMPTY_HISTORY
     items = rng.integers(1, num_items + 1, length).astype(np.int32)
     return History(items, np.zeros(length, np.uint8), np.zeros(length, np.int64))
+
+
+def missing_policies(pipeline: RecommendationPipeline, other: RecommendationPipeline) -> list[str]:
+    """Return the names of policies that only the other pipeline has."""
+    return sorted(other.reranker.policies.by_name.keys() - pipeline.reranker.policies.by_name.keys())
 
 
 def log_policies(pipeline: RecommendationPipeline, source: str) -> None:

@@ -22,7 +22,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Any, TypeVar
 
-from engine.event_log import EventLog
+from engine.event_log import EventLog, private
 from engine.event_store import Recorded, StoreUnavailableError, UserEvent, encode, events_of
 from engine.telemetry import LimitedLog
 
@@ -286,7 +286,7 @@ class RedisEventStore:
         if not refused:
             return
         path = self._buffer.directory / REFUSED
-        with path.open("a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8", opener=private) as file:
             file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in refused)
             file.flush()
             os.fsync(file.fileno())

@@ -322,7 +322,11 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         budget = Budget(context.time_remaining())
         loop = asyncio.get_running_loop()
         scope = contextvars.copy_context()
-        job = self._pool.submit(scope.run, _begin, call, pipeline, request, budget)
+        try:
+            job = self._pool.submit(scope.run, _begin, call, pipeline, request, budget)
+        except BaseException:  # such as no thread to be had
+            permit.release(counts=False)
+            raise
         self._jobs[job] = time.monotonic()
         # One call into the loop for both, as each wakes its thread, which the worker's then waits for.
         is_done = loop.create_future()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -257,3 +258,9 @@ class ExposureGuard(Guard):
         if self.objected is not None:
             self.page.penalty[self.objected] -= self.weight
             self.objected = None
+
+    def given_by(self, order: Sequence[int]) -> NDArray[np.float64]:
+        """Return the exposure of each of `sellers` in a whole slate, with pins that closed ranks."""
+        given = np.zeros(len(self.sellers))
+        np.add.at(given, self.seller_of[list(order)], self.attention[: len(order)])
+        return given

@@ -68,7 +68,6 @@ class Effect:
     """What one rule did to the slate."""
 
     rule: str
-    num_removed: int  # items of the whole list that may not be shown since this rule
     num_entered: int  # items that came into the slate
     num_left: int  # items that went out of the slate
     num_moved: int  # items that are in the slate before and after, on another place
@@ -245,7 +244,9 @@ def _build(pool: _Pool, rules: Sequence[Rule], limit: int) -> _Built:
     yields, wants_reserve = _yields(soft, levels, unit)
     for pin in homeless:
         yields[pin.name] = 1
-    exposure = {rule.name: _account(guard) for rule, guard in started if isinstance(guard, ExposureGuard)}
+    exposure = {
+        rule.name: _account(guard, order) for rule, guard in started if isinstance(guard, ExposureGuard)
+    }
     return _Built(order, yields, exposure, wants_reserve, allowed, scaled, relevance)
 
 
@@ -322,11 +323,12 @@ def _yields(soft: Sequence[SoftRule], levels: Sequence[float], unit: float) -> t
     return yields, wants_reserve
 
 
-def _account(guard: ExposureGuard) -> list[SellerExposure]:
-    total = max(float(guard.given.sum()), 1e-12)
+def _account(guard: ExposureGuard, order: Sequence[int]) -> list[SellerExposure]:
+    shown = guard.given_by(order)
+    total = max(float(shown.sum()), 1e-12)
     return [
         SellerExposure(int(seller), float(due), float(given) / total)
-        for seller, due, given in zip(guard.sellers, guard.share, guard.given, strict=True)
+        for seller, due, given in zip(guard.sellers, guard.share, shown, strict=True)
         if due > 0 or given > 0
     ]
 
@@ -358,7 +360,6 @@ def _reasons(pool: _Pool, rules: Sequence[Rule], limit: int, final: _Built) -> R
         effects.append(
             Effect(
                 rule=rule.name,
-                num_removed=len(before.keys() - after.keys()),
                 num_entered=len(shown_after - shown_before),
                 num_left=len(shown_before - shown_after),
                 num_moved=sum(before[pick] != after[pick] for pick in shown_before & shown_after),

@@ -43,7 +43,7 @@ class Shop:
                 break
             if end <= arrival:
                 _, arrived, _, permit = heapq.heappop(busy)
-                permit.__exit__(None, None, None)
+                permit.release(counts=True)
                 self.answers.append((arrived, now - arrived))
                 self.limits.append((now, self.limit.limit))
             else:
@@ -57,7 +57,7 @@ class Shop:
                 took = self.service_s(now) * self.rng.lognormvariate(-0.08, 0.4)
                 heapq.heappush(busy, (now + took, arrived, len(self.answers), permit))
         for arrived, permit in [*queue, *((arrived, permit) for _, arrived, _, permit in busy)]:
-            permit.__exit__(KeyboardInterrupt, None, None)
+            permit.release(counts=False)
             assert arrived <= until
 
     def between(self, begin: float, end: float) -> tuple[float, float, int]:
@@ -139,13 +139,14 @@ def test_one_window_by_hand(took_s: float, then: float) -> None:
     limit = ConcurrencyLimit(min_limit=2, window_requests=2, clock=lambda: now[0])
     for begin in (0.0, 1.0):  # measures t0, 1 s; nobody came near the limit, which stays
         now[0] = begin
-        with limit.admit():
-            now[0] = begin + 1
+        permit = limit.admit()
+        now[0] = begin + 1
+        permit.release(counts=True)
     assert limit._limit == 4
     permits = [limit.admit() for _ in range(4)]
     now[0] = 2.0 + took_s
     for permit in permits[2:]:
-        permit.__exit__(None, None, None)
+        permit.release(counts=True)
     assert limit._limit == pytest.approx(then)
 
 
@@ -158,7 +159,7 @@ def test_the_limit_of_one_worker_falls_as_far_as_it_has_to() -> None:
         permits = [limit.admit() for _ in range(1 if number < 20 else limit.limit)]
         now[0] += 0.01 if number < 20 else 0.1
         for permit in permits:
-            permit.__exit__(None, None, None)
+            permit.release(counts=True)
         lowest = min(lowest, limit.limit)
     assert lowest <= 2
 
@@ -166,15 +167,16 @@ def test_the_limit_of_one_worker_falls_as_far_as_it_has_to() -> None:
 def test_a_full_server() -> None:
     now = [0.0]
     limit = ConcurrencyLimit(min_limit=1, clock=lambda: now[0], rng=random.Random(0))
-    with limit.admit(), limit.admit() as last:
-        now[0] = 1.0  # not a burst any more
-        hints = []
-        for _ in range(200):
-            with pytest.raises(RejectedError, match="the server is at its limit") as caught:
-                limit.admit()
-            hints.append(caught.value.retry_after_s)
-        assert last is not None
-        assert limit.in_flight == 2
+    permits = [limit.admit(), limit.admit()]
+    now[0] = 1.0  # not a burst any more
+    hints = []
+    for _ in range(200):
+        with pytest.raises(RejectedError, match="the server is at its limit") as caught:
+            limit.admit()
+        hints.append(caught.value.retry_after_s)
+    assert limit.in_flight == 2
+    for permit in permits:
+        permit.release(counts=True)
     assert limit.in_flight == 0
     assert 0.05 <= min(hints) < max(hints) <= 7.5
     assert sum(hints[:50]) < sum(hints[-50:])  # the more are refused, the later they should come back
@@ -249,7 +251,7 @@ def test_what_was_cancelled_is_not_measured() -> None:
     limit = ConcurrencyLimit(min_limit=2, window_requests=1, window_s=0.0, clock=lambda: now[0])
     permit = limit.admit()
     now[0] = 100.0
-    permit.__exit__(TimeoutError, None, None)
+    permit.release(counts=False)
     assert limit.in_flight == 0
     assert limit._unqueued_s is None
 
@@ -278,14 +280,16 @@ def test_a_bucket_by_hand() -> None:
     now[0] = 0.5
     limiter.check("ann")
     now[0] = 100.0
-    limiter.check("ann", cost=3)
+    for _ in range(3):
+        limiter.check("ann")
     now[0] = 50.0  # a clock that goes back gives and takes nothing
     with pytest.raises(RejectedError):
         limiter.check("ann")
     now[0] = 100.0
-    limiter.check("cat", cost=1000)  # a full bucket lets it in
-    with pytest.raises(RejectedError):
-        limiter.check("cat")
+    seldom = RateLimit(per_s=0.1, burst=0.5)
+    limiter.check("cat", seldom)  # a full bucket lets it in, however small
+    with pytest.raises(RejectedError, match=r"try again in 5\.00 s"):
+        limiter.check("cat", seldom)
 
 
 def test_a_caller_s_own_limit_and_none() -> None:

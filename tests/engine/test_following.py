@@ -35,6 +35,7 @@ from engine.pipeline import RecommendationPipeline
 from engine.policy_files import PolicyFiles
 from protos.trirank.v1 import recommender_pb2 as pb
 from ranking.context import ContextTable
+from reranking.policy import PolicyError
 
 Publish = Callable[..., Path]
 POLICIES = "policies: {home: {rules: [{rule: drop_seen}, {rule: deny, brand: [brand 5]}]}}"
@@ -246,6 +247,32 @@ def test_a_start_beside_a_bad_bundle_serves_the_one_before(
         served_at_start()
     pin_bundle(root, None)
     assert served_at_start() == newest.name
+
+
+def test_a_start_serves_what_the_policies_fit(publish: Publish, tmp_path: Path) -> None:
+    older, tiny = publish(num_items=40), publish(num_items=5)  # has no brand 5
+    (tmp_path / "policies.yaml").write_text(POLICIES)
+    policies = PolicyFiles(tmp_path / "policies.yaml").load()
+    bundles = bundles_to_serve(older.parent)
+    assert first_to_serve(bundles, Bundle.load, policies).bundle.version == older.name
+    with pytest.raises(PolicyError, match="deny: brand is 'brand 5'"):
+        first_to_serve([tiny], Bundle.load, policies)
+
+
+def test_a_bundle_without_a_policy_of_the_one_before_is_served_and_the_log_says_so(
+    publish: Publish, served: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scene() -> None:
+        first = publish(policies={"default": "a", "policies": {name: {"rules": []} for name in "abc"}})
+        async with (
+            served(prepared(Bundle.load(first))) as shop,
+            following(follow_bundles, shop, first.parent, Bundle.load),
+        ):
+            second = publish(policies={"policies": {"b": {"rules": []}}})
+            await shop.until(lambda: shop.service.pipeline.bundle.version == second.name)
+            assert f"bundle {second.name} has no policy a, c, which {first.name} had" in caplog.text
+
+    asyncio.run(scene())
 
 
 def test_a_bundle_whose_answers_lack_a_stage_is_refused(publish: Publish) -> None:

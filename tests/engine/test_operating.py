@@ -484,9 +484,22 @@ def test_check_finds_nothing_wrong(
     assert not (tmp_path / "not").exists()
 
 
-def test_check_says_what_is_wrong(
-    bundle_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_all_processes_have_the_other_bundle_of_the_start(
+    bundle_path: Path, make_bundle: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One that is started again would find another, which deals the users anew."""
+    other = make_bundle()
+    asked: list[Sequence[str]] = []
+    monkeypatch.setattr(operating, "supervise", lambda argv, *_: asked.append(argv))
+    words = [str(bundle_path), "--other", str(other.parent), "--share", "0.1", "--num_processes", "2"]
+    assert operating.serve([*words, "--address", "127.0.0.1:0"]) == 0
+    assert asked == [[*words, "--address", "127.0.0.1:0", "--other", str(other)]]
+
+
+def test_check_says_what_is_wrong(
+    bundle_path: Path, make_bundle: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_toy = make_bundle(policies={"policies": {"home": {"rules": []}}})
     bad = tmp_path / "bad.yaml"
     bad.write_text("policies: {home: {rules: [{rule: drop_sen}]}}")
     broken = Path(shutil.copytree(bundle_path, tmp_path / bundle_path.name))
@@ -503,6 +516,7 @@ def test_check_says_what_is_wrong(
         ((bundle_path, "--metrics", "9464"), "metrics is '9464'; expected host:port"),
         ((bundle_path, "--requests_per_s", "0"), "per_s is 0.0; expected a finite number above 0"),
         ((bundle_path, "--burst", "3"), "burst is given without requests_per_s"),
+        ((bundle_path, "--other", without_toy, "--share", "0.1"), "which has no policy toy: a request"),
     ):
         code, err = checked(capsys, *words)
         assert (code, message in err) == (2, True), err

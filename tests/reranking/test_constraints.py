@@ -154,6 +154,16 @@ def test_exposure_merit_by_relevance():
     assert (one.due, two.due) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
 
 
+def test_pins_that_close_ranks_have_the_exposure_of_where_they_stand():
+    items = ranked(4, seller=[1, 1, 2, 2])
+    pins = [Pin(item_id=f"{row}", place=place, row=row) for row, place in ((3, 9), (4, 10))]
+    result = rerank(items, [Exposure(merit="items"), *pins], 10)
+    assert result.order.tolist() == [0, 1, 2, 3]
+    (one, two) = result.exposure["exposure:seller_id"]
+    worth = attention(4) / attention(4).sum()
+    assert (one.given, two.given) == (pytest.approx(worth[:2].sum()), pytest.approx(worth[2:].sum()))
+
+
 def test_exposure_by_contract():
     facts = ItemFacts(
         num_items=4,

@@ -186,11 +186,11 @@ def test_reasons_lead_from_the_ranking_to_the_slate():
     assert moves[16][-1] == Move("pin@1", 3, 1)
     deny, boost, cap, seen, pin = slate.reasons.effects
     # 11 12 13 -> 11 13 14 -> 15 11 13 -> 15 11 16 -> 15 13 16 -> 16 15 13
-    assert deny == Effect("deny:brand=x", 1, 1, 1, 1, 0)
-    assert boost == Effect("boost:brand=y", 0, 1, 1, 2, 0)
-    assert cap == Effect("cap:brand", 0, 1, 1, 0, 0)
-    assert seen == Effect("drop_seen", 0, 1, 1, 0, 0)
-    assert pin == Effect("pin@1", 0, 0, 0, 3, 0)
+    assert deny == Effect("deny:brand=x", 1, 1, 1, 0)
+    assert boost == Effect("boost:brand=y", 1, 1, 2, 0)
+    assert cap == Effect("cap:brand", 1, 1, 0, 0)
+    assert seen == Effect("drop_seen", 1, 1, 0, 0)
+    assert pin == Effect("pin@1", 0, 0, 3, 0)
 
 
 def test_reasons_without_rules():
