@@ -172,8 +172,9 @@ class Region(Filter):
         return replace(self, tagged=tagged)
 
     def moment(self, request: Request) -> Hashable | None:
-        """See Filter.moment."""
-        return request.context.get(self.context, "")
+        """See Filter.moment: the visitor's region, where some item has it."""
+        region = request.context.get(self.context, "")
+        return region if self.tagged is None or region in self.tagged else ""
 
     def allows(self, items: RankedItems) -> Mask:
         """See Filter.allows."""
@@ -197,6 +198,7 @@ class MinAge(Filter):
     prefix: str = setting("age:")  # of the attributes
     context: str = setting("age")  # the key of the request's context; its value in whole years
     ages: NDArray[np.int16] | None = looked_up()  # [I+1], 0 = for everybody
+    limits: list[int] | None = looked_up()  # each of these ages once
 
     @property
     def context_keys(self) -> tuple[str, ...]:
@@ -214,10 +216,15 @@ class MinAge(Filter):
                         f"min_age: the catalog has the attribute {attribute!r}; expected {self.prefix}YEARS"
                     )
                 ages[rows] = np.maximum(ages[rows], int(years))
-        return replace(self, ages=ages)
+        return replace(self, ages=ages, limits=np.unique(ages).tolist())
 
-    def moment(self, request: Request) -> int:
-        """See Filter.moment: the visitor's age, 0 where it is unknown."""
+    def moment(self, request: Request) -> Hashable | None:
+        """See Filter.moment: how many of the catalog's ages the visitor has."""
+        age = self._age(request)
+        return age if self.limits is None else sum(limit <= age for limit in self.limits)
+
+    def _age(self, request: Request) -> int:
+        """Return the visitor's age in years, 0 where it is unknown."""
         years = request.context.get(self.context, "")
         return int(years) if years.isascii() and years.isdigit() else 0
 
@@ -225,4 +232,4 @@ class MinAge(Filter):
         """See Filter.allows."""
         if self.ages is None:
             raise ValueError("min_age is not bound to a catalog; call bound_to first")
-        return np.asarray(self.ages.take(items.rows) <= self.moment(items.request))
+        return np.asarray(self.ages.take(items.rows) <= self._age(items.request))

@@ -204,6 +204,8 @@ def _plain_data(text: str) -> object:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise PolicyError(f"not YAML: {' '.join(str(error).split())}") from None
+    except (TypeError, RecursionError):
+        raise PolicyError("a key is a list or a mapping, or something holds itself; expected names") from None
 
 
 def policies_from_config(data: object) -> Policies:
@@ -219,7 +221,7 @@ def policies_from_config(data: object) -> Policies:
     default = top.get("default", next(iter(entries)) if len(entries) == 1 else None)
     if default is None:
         raise PolicyError("default is missing; expected it beside several policies")
-    if default not in by_name:
+    if not isinstance(default, str) or default not in by_name:
         raise PolicyError(f"default is {default!r}; expected {choice(default, by_name)}")
     return Policies(by_name, default)
 
@@ -255,7 +257,7 @@ def _lineage(name: str, entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the policies that make up one, the most general first."""
     line = [name]
     while (parent := entries[line[0]].get("extends")) is not None:
-        if parent not in entries:
+        if not isinstance(parent, str) or parent not in entries:
             others = [other for other in entries if other != line[0]] or ["another policy"]
             raise PolicyError(f"policy {line[0]!r}: extends is {parent!r}; expected {choice(parent, others)}")
         if parent in line:

@@ -278,6 +278,9 @@ def pin(place, item="a"):
             "policy 'a': extends is 'bb'; expected b (did you mean 'b'?)",
         ),
         (one(extends="home"), "policy 'home': extends runs in a circle: home -> home"),
+        (one(extends=["home"]), "policy 'home': extends is ['home']; expected another policy"),
+        (one(extends={}), "policy 'home': extends is {}; expected another policy"),
+        ({"policies": {"a": {"rules": []}}, "default": ["a"]}, "default is ['a']; expected a"),
         (
             {
                 "policies": {
@@ -340,6 +343,9 @@ def test_yaml_that_is_none_and_keys_that_stand_twice():
         parse_policies(twice)
     with pytest.raises(PolicyError, match="not YAML: could not determine a constructor"):
         parse_policies("policies: !!python/object/apply:os.system ['true']")
+    for text in ("? [a]\n: b\n", "policies: &a [*a]"):
+        with pytest.raises(PolicyError, match="a key is a list or a mapping, or something holds itself"):
+            parse_policies(text)
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)

@@ -184,6 +184,16 @@ def test_what_is_kept_of_filters_is_what_they_say(now):
         assert found.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize(("rule", "key"), [("region", "region"), ("min_age", "age")])
+def test_what_the_catalog_does_not_tell_apart_is_worked_out_once(rule, key):
+    policies = reranker({"rule": rule})
+    masks = {
+        id(policies.allowed(policies.policy(), Request(now_ms=NOW_MS, context={key: value})))
+        for value in map(str, range(18, 80))
+    }
+    assert len(masks) == 1
+
+
 def test_what_is_kept_of_filters_is_nobodys_to_change():
     policies = reranker({"rule": "in_stock"})
     allowed = policies.allowed(policies.policy(), REQUEST)
