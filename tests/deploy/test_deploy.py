@@ -222,7 +222,7 @@ def test_the_chart() -> None:
     assert spec["selector"]["matchLabels"] == labels
     assert objects["Service"]["spec"]["selector"] == labels
     assert objects["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
-    assert spec["replicas"] == 2
+    assert spec["replicas"] == 1  # each has events of its own, without Redis
     pod = spec["template"]["spec"]
     assert pod["securityContext"]["runAsNonRoot"]
     (served,) = pod["containers"]

@@ -73,7 +73,9 @@ def serving(start_process: Any, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 
 def until(happens: Callable[[], bool], server: Running) -> None:
+    ends = time.monotonic() + WAIT_S
     while not happens():
+        assert time.monotonic() < ends
         assert server.process.poll() is None, server.log.read_text()
         time.sleep(0.02)
 

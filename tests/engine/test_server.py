@@ -293,7 +293,9 @@ CHEAP = "policies: {cheap: {rules: [{rule: price_range, max_price: 9}]}}"
 
 
 def until(happens: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    ends = time.monotonic() + WAIT_S
     while not happens():
+        assert time.monotonic() < ends
         assert process.poll() is None, "the server ended"
         time.sleep(0.05)
 
@@ -362,8 +364,9 @@ def test_a_request_keeps_the_policies_it_began_with(bundle_path: Path, tmp_path:
             before = loop.run_in_executor(pool, recommend, service.pipeline, request, Budget(None))
             await asyncio.to_thread(pipeline.begun.wait, WAIT_S)
             file.write_text(CHEAP)
-            while service.pipeline is pipeline:
-                await asyncio.sleep(0.01)
+            async with asyncio.timeout(WAIT_S):
+                while service.pipeline is pipeline:
+                    await asyncio.sleep(0.01)
             pipeline.go.set()
             after = loop.run_in_executor(pool, recommend, service.pipeline, request, Budget(None))
             policies = tuple([(await reply).response.arrangement.policy for reply in (before, after)])
@@ -392,8 +395,9 @@ def test_a_newer_bundle_is_not_lost_to_newer_policies(bundle_path: Path, tmp_pat
         following = asyncio.create_task(
             follow_policies(service, PolicyFiles(file), asyncio.Event(), poll_s=0.01)
         )
-        while service.pipeline in (older, newer):
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(WAIT_S):
+            while service.pipeline in (older, newer):
+                await asyncio.sleep(0.01)
         following.cancel()
 
     asyncio.run(scene())
