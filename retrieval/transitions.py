@@ -57,13 +57,15 @@ def next_items(
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Return the items that may come next after a history, ascending [N], and how likely each is [N].
 
-    The mean of what comes after each of the last events, the n-th last of weight 1 / n. What
-    `item_transitions` left out is missing, so the numbers sum to 1 at most.
+    The mean of what comes after each of the last events, the n-th last of weight 1 / n; who looks at an item
+    and then buys it has done one thing. What `item_transitions` left out is missing, so the numbers sum to 1
+    at most.
 
     Args:
-        transitions: of item_transitions.
-        history: [H] int32 item rows, oldest first.
+        transitions: of item_transitions, of events without immediate repeats.
+        history: [H] int32 item rows, oldest first; immediate repeats count once.
     """
-    last = history[::-1][:LAST_EVENTS]
+    is_repeat = history[1:] == history[:-1]
+    last = np.delete(history, np.flatnonzero(is_repeat))[::-1][:LAST_EVENTS]
     weights = 1.0 / np.arange(1, len(last) + 1)
     return transitions.weighted_sum(last, weights / max(float(weights.sum()), 1.0))

@@ -84,6 +84,7 @@ def evaluate(
     pipeline = RecommendationPipeline(bundle, policies.load() if policies else None)
     chosen = pipeline.policy(policy)
     parts = target_slices(split.train, holdout) if slices else {}
+    num_trained = len(np.unique(split.train.users))
     answers_of: dict[str, Callable[[Questions], _Answers]] = {
         "popularity": lambda q: _ranked(q, _popularity_scores(bundle, q)),
         "retrieval": lambda q: _ranked(q, retrieval_scores(bundle, q)),
@@ -121,7 +122,7 @@ def evaluate(
                             totals_of[slice_name].append(metrics.accuracy(some, cutoffs))
                 lists += map(_List, answers.lists, questions.targets, questions.times)
                 progress.advance(task, len(questions.histories))
-            results[name] = _mean_of_each(totals) | _list_metrics(lists, bundle, split.train.num_users)
+            results[name] = _mean_of_each(totals) | _list_metrics(lists, bundle, num_trained)
             for slice_name, found in totals_of.items():
                 by_slice[slice_name][name] = _mean_of_each(found) or None
     return {
@@ -474,6 +475,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if options.max_users is not None and options.max_users < 1:
             raise ValueError(f"max_users is {options.max_users}; expected 1 or more")
+        file = None if options.json in (None, "-") else Path(options.json)
+        if file and not file.absolute().parent.is_dir():
+            raise ValueError(f"json is {options.json}; expected a file in a directory that is there, or -")
         bundle = Bundle.load(resolve_bundle(options.bundle), num_threads=os.cpu_count() or 1)
         bundle = served_with(bundle, rules=options.rules == "on", num_candidates=options.num_candidates)
         if options.rules == "off" and (options.policy or options.policies):
@@ -488,16 +492,16 @@ def main(argv: list[str] | None = None) -> int:
             policy=options.policy,
             slices=options.slices,
         )
+        text = json.dumps(results, indent=2)
+        if options.json == "-":
+            print(text)
+            return 0
+        print_table(results, Console(width=None if sys.stdout.isatty() else 160))
+        if file:
+            file.write_text(text + "\n", encoding="utf-8")
     except (ValueError, OSError) as error:
         print(f"trirank evaluate: {error}", file=sys.stderr)
         return 2
-    text = json.dumps(results, indent=2)
-    if options.json == "-":
-        print(text)
-        return 0
-    if options.json is not None:
-        Path(options.json).write_text(text + "\n", encoding="utf-8")
-    print_table(results, Console(width=None if sys.stdout.isatty() else 160))
     return 0
 
 

@@ -23,7 +23,7 @@ from training.data.sequences import SequenceBatch
 from training.encoder_checks import check_sequence_encoder
 from training.losses import sampled_softmax_loss
 from training.metrics import mean_accuracy
-from training.stages import check_numbers
+from training.stages import check_numbers, check_vectors
 
 # Above this the softmax over the whole catalog costs more than it brings, and negatives are sampled.
 FULL_SOFTMAX_ITEMS = 50_000
@@ -255,9 +255,15 @@ class RankingModule(L.LightningModule):
             self._possible = (possible.nonzero().squeeze(1) + 1).to(device)
         return self._possible
 
+    def on_train_batch_start(self, batch: object, batch_index: int) -> None:
+        """Draw what is random in an epoch by its number: a resumed fit draws what it would have drawn."""
+        if batch_index == 0:
+            torch.manual_seed(self.data.epoch_seed())
+
     def on_validation_epoch_start(self) -> None:
         """Make the candidates' vectors once for the whole epoch."""
         self._item_vectors = self.ranker.item_vectors().float()
+        check_vectors("ranking", self._item_vectors, self.learning_rate)
 
     on_test_epoch_start = on_validation_epoch_start
 

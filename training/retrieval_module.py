@@ -22,7 +22,7 @@ from training.encoder_checks import check_graph_encoder
 from training.losses import embedding_l2
 from training.metrics import mean_accuracy
 from training.retrieval_losses import EdgeBatch, RetrievalLoss, SampledSoftmax
-from training.stages import check_numbers
+from training.stages import check_numbers, check_vectors
 
 RETRIEVAL_EPOCHS = 20  # by default: how long the learning rate takes to fall to zero
 
@@ -134,9 +134,15 @@ class RetrievalModule(L.LightningModule):
             "item_degrees": self.data.item_degrees.numpy(),
         }
 
+    def on_train_batch_start(self, batch: object, batch_index: int) -> None:
+        """Draw what is random in an epoch by its number: a resumed fit draws what it would have drawn."""
+        if batch_index == 0:
+            torch.manual_seed(self.data.epoch_seed())
+
     def on_validation_epoch_start(self) -> None:
         """Propagate once for the whole epoch."""
         self._item_vectors = self.item_vectors()
+        check_vectors("retrieval", torch.from_numpy(self._item_vectors), self.learning_rate)
 
     on_test_epoch_start = on_validation_epoch_start
 

@@ -77,7 +77,7 @@ def best_weights(
     """
     transitions = training_transitions(split.train, k)
     pairs = [*product(graph_weights, transition_weights), ALONE]
-    by_weight = {weight: weighted(queries, items, dim, weight, examples) for weight, _ in pairs}
+    by_weight = {weight: weighted(queries, items, dim, weight, examples) for weight in {*graph_weights, 0.0}}
     sums = dict.fromkeys(pairs, 0.0)
     size = max(1, SCORES_AT_ONCE // len(transitions))
     for start in range(0, len(holdout), size):

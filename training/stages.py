@@ -215,6 +215,15 @@ def check_numbers(
             raise ValueError(f"{prefix}{name} is {value:g}; expected {expected}{upper}")
 
 
+def check_vectors(stage: str, vectors: torch.Tensor, learning_rate: float) -> None:
+    """Raise ValueError where a training has diverged: its vectors are not finite."""
+    if not vectors.isfinite().all():
+        raise ValueError(
+            f"the {stage} has diverged: its vectors are not finite; expected a {stage}.model.learning_rate "
+            f"below {learning_rate:g}, or {stage}.trainer.gradient_clip_val"
+        )
+
+
 class PatientEarlyStopping(EarlyStopping):
     """Early stopping that counts a validation only when enough steps lie between it and the last one counted.
 
@@ -471,7 +480,8 @@ def keep_freed_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_threshold, 1 << 30)
+        # An older glibc refuses the first, and would stop moving the threshold by itself all the same.
+        libc.mallopt(mmap_threshold, 1 << 30) or libc.mallopt(mmap_threshold, 1 << 25)
         libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 

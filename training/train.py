@@ -20,6 +20,7 @@ import lightning as L
 import numpy as np
 import torch
 from jsonargparse import ActionYesNo
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -162,8 +163,6 @@ def build_parser() -> LightningArgumentParser:
     )
     parser.add_class_arguments(SplitOptions, "split")
     parser.add_class_arguments(ContentOptions, "content")
-    # As good a start as a text encoder's vectors (benchmarks/results/README.md), and takes a second.
-    parser.set_defaults({"content.encoder": "lsa"})
     for stage, module, data, epochs in (
         ("retrieval", RetrievalModule, RetrievalData, RETRIEVAL_EPOCHS),
         ("ranking", RankingModule, RankingData, RANKING_EPOCHS),
@@ -219,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted; go on with the same command and --resume")
         return 130
-    except ValueError as error:
+    except (ValueError, OSError, MisconfigurationException) as error:
         _say(f"error: {error}")
         return 2
     print(bundle)
@@ -265,7 +264,7 @@ def train(
     for stage in ("retrieval", "ranking"):
         check_one_process(stage, recipe[stage]["trainer"])
         epochs = recipe[stage]["trainer"]["max_epochs"]
-        if epochs != -1:  # without end
+        if epochs != -1 or recipe[stage]["model"]["schedule"] != "constant":  # -1: without end
             check_numbers(f"{stage}.trainer.", 1, {"max_epochs": epochs})
         check_numbers(f"{stage}.", 1, {"patience": recipe[stage]["patience"]})
         _check_validations(stage, recipe[stage]["trainer"])
@@ -286,6 +285,10 @@ def train(
     RankingData(directory, **options.ranking.data.as_dict())
     check_graph_encoder(options.retrieval.model.make_encoder)
     check_sequence_encoder(options.ranking.model.make_encoder)
+    for name, folder in (("out", out), ("runs", runs)):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{name} is {folder}, which is a file; expected a directory, there or not")
+        folder.mkdir(parents=True, exist_ok=True)
     with _run_directory(runs, dataset, recipe, resume) as run:
         return _train_in(run, directory, out, resume, recipe, settings, dataset, data)
 
@@ -430,6 +433,11 @@ def _check_validations(stage: str, trainer: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{stage}.trainer.check_val_every_n_epoch is {every}; expected 1: the best epoch is looked for "
             "among all"
+        )
+    if (interval := trainer.get("val_check_interval")) not in (None, 1.0):
+        raise ValueError(
+            f"{stage}.trainer.val_check_interval is {interval}; expected null: epochs are chosen "
+            "and repeated whole"
         )
 
 

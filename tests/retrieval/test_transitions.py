@@ -49,11 +49,24 @@ def test_agrees_with_a_loop(k, window):
 def test_the_last_events_are_asked_the_newest_most():
     transitions = item_transitions(np.array([1, 1, 2, 2]), np.array([1, 2, 3, 4]), 4, k=5)
     for length in (1, LAST_EVENTS, 3 * LAST_EVENTS):
-        history = np.array([1] * (length - 1) + [3], np.int32)
+        history = np.array([1, 2] * length, np.int32)[-length:]  # nothing follows 2
+        history[-1] = 3
         weights = 1 / np.arange(1, min(length, LAST_EVENTS) + 1)
+        ones = weights[history[::-1][: len(weights)] == 1]
         found = dict(zip(*(part.tolist() for part in next_items(transitions, history)), strict=True))
         assert found.pop(4) == pytest.approx(1 / weights.sum())
-        assert found == ({2: pytest.approx(weights[1:].sum() / weights.sum())} if length > 1 else {})
+        assert found == ({2: pytest.approx(ones.sum() / weights.sum())} if len(ones) else {})
+
+
+@pytest.mark.parametrize("num_repeats", [1, 4, 3 * LAST_EVENTS])
+def test_who_looks_at_an_item_twice_has_done_one_thing(num_repeats):
+    transitions = item_transitions(np.array([1, 1, 2, 2]), np.array([1, 2, 3, 4]), 4, k=5)
+    history = np.array([1] + [3] * num_repeats, np.int32)
+    items, probabilities = next_items(transitions, history)
+    assert dict(zip(items.tolist(), probabilities.tolist(), strict=True)) == {
+        2: pytest.approx(1 / 3),
+        4: pytest.approx(2 / 3),
+    }
 
 
 def test_of_nothing_nothing_follows():

@@ -205,12 +205,13 @@ def test_nothing_to_tell(tmp_path):
 
 
 def test_auto_is_the_installed_encoder_or_lsa(model, monkeypatch):
+    auto = ContentOptions(encoder="auto")
     monkeypatch.setattr(content, "packaged_encoder", lambda: None)
-    assert content.encoder_of(ContentOptions()) == "lsa"
-    assert content.encoder_name(ContentOptions()) == "lsa"
+    assert content.encoder_of(auto) == "lsa"
+    assert content.encoder_name(auto) == "lsa"
     monkeypatch.setattr(content, "packaged_encoder", lambda: model)
-    assert content.encoder_of(ContentOptions()) == str(model)
-    assert content.encoder_name(ContentOptions()) == content.PACKAGED_ENCODER
+    assert content.encoder_of(auto) == str(model)
+    assert content.encoder_name(auto) == content.PACKAGED_ENCODER
     assert content.encoder_of(ContentOptions(encoder="lsa")) == "lsa"
 
 

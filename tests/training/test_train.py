@@ -13,6 +13,7 @@ import lightning as L
 import numpy as np
 import polars as pl
 import pytest
+import torch
 import yaml
 from safetensors.numpy import load_file
 
@@ -201,6 +202,15 @@ def test_the_indexes_are_tuned_on_what_the_pipeline_asks(shop: Path) -> None:
     asked = folded_in(vectors, [EMPTY_HISTORY, *histories], bundle.manifest["pipeline"], "unix")
     expected = [query_vector(bundle, Visitor(history)) for history in histories]
     np.testing.assert_array_equal(asked, [vector for vector in expected if vector is not None])
+
+
+def test_where_an_evaluation_is_to_be_written_is_looked_at_before_it(
+    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "none" / "results.json"
+    ask = ["evaluate", str(shop / "bundles"), "--data", str(shop / "data")]
+    assert main([*ask, "--json", str(file)]) == 2
+    assert f"json is {file}; expected a file in a directory that is there" in capsys.readouterr().err
 
 
 def test_evaluate_writes_every_metric_of_every_stage(shop: Path, tmp_path: Path) -> None:
@@ -598,7 +608,67 @@ def test_more_than_one_device_is_refused(shop: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("stage", ["retrieval", "ranking"])
 def test_a_falling_rate_needs_an_end(shop: Path, stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert _train(shop, f"--{stage}.trainer.max_epochs=-1", "--no-refit") == 2
-    assert "max_epochs is -1; a schedule other than constant expects 1 or more" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert f"{stage}.trainer.max_epochs is -1; expected 1 or more" in shown
+    assert "epoch 0" not in shown  # it is said before anything is trained
+
+
+@pytest.mark.parametrize("stage", ["retrieval", "ranking"])
+def test_epochs_are_validated_whole(shop: Path, stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _train(shop, f"--{stage}.trainer.val_check_interval=0.5") == 2
+    shown = capsys.readouterr().err
+    assert f"{stage}.trainer.val_check_interval is 0.5; expected null" in shown
+    assert "epoch 0" not in shown
+
+
+def test_what_stops_a_training_is_told_in_a_line(
+    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for options, message in (
+        (("--out", str(tmp_path / "file")), f"out is {tmp_path}/file, which is a file; expected a directory"),
+        (("--runs", str(tmp_path / "file")), f"runs is {tmp_path}/file, which is a file"),
+        (("--out", str(tmp_path / "file" / "bundles")), "Not a directory"),
+        (("--retrieval.model.learning_rate=1e30",), "the retrieval has diverged: its vectors are not finite"),
+        (("--ranking.model.learning_rate=1e30",), "expected a ranking.model.learning_rate below 1e+30"),
+        (("--retrieval.trainer.enable_checkpointing=false",), "error: Trainer was configured with"),
+    ):
+        assert _train(shop, *_paths(tmp_path), *options) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_resumed_fit_makes_what_it_would_have_made(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout and negatives are drawn by the number of the epoch."""
+
+    def weights(root: Path) -> dict[str, dict[str, torch.Tensor]]:
+        (run,) = (root / "runs").iterdir()
+        return {
+            stage: torch.load(run / stage / "last.ckpt", weights_only=True)["state_dict"]
+            for stage in ("retrieval", "ranking")
+        }
+
+    sampled = ("--no-refit", "--ranking.model.loss=sampled", "--ranking.model.dropout=0.3")
+    epochs = ("--retrieval.trainer.max_epochs=3", "--ranking.trainer.max_epochs=3", *sampled)
+    assert _train(shop, *_paths(tmp_path / "whole"), *epochs) == 0
+    for cut in (RetrievalModule, RankingModule, None):
+        with monkeypatch.context() as patched:
+            if cut:
+                begin = cut.on_train_epoch_start
+
+                def cut_short(module: Any, begin: Any = begin) -> None:
+                    begin(module)
+                    if module.current_epoch == 2:
+                        raise KeyboardInterrupt
+
+                patched.setattr(cut, "on_train_epoch_start", cut_short)
+            resume = ["--resume"] if cut is not RetrievalModule else []
+            assert _train(shop, *_paths(tmp_path / "parts"), *epochs, *resume) == (130 if cut else 0)
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for stage, expected in whole.items():
+        for name, value in expected.items():
+            assert torch.equal(parts[stage][name], value), f"{stage}: {name}"
 
 
 def test_heads_of_events_that_training_lacks(shop: Path, tmp_path: Path, capsys: Any) -> None:

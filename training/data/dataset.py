@@ -120,7 +120,10 @@ class Dataset:
         except (json.JSONDecodeError, TypeError) as error:
             raise DatasetError(f"{directory / 'dataset.json'} cannot be read: {error}") from error
         dataset = cls(directory, info)
-        dataset._check_schema()
+        try:
+            dataset._check_schema()
+        except pl.exceptions.PolarsError as error:
+            raise DatasetError(f"a table of {directory} is damaged: {error}") from error
         return dataset
 
     @property

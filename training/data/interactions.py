@@ -133,8 +133,16 @@ def load_event_log(dataset: Dataset) -> EventLog:
     """Read a data set's events in rows: items as in items.parquet, users by first appearance.
 
     Raises:
-        DatasetError: an event names an item that items.parquet lacks, or there is no event at all.
+        DatasetError: an event lacks a field or names an item that items.parquet lacks, there is no event at
+            all, or a table is damaged.
     """
+    try:
+        return _load_event_log(dataset)
+    except pl.exceptions.PolarsError as error:
+        raise DatasetError(f"a table of {dataset.directory} is damaged: {error}") from error
+
+
+def _load_event_log(dataset: Dataset) -> EventLog:
     items = dataset.items.select("item_id").collect()
     events = dataset.events
     users = events.select("user_id").unique(maintain_order=True).collect()
@@ -156,6 +164,9 @@ def load_event_log(dataset: Dataset) -> EventLog:
     )
     if not len(columns):
         raise DatasetError(f"{dataset.directory} has no events")
+    for name in ("user", "timestamp", "event_type"):
+        if missing := columns[name].null_count():
+            raise DatasetError(f"{missing} events of {dataset.directory} have no {name}")
     if missing := columns["item"].null_count():
         raise DatasetError(f"{missing} events of {dataset.directory} name an item that items.parquet lacks")
     return EventLog(

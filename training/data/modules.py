@@ -29,6 +29,8 @@ from training.data.sequences import (
 from training.data.splits import Holdout, Split, SplitOptions, load_split
 from training.stages import check_numbers
 
+SCORES_AT_ONCE = 20_000_000  # 80 MB of float32 scores
+
 
 class _StageData(L.LightningDataModule):
     """What the stages share: the split, and questions for validation and test."""
@@ -37,6 +39,7 @@ class _StageData(L.LightningDataModule):
         super().__init__()
         self.directory, self.options, self.max_validation_users = directory, split, max_validation_users
         self.context = ContextTable()  # of the ranker; stage one asks without
+        self.seed = torch.initial_seed()
 
     @cached_property
     def split(self) -> Split:
@@ -51,7 +54,9 @@ class _StageData(L.LightningDataModule):
         """
         if self.trainer is None:
             return int(torch.randint(2**31, ()))
-        both = (torch.initial_seed(), self.trainer.current_epoch)
+        # Not trainer.current_epoch, which a resumed fit brings up to date behind its first batch.
+        progress: Any = self.trainer.fit_loop.epoch_progress.current
+        both = (self.seed, progress.processed)
         return int(np.random.default_rng(both).integers(2**31))
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -230,8 +235,12 @@ class QuestionBatch:
         return len(self.users)
 
 
-def question_loader(holdout: Holdout, context: ContextTable, batch_size: int = 256) -> DataLoader[Any]:
-    """Yield all questions of a holdout, shortest history first, as QuestionBatch."""
+def question_loader(holdout: Holdout, context: ContextTable) -> DataLoader[Any]:
+    """Yield all questions of a holdout, shortest history first, as QuestionBatch.
+
+    As many at once as leave room for their scores of all items.
+    """
+    batch_size = int(np.clip(SCORES_AT_ONCE // (holdout.events.num_items + 1), 1, 256))
     asked_in = encoded_context(context, holdout.events, holdout.ends)
     length = holdout.ends - holdout.events.offsets[holdout.users]
     order = torch.from_numpy(np.argsort(length, kind="stable"))

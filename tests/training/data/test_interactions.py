@@ -142,9 +142,25 @@ def test_a_split_of_the_data_set_is_carried_along(tmp_path):
 
 @pytest.mark.parametrize(
     ("events", "message"),
-    [([], "has no events"), ([("u", "a", 1), ("u", "x", 2), ("v", "y", 2)], "2 events of .* name an item")],
+    [
+        ([], "has no events"),
+        ([("u", "a", 1), ("u", "x", 2), ("v", "y", 2)], "2 events of .* name an item"),
+        ([("u", "a", 1), (None, "a", 2)], "1 events of .* have no user"),
+        ([("u", "a", None), ("u", "a", 2)], "1 events of .* have no timestamp"),
+        ([("u", "a", 1, "view"), ("u", "a", 1, None)], "1 events of .* have no event_type"),
+        ([("u", "a", 1, "glance")], "a table of .* is damaged: .*glance"),
+    ],
 )
 def test_what_cannot_be_used_is_said(tmp_path, events, message):
     dataset = write_dataset(tmp_path, events, ["a"])
     with pytest.raises(DatasetError, match=message):
         load_event_log(dataset)
+
+
+@pytest.mark.parametrize("name", ["events.parquet", "items.parquet"])
+def test_a_table_that_is_cut_short_is_said_to_be_damaged(tmp_path, name):
+    write_dataset(tmp_path, [("u", "a", 1)], ["a"])
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DatasetError, match=f"a table of {tmp_path} is damaged"):
+        Dataset.open(tmp_path)
