@@ -71,7 +71,7 @@ class Vectors:
 
 def touched_matrix(events: Interactions) -> csr_array:
     """Return who touched what, [U+1, I+1] float32: one for every edge of the graph."""
-    edges = events.edges()
+    edges = events.edges
     ones = np.ones(len(edges), np.float32)
     return csr_array((ones, (edges.users, edges.items)), shape=(events.num_users + 1, events.num_items + 1))
 

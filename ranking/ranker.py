@@ -100,7 +100,7 @@ class HybridRanker(nn.Module):
         self.num_items = num_items
         self.history_length = int(encoder.max_length) - 1  # type: ignore[arg-type]
         self.encoder = encoder
-        self.id_dropout = id_dropout
+        self.id_dropout = id_dropout if content_vectors is not None else 0.0
         # Row 0 is padding and row I+1 the start token.
         self.embedding = nn.Embedding(num_items + 2, dim, padding_idx=0)
         nn.init.normal_(self.embedding.weight[1:], std=dim**-0.5)

@@ -13,6 +13,7 @@ from retrieval.sparse import SparseRows, strongest
 
 NUM_LIKE = 20  # content neighbours whose vectors a new item gets the mean of,
 SHARPNESS = 4  # weighted by this power of their cosines; both chosen on validation (benchmarks/results)
+MAX_HAVING = 20_000  # a feature of more items tells few apart, and takes as long as a thousand that do
 NUM_OF_LIKE_DEGREE = 100  # trained items whose norms say how long a new vector is to be
 
 
@@ -45,6 +46,8 @@ def like_items(
 ) -> SparseRows:
     """Return the trained items most like each new item, [N, I+1], weighted by cosine ** SHARPNESS.
 
+    Features that more than MAX_HAVING items have play a part where an item has no others.
+
     Args:
         item_degrees: [I+1] float32; 0 where training never saw the item.
         features: [I+1, F], rows of length 1 (`tfidf`).
@@ -52,9 +55,13 @@ def like_items(
         num_like: how many items a row has, at most.
     """
     items_having = features.transposed()
+    is_frequent = np.diff(items_having.offsets) > MAX_HAVING
     rows = []
     for item in new:
-        columns, cosines = items_having.weighted_sum(*features.row(item))
+        its, weights = features.row(item)
+        if (telling := ~is_frequent[its]).any():
+            its, weights = its[telling], weights[telling]
+        columns, cosines = items_having.weighted_sum(its, weights)
         trained = (item_degrees[columns] > 0) & (columns != item)
         rows.append(strongest(columns[trained], cosines[trained] ** SHARPNESS, num_like))
     return SparseRows.from_rows(rows, len(item_degrees))

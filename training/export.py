@@ -373,7 +373,7 @@ def export_bundle(
             ITEM_INDEX: write_index(directory / ITEM_INDEX, vectors["item_vectors"], of_graph, queries)
         }
         save_file(vectors, directory / "embeddings.safetensors")
-        edges = train.edges()
+        edges = train.edges
         neighbours = item_neighbours(
             edges.users, edges.items, train.num_users, train.num_items, pipeline["num_neighbours"]
         )

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from retrieval import new_items
 from retrieval.new_items import content_vectors, first_event_vectors, like_items, of_like_norm, tfidf
 from retrieval.sparse import SparseRows
 
@@ -35,6 +36,17 @@ def test_content_vectors_by_hand():
     np.testing.assert_allclose(vectors, [[4.5 * 0.8**4 / length, 4.5 * 0.6**4 / length], [0, 0]], rtol=1e-6)
     nearest = content_vectors(VECTORS, DEGREES, like_items(DEGREES, features, new, num_like=1))
     np.testing.assert_allclose(nearest, [[4.5, 0], [0, 0]], rtol=1e-6)
+
+
+def test_features_of_very_many_items_play_a_part_where_there_are_no_others(monkeypatch):
+    # Feature 0 is of items 1 to 3, feature 1 of item 4; item 5 has both, item 6 the frequent one alone.
+    entries = np.array([1, 2, 3, 4, 5, 5, 6]), np.array([0, 0, 0, 1, 0, 1, 0])
+    features = SparseRows.from_entries(*entries, np.array([1, 1, 1, 1, 0.8, 0.6, 1]), 7, 2)
+    new = np.array([5, 6], np.int32)
+    assert like_items(DEGREES, features, new).row(0)[0].tolist() == [1, 2, 3, 4]
+    monkeypatch.setattr(new_items, "MAX_HAVING", 4)
+    like = like_items(DEGREES, features, new)
+    assert [like.row(n)[0].tolist() for n in (0, 1)] == [[4], [1, 2, 3]]
 
 
 def test_new_items_are_no_example_for_each_other():

@@ -127,7 +127,7 @@ def test_a_refitted_bundle_knows_train_and_validation_and_no_more(shop: Path, st
         np.testing.assert_array_equal(bundle.catalog.popularity, counts)
         assert bundle.manifest["data"]["clock"] == train_events.timestamps.max()
         np.testing.assert_array_equal(bundle.recent_popularity, recent_popularity(train_events, 30))
-        edges = train_events.edges()
+        edges = train_events.edges
         near = item_neighbours(edges.users, edges.items, edges.num_users, edges.num_items, 200)
         np.testing.assert_array_equal(bundle.neighbours.columns, near.columns)
         np.testing.assert_allclose(bundle.neighbours.values, near.values)

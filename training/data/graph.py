@@ -17,7 +17,7 @@ def build_graph(train: Interactions) -> HeteroData:
     ("user", "interacts", "item") holds each (user, item) pair once, ordered by user:
     edge_index [2, E] int64, time [E] int64 (of the first touch), event_type [E] uint8.
     """
-    events = train.edges()
+    events = train.edges
     graph = HeteroData()
     graph["user"].num_nodes = train.num_users + 1
     graph["item"].num_nodes = train.num_items + 1

@@ -105,18 +105,19 @@ class Interactions:
         same = (self.users[1:] == self.users[:-1]) & (self.items[1:] == self.items[:-1])
         return np.concatenate([np.ones(min(1, len(self)), bool), ~same])
 
+    @cached_property
     def edges(self) -> Interactions:
-        """Return the first event of each user with each item, less those that say "not this"."""
+        """The first event of each user with each item, less those that say "not this"."""
         positive = self.take(self.event_types != NEGATIVE_EVENT)
         return positive.take(positive.is_first_touch)
 
     def item_counts(self) -> NDArray[np.int64]:
         """Return how many users each item has an edge to, [I+1]."""
-        return np.bincount(self.edges().items, minlength=self.num_items + 1).astype(np.int64)
+        return np.bincount(self.edges.items, minlength=self.num_items + 1).astype(np.int64)
 
     def user_counts(self) -> NDArray[np.int64]:
         """Return how many items each user has an edge to, [U+1]."""
-        return np.bincount(self.edges().users, minlength=self.num_users + 1).astype(np.int64)
+        return np.bincount(self.edges.users, minlength=self.num_users + 1).astype(np.int64)
 
 
 @dataclass(frozen=True)

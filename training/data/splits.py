@@ -185,11 +185,7 @@ def _global_time(events: Interactions, repeats: bool, fraction: float) -> Split:
         inside = (events.timestamps >= start) & target
         if end is not None:
             inside &= events.timestamps < end
-        users, first = np.unique(events.users[inside], return_index=True)
-        before = np.bincount(events.users[events.timestamps < start], minlength=events.num_users + 1)
-        ends = events.offsets[users] + before[users]
-        wanted = np.split(events.items[inside], first[1:]) if len(users) else []
-        return Holdout(events, users.astype(np.int32), ends, *_ragged([_distinct(w) for w in wanted]))
+        return _asked(events, inside, events.timestamps < start)
 
     return Split(
         "global-time",
@@ -216,12 +212,7 @@ def _given(
     target = _may_be_target(events, repeats)
 
     def holdout(which: int) -> Holdout:
-        inside = (part == which) & target
-        users, first = np.unique(events.users[inside], return_index=True)
-        before = np.bincount(events.users[part < which], minlength=events.num_users + 1)
-        ends = events.offsets[users] + before[users]
-        wanted = np.split(events.items[inside], first[1:]) if len(users) else []
-        return Holdout(events, users.astype(np.int32), ends, *_ragged([_distinct(w) for w in wanted]))
+        return _asked(events, (part == which) & target, part < which)
 
     # Validation was drawn from anywhere in the past, so the layout is not the order of time, even where the
     # events have times: a sequence model would learn from what came after its questions.
@@ -234,6 +225,14 @@ def _given(
         repeats=repeats,
         before_test=~is_test,
     )
+
+
+def _asked(events: Interactions, wanted: NDArray[np.bool_], known: NDArray[np.bool_]) -> Holdout:
+    """Return a question for each user who has a wanted event, with the known ones as history: a prefix."""
+    users, first = np.unique(events.users[wanted], return_index=True)
+    ends = events.offsets[users] + np.bincount(events.users[known], minlength=events.num_users + 1)[users]
+    targets = np.split(events.items[wanted], first[1:]) if len(users) else []
+    return Holdout(events, users.astype(np.int32), ends, *_ragged([_distinct(items) for items in targets]))
 
 
 def _distinct(items: NDArray[np.int32]) -> NDArray[np.int32]:

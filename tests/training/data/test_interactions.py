@@ -70,9 +70,9 @@ def test_edges_and_item_counts():
         [5, 5, 5, 5, 5, 6],
         [VIEW, VIEW, NEGATIVE_EVENT, VIEW, NEGATIVE_EVENT, VIEW],
     )
-    assert events.edges().users.tolist() == [1, 2, 3]
-    assert events.edges().items.tolist() == [5, 5, 6]
-    assert events.edges().timestamps.tolist() == [0, 30, 50]
+    assert events.edges.users.tolist() == [1, 2, 3]
+    assert events.edges.items.tolist() == [5, 5, 6]
+    assert events.edges.timestamps.tolist() == [0, 30, 50]
     assert events.item_counts().tolist() == [0, 0, 0, 0, 0, 2, 1, 0, 0, 0]
 
 
