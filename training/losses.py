@@ -58,6 +58,7 @@ def sampled_softmax_loss(
 class _SharedNegatives(torch.autograd.Function):
     """The sum behind sampled_softmax_loss, with the gradient worked out in the forward pass."""
 
+    MULTIPLE = 64  # of the examples of a step, those of padding included
     CHUNK_LOGITS = 4_000_000  # at a time: 16 MB of float32, which caches hold and malloc hands out again
 
     @staticmethod
@@ -75,17 +76,20 @@ class _SharedNegatives(torch.autograd.Function):
         # Sums are in float32 at least; float64 stays what it is.
         wide = torch.promote_types(states.dtype, torch.float32)
         with torch.autocast(device, enabled=False):
-            x, table = states.to(dtype), negatives.to(dtype)
-            positive = (states.to(wide) * positives.to(wide)).sum(1, keepdim=True)
+            # Rows of zeros, so that shapes repeat from step to step: kernels are compiled for each.
+            padding = (0, 0, 0, -len(states) % _SharedNegatives.MULTIPLE)
+            x, table = functional.pad(states.to(dtype), padding), negatives.to(dtype)
+            positive = functional.pad((states.to(wide) * positives.to(wide)).sum(1, keepdim=True), padding)
             loss = torch.zeros((), dtype=wide, device=states.device)
             pull = torch.empty_like(positive)  # the gradient's weight on the target: p(target) - 1
-            grad_states = torch.empty_like(states, dtype=wide)
+            grad_states = torch.empty_like(x, dtype=wide)
             grad_table = torch.zeros_like(negatives, dtype=wide)
             examples, columns = _equal_pairs(targets, negative_rows)
             size = max(1, _SharedNegatives.CHUNK_LOGITS // max(1, len(table)))
+            size -= size % _SharedNegatives.MULTIPLE if size > _SharedNegatives.MULTIPLE else 0
             starts = torch.arange(0, len(x) + size, size, device=states.device)
             bounds = torch.searchsorted(examples, starts).tolist()
-            for number, start in enumerate(range(0, len(x), size)):
+            for number, start in enumerate(range(0, len(states), size)):
                 part = slice(start, start + size)
                 logits = (x[part] @ table.T).to(wide)
                 if correction is not None:
@@ -96,15 +100,16 @@ class _SharedNegatives(torch.autograd.Function):
                 weights = logits.sub_(peak).exp_()
                 wanted = (positive[part] - peak).exp_()
                 total = weights.sum(1, keepdim=True).add_(wanted)
-                loss += (total.log() + peak - positive[part]).sum()
+                loss += (total.log() + peak - positive[part])[: len(states) - start].sum()
                 pull[part] = wanted / total - 1
                 gradient = weights.div_(total).to(dtype)
                 grad_states[part] = gradient @ table
                 grad_table += gradient.T @ x[part]
+            grad_states, pull = grad_states[: len(states)], pull[: len(states)]
             grad_states += pull * positives
         ctx.save_for_backward(grad_states, pull, states, grad_table)
         ctx.dtypes = states.dtype, positives.dtype, negatives.dtype
-        return loss / len(x)
+        return loss / len(states)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

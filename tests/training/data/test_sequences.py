@@ -130,6 +130,21 @@ def test_the_density_counts_what_can_be_learned():
 HISTORIES = st.lists(st.lists(st.integers(1, 6), max_size=12), min_size=1, max_size=4).filter(any)
 
 
+def test_long_batches_have_few_shapes():
+    """Kernels are compiled for each; and none is longer than the longest window."""
+    rng = np.random.default_rng(0)
+    histories = [rng.integers(1, 999, length).tolist() for length in rng.integers(2, 90, 600)]
+    sequences = make_sequences(interactions(histories), 60)
+    found = batches(sequences, batch_size=16, max_tokens=400, seed=0)
+    widths = {batch.history.shape[1] + 1 for batch in found}
+    assert {width for width in widths if width > 16} == {24, 32, 40, 48, 56, 61}
+    # How many windows fit follows from the length; fewer are left at the end.
+    assert len({batch.history.shape for batch in found}) <= len(widths) + 1
+    for batch in found:
+        rows, width = batch.history.shape
+        assert rows * (width + 1) <= 400
+
+
 @settings(deadline=None, max_examples=60)
 @given(HISTORIES, st.integers(1, 5), st.booleans(), st.integers(1, 4), st.integers(1, 12), st.data())
 def test_every_event_is_learned_from_once(histories, length, repeats, batch_size, max_tokens, data):
