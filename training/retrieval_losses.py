@@ -77,7 +77,7 @@ class SampledSoftmax(RetrievalLoss):
     Args:
         num_negatives: M.
         popularity: draw negatives as often as they occur in training, to this power, and correct the logits
-            for it; 0 draws uniformly and needs no correction.
+            for it; 0 draws uniformly and corrects nothing: the softmax of a catalog of M items.
     """
 
     num_negatives: int = 2048
@@ -117,8 +117,10 @@ class DirectAU(RetrievalLoss):
     def __call__(self, batch: EdgeBatch) -> Tensor:
         """See RetrievalLoss."""
         users, items = batch.states, batch.targets
-        spread = uniformity_loss(users) + uniformity_loss(items)
-        return alignment_loss(users, items) + self.gamma / 2 * spread
+        close = alignment_loss(users, items)
+        if len(users) < 2:  # what an epoch has left
+            return close
+        return close + self.gamma / 2 * (uniformity_loss(users) + uniformity_loss(items))
 
 
 @dataclass(frozen=True)

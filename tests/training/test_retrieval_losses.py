@@ -100,3 +100,12 @@ def test_direct_au_by_its_formula(batch):
     users, items = batch.user_vectors[batch.users], batch.item_vectors[batch.items]
     expected = alignment_loss(users, items) + 2.0 * (uniformity_loss(users) + uniformity_loss(items))
     assert DirectAU(gamma=4.0)(batch).item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_a_last_batch_of_one_edge_has_a_loss(loss, batch):
+    one = batch_of(batch.users[:1], batch.items[:1], batch.user_vectors, batch.item_vectors)
+    value = loss(one)
+    value.backward()
+    assert value.isfinite()
+    assert batch.item_vectors.grad.isfinite().all()
