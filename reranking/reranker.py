@@ -71,6 +71,9 @@ class Reranker:
         self._catalog = facts.whole({column for rule in filters for column in rule.reads})
         # What a filter says whoever asks, [I+1]: worked out once.
         self._allowed = {rule: rule.allows(self._catalog) for rule in filters if not rule.asks_request}
+        # A rule's hash takes in all it names, 100,000 item ids maybe: too long for each request.
+        numbers = {rule: number for number, rule in enumerate(filters)}  # equal ones have one
+        self._numbers = {id(rule): numbers[rule] for rule in filters}
         # What the filters of a policy say together at a moment (Filter.moment), of late.
         self._together: dict[Hashable, NDArray[np.bool_]] = {}
         self._lock = threading.Lock()
@@ -123,7 +126,7 @@ class Reranker:
                     own.append(rule)
                 else:
                     shared.append((rule, moment))
-        key = tuple(shared)
+        key = tuple((self._numbers.get(id(rule), rule), moment) for rule, moment in shared)
         found = self._together.get(key)
         if found is None:
             found = self._all_of([rule for rule, _ in shared], request, purchases)

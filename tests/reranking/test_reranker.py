@@ -9,7 +9,7 @@ from benchmarks.reranking_latency import FULL_POLICY, NOW_MS, simulated_funnel, 
 from benchmarks.reranking_soundness import check
 from reranking.filters import InStock
 from reranking.items import Request
-from reranking.policy import parse_policies, single_policy
+from reranking.policy import parse_policies, policies_from_config, single_policy
 from reranking.reranker import NO_PURCHASES, Funnel, Purchases, Reranker
 
 SHOP = simulated_shop(400)
@@ -192,6 +192,14 @@ def test_what_the_catalog_does_not_tell_apart_is_worked_out_once(rule, key):
         for value in map(str, range(18, 80))
     }
     assert len(masks) == 1
+
+
+def test_policies_of_equal_filters_share_what_is_kept():
+    rules = [{"rule": "in_stock"}, {"rule": "available"}]
+    both = Reranker(
+        policies_from_config({"policies": {name: {"rules": rules} for name in "ab"}, "default": "a"}), SHOP
+    )
+    assert both.allowed(both.policy("a"), REQUEST) is both.allowed(both.policy("b"), REQUEST)
 
 
 def test_what_is_kept_of_filters_is_nobodys_to_change():
