@@ -149,7 +149,9 @@ class MaxSum(_Trade):
     which is the discounted gain expected of the screen, traded against its intra-list diversity (place 1 is
     the screen's first). A chance is the softmax over the ranked items of adjusted relevance, in units of the
     scores, divided by `temperature`. A slate's last screen may be shorter; pins count on their screens.
-    So where the ranker is sure, its word counts; where it is not, variety costs little. On the screen the
+    So where the ranker is sure, its word counts; where it is not, variety costs little. It costs next to
+    nothing, too, behind an item that the ranker is all but sure of; so a screen is chosen from the best that
+    are left, `depth` times as many, and no filler comes from the end of the ranking. On the screen the
     items stand by relevance: that changes no pair and brings the likeliest to the top. What a soft rule
     objects to for good is chosen last; where one objects at a place, the next of the screen stands there, or
     else the item that would have been chosen next.
@@ -158,6 +160,7 @@ class MaxSum(_Trade):
     rule = "max_sum"
 
     screen: int = setting(10, low=2, high=LAST_PLACE)  # n
+    depth: int = setting(5, low=1)  # a screen is chosen from the best depth * n items that are left
     temperature: float = setting(1.0, above=0)  # 1 for a ranker that was trained with a softmax
 
     @property
@@ -211,19 +214,28 @@ class _Screen(Worth):
         num_pinned = len(chosen)
         for pick in chosen:
             likeness += np.dot(self.directions, weighed[pick], out=self.product)
-        left = np.where(self.value > -np.inf, self.gain, np.float32(-np.inf))
+        others = np.where(self.value > -np.inf, self.gain, np.float32(-np.inf))
+        left = self._best(others if is_free else others - lasting, others)
         for _ in range(min(end - begin - num_pinned, int(np.count_nonzero(left > -np.inf)))):
             np.multiply(left, self.discount[len(chosen)], out=self.value)
             self.value -= likeness
             wanted = self.value if is_free else np.subtract(self.value, lasting, out=self.product)
             pick = int(wanted.argmax())
             chosen.append(pick)
-            left[pick] = -np.inf
+            left[pick] = others[pick] = -np.inf
             likeness += np.dot(self.directions, weighed[pick], out=self.product)
         of_screen = chosen[num_pinned:]
-        np.multiply(left, self.discount[end - begin - 1], out=self.value)  # who would have been next
+        np.multiply(others, self.discount[end - begin - 1], out=self.value)  # who would have been next
         self.value -= likeness
+        self.value[left > -np.inf] += 1
         self.value[of_screen] = self.relevance[of_screen] - self.lowest + 3
+
+    def _best(self, wanted: Floats, gain: Floats) -> Floats:
+        """Return the gain of what a screen is chosen from, -inf for the others."""
+        size = self.rule.depth * self.rule.screen
+        if size >= len(wanted):
+            return gain.copy()
+        return np.where(wanted >= np.partition(wanted, -size)[-size], gain, np.float32(-np.inf))
 
     def chose(self, pick: int) -> None:
         """See Worth.chose."""

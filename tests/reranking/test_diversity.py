@@ -2,12 +2,14 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reranking.constraints import Cap
 from reranking.diversity import DPP, MMR, SMALLEST_VOLUME, MaxSum
 from reranking.items import RankedItems
 from reranking.rerank import rerank
@@ -242,6 +244,29 @@ def test_max_sum_keeps_the_sure_and_varies_the_unsure():
     rule = MaxSum(relevance_weight=0.9, screen=2)
     assert slate(rule, ranked([9, 8, 1, 1], alike), 2) == [0, 1]  # item 1 has a chance of 0.27
     assert slate(rule, ranked([9, 4, 4, 4], alike), 2) == [0, 3]  # the others have next to none
+
+
+def test_max_sum_fills_no_screen_from_the_end_of_the_ranking():
+    """The ranker is all but sure of one item: what is left of the screen is still the best, or near it."""
+    scores = [30.0, *np.linspace(10, 1, 99)]
+    vectors = [[1, 0]] * 50 + [[0, 1], [-1, 0]] * 25  # whatever is new to the eye stands behind place 50
+    items = ranked(scores, vectors)
+    for depth in (1, 2, 5):
+        chosen = slate(MaxSum(relevance_weight=0.9, screen=10, depth=depth), items, 20)
+        assert max(chosen[:10]) < depth * 10
+        assert max(chosen) < (depth + 1) * 10
+    assert max(slate(MaxSum(relevance_weight=0.9, screen=10, depth=10), items, 10)) >= 50
+
+
+def test_where_a_rule_objects_the_next_is_one_of_the_best_too():
+    scores = [30.0, *np.linspace(10, 1, 99)]
+    items = replace(
+        ranked(scores, [[1, 0]] * 50 + [[0, 1], [-1, 0]] * 25),
+        groups={"brand": np.array([1, *[2] * 20, *range(3, 82)], np.int32)},
+    )
+    cap = Cap(field="brand", max_items=1)
+    order = rerank(items, [MaxSum(relevance_weight=0.9, screen=4, depth=6), cap], 4).order
+    assert max(order) < 24  # two of brands 3 to 5, where the screen had many of brand 2
 
 
 def test_max_sum_shows_a_screen_by_relevance():
