@@ -28,6 +28,7 @@ from engine.pacing import paced
 from engine.pipeline import RecommendationPipeline, Visitor
 from engine.policy_files import PolicyFiles
 from engine.telemetry import Metrics
+from engine.variants import OTHER
 from reranking.policy import Policies, PolicyError
 
 P = ParamSpec("P")
@@ -217,6 +218,8 @@ async def _swap(
             "bundle %s has no policy %s, which %s had: requests that name one are invalid now",
             bundle.version, ", ".join(missing), replaced.bundle.version
         )  # fmt: skip
+    if told := other_lacks(pipeline, service.pipelines):
+        logger.warning("%s", told)
     service.use(pipeline)
     service.metrics.bundle_swaps.labels("swapped").inc()
     logger.info("bundle %s is served instead of %s", bundle.version, replaced.bundle.version)
@@ -265,11 +268,11 @@ def first_to_serve(
     A server that starts beside a bad bundle, or one that the policies do not fit, serves what one that was
     running would have stayed with. Raises what is wrong with the first where none of them can be served.
     """
-    failure: ValueError | OSError | None = None
+    failure: ValueError | None = None
     for path in paths:
         try:
             pipeline = prepared(open_bundle(path), policies, events)
-        except (ValueError, OSError) as error:  # such as a BundleError, a PolicyError
+        except ValueError as error:  # such as a BundleError, a PolicyError
             logger.error("bundle %s is refused: %s", path, error)
             failure = failure or error.with_traceback(None)  # whose frames hold what was opened
         else:
@@ -314,6 +317,18 @@ def _history(rng: np.random.Generator, num_items: int, length: int) -> History:
 def missing_policies(pipeline: RecommendationPipeline, other: RecommendationPipeline) -> list[str]:
     """Return the names of policies that only the other pipeline has."""
     return sorted(other.reranker.policies.by_name.keys() - pipeline.reranker.policies.by_name.keys())
+
+
+def other_lacks(pipeline: RecommendationPipeline, others: Mapping[str, RecommendationPipeline]) -> str:
+    """Return what to say where a request would be invalid for the other bundle's users alone; else ""."""
+    missing = missing_policies(others[OTHER], pipeline) if OTHER in others else []
+    if not missing:
+        return ""
+    return (
+        f"other is {others[OTHER].bundle.path}, which has no policy {', '.join(missing)}: a request that "
+        "names one is invalid for its share of the users; expected a bundle with all policies of "
+        f"{pipeline.bundle.path}, or policies for both (--policies)"
+    )
 
 
 def log_policies(pipeline: RecommendationPipeline, source: str) -> None:

@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,9 +40,8 @@ from engine.bundle import (
 from engine.commands import DEFAULT_ADDRESS, fail, stderr, stdout
 from engine.event_log import EventLog, LogInUseError
 from engine.event_store import EventStore, LocalEventStore, MemoryEventStore
-from engine.following import first_to_serve, log_policies, missing_policies, prepared
+from engine.following import first_to_serve, log_policies, other_lacks, prepared
 from engine.memory import set_up_for_serving
-from engine.pipeline import RecommendationPipeline
 from engine.policy_files import PolicyFiles
 from engine.response_cache import ResponseCache
 from engine.server import serve as run_server
@@ -250,7 +249,9 @@ def _serve(args: Any, argv: list[str], worker: Worker | None, closing: contextli
     served_policies = policies.load() if policies else None
     if args.check:
         pipeline = prepared(open_bundle(bundles[0]), served_policies)
-        _check_other(pipeline, {name: prepared(one, served_policies) for name, one in other_bundles.items()})
+        others = {name: prepared(one, served_policies) for name, one in other_bundles.items()}
+        if told := other_lacks(pipeline, others):
+            raise ValueError(told)
         log_policies(pipeline, str(args.policies or bundles[0]))
         _say(args, f"events: {_check_events(args.events)}")
         _say(args, f"bundle {pipeline.bundle.version} could be served")
@@ -262,7 +263,8 @@ def _serve(args: Any, argv: list[str], worker: Worker | None, closing: contextli
     if pipeline.bundle.scorer is not None:
         logger.info("the ranker runs on %s", ", then ".join(pipeline.bundle.scorer.providers))
     others = {name: prepared(one, served_policies, events) for name, one in other_bundles.items()}
-    _check_other(pipeline, others)
+    if told := other_lacks(pipeline, others):
+        logger.warning("%s", told)
     log_policies(pipeline, str(args.policies or pipeline.bundle.path))
     metrics = Metrics()
     ready = {"bundle": pipeline.bundle.version}
@@ -326,16 +328,6 @@ def _serve_from_many(args: Any, argv: list[str], closing: contextlib.ExitStack) 
             print(json.dumps(ready), flush=True)
 
     supervise(argv, address, metrics_address, args.num_processes, events, on_ready)
-
-
-def _check_other(pipeline: RecommendationPipeline, others: Mapping[str, RecommendationPipeline]) -> None:
-    """Raise ValueError where a request would be invalid for a share of the users alone."""
-    if OTHER in others and (missing := missing_policies(others[OTHER], pipeline)):
-        raise ValueError(
-            f"other is {others[OTHER].bundle.path}, which has no policy {', '.join(missing)}: a request that "
-            "names one would fail for a share of the users; expected a bundle with all policies of "
-            f"{pipeline.bundle.path}, or policies for both (--policies)"
-        )
 
 
 def _say(args: Any, text: str) -> None:

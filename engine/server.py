@@ -324,7 +324,7 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         scope = contextvars.copy_context()
         try:
             job = self._pool.submit(scope.run, _begin, call, pipeline, request, budget)
-        except BaseException:  # such as no thread to be had
+        except BaseException:  # such as no thread to be had; one that there is may take the job all the same
             permit.release(counts=False)
             raise
         self._jobs[job] = time.monotonic()

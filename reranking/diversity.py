@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from reranking.families import LAST_PLACE, Diversity, Floats, Page, Worth, setting
+from reranking.families import LAST_PLACE, Diversity, Floats, Mask, Page, Worth, setting
 
 SMALLEST_VOLUME = 1e-6  # of one more item of a DPP; below it float32 knows nothing
 
@@ -151,7 +151,7 @@ class MaxSum(_Trade):
     scores, divided by `temperature`. A slate's last screen may be shorter; pins count on their screens.
     So where the ranker is sure, its word counts; where it is not, variety costs little. It costs next to
     nothing, too, behind an item that the ranker is all but sure of; so a screen is chosen from the best that
-    are left, `depth` times as many, and no filler comes from the end of the ranking. On the screen the
+    are left, `depth` times as many, and behind them the ranking goes on as it is. On the screen the
     items stand by relevance: that changes no pair and brings the likeliest to the top. What a soft rule
     objects to for good is chosen last; where one objects at a place, the next of the screen stands there, or
     else the item that would have been chosen next.
@@ -166,7 +166,7 @@ class MaxSum(_Trade):
     @property
     def spread(self) -> float:
         """See Diversity.spread."""
-        return 5.0  # what _Screen.enter adds to the items of the screen, and how far the others lie apart
+        return 8.0  # what _Screen.enter adds to the items of the screen, and how far the others lie apart
 
     def start(self, page: Page) -> Worth:
         """See Diversity.start."""
@@ -194,7 +194,10 @@ class _Screen(Worth):
         # Not the page: it has this object, and each would keep the other until the collector runs.
         self.limit, self.pins, self.relevance = page.limit, page.pins, page.relevance
         self.gain, self.directions, self.rule = gain, directions, rule
-        self.lowest = float(page.relevance[page.available].min(initial=np.inf))
+        eligible = page.relevance[page.available]
+        self.lowest = float(eligible.min(initial=np.inf))
+        reach = max(float(eligible.max(initial=-np.inf)) - self.lowest, 1.0)
+        self.scaled = (page.relevance - self.lowest) / np.float32(reach)  # 0 to 1, where available
         self.num_chosen = 0
         self.discount = (1 / np.log2(np.arange(2, rule.screen + 2))).astype(np.float32)
         self.product = np.empty(len(gain), np.float32)
@@ -215,7 +218,7 @@ class _Screen(Worth):
         for pick in chosen:
             likeness += np.dot(self.directions, weighed[pick], out=self.product)
         others = np.where(self.value > -np.inf, self.gain, np.float32(-np.inf))
-        left = self._best(others if is_free else others - lasting, others)
+        left = np.where(self._is_best(others, lasting), others, np.float32(-np.inf))
         for _ in range(min(end - begin - num_pinned, int(np.count_nonzero(left > -np.inf)))):
             np.multiply(left, self.discount[len(chosen)], out=self.value)
             self.value -= likeness
@@ -227,15 +230,17 @@ class _Screen(Worth):
         of_screen = chosen[num_pinned:]
         np.multiply(others, self.discount[end - begin - 1], out=self.value)  # who would have been next
         self.value -= likeness
-        self.value[left > -np.inf] += 1
+        # Behind all others, by their places in the ranking, what the screen was not to be chosen from.
+        np.copyto(self.value, self.scaled - 4, where=(left == -np.inf) & (others > -np.inf))
         self.value[of_screen] = self.relevance[of_screen] - self.lowest + 3
 
-    def _best(self, wanted: Floats, gain: Floats) -> Floats:
-        """Return the gain of what a screen is chosen from, -inf for the others."""
+    def _is_best(self, gain: Floats, lasting: Floats) -> Mask:
+        """Return what a screen is chosen from, [N] bool; by relevance, of which gains are a rounded power."""
         size = self.rule.depth * self.rule.screen
-        if size >= len(wanted):
-            return gain.copy()
-        return np.where(wanted >= np.partition(wanted, -size)[-size], gain, np.float32(-np.inf))
+        if size >= len(gain):
+            return np.ones(len(gain), np.bool_)
+        wanted = np.where(gain > -np.inf, self.relevance, np.float32(-np.inf)) - lasting
+        return np.asarray(wanted >= np.partition(wanted, -size)[-size])
 
     def chose(self, pick: int) -> None:
         """See Worth.chose."""

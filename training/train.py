@@ -56,6 +56,7 @@ from training.stages import (
     Chosen,
     StageParser,
     check_numbers,
+    check_vectors,
     default_precision,
     fit_stage,
     keep_freed_memory,
@@ -264,7 +265,8 @@ def train(
     for stage in ("retrieval", "ranking"):
         check_one_process(stage, recipe[stage]["trainer"])
         epochs = recipe[stage]["trainer"]["max_epochs"]
-        if epochs != -1 or recipe[stage]["model"]["schedule"] != "constant":  # -1: without end
+        ends = stage == "retrieval" and recipe[stage]["trainer"]["max_steps"] != -1  # its rate falls by steps
+        if epochs != -1 or not (ends or recipe[stage]["model"]["schedule"] == "constant"):  # -1: without end
             check_numbers(f"{stage}.trainer.", 1, {"max_epochs": epochs})
         check_numbers(f"{stage}.", 1, {"patience": recipe[stage]["patience"]})
         _check_validations(stage, recipe[stage]["trainer"])
@@ -434,7 +436,8 @@ def _check_validations(stage: str, trainer: Mapping[str, Any]) -> None:
             f"{stage}.trainer.check_val_every_n_epoch is {every}; expected 1: the best epoch is looked for "
             "among all"
         )
-    if (interval := trainer.get("val_check_interval")) not in (None, 1.0):
+    interval = trainer.get("val_check_interval")
+    if interval is not None and not (isinstance(interval, float) and interval == 1):  # 1 is after each batch
         raise ValueError(
             f"{stage}.trainer.val_check_interval is {interval}; expected null: epochs are chosen "
             "and repeated whole"
@@ -542,9 +545,11 @@ def fit_retrieval(
             "retrieval", module, data, folder / "retrieval", trainer, epochs=chosen.epochs, resume=resume
         )
     # A rename, so that the file is whole or not there: it is what tells a resumed run to go on behind it.
+    vectors = module.vectors()
+    check_vectors("retrieval", torch.from_numpy(vectors["item_vectors"]), module.learning_rate)
     unfinished = folder / ".embeddings.tmp"
     metadata = {"epochs": str(chosen.epochs), "metric": str(chosen.metric)}
-    save_file(module.vectors(), unfinished, metadata=metadata)
+    save_file(vectors, unfinished, metadata=metadata)
     unfinished.rename(embeddings)
     return chosen
 
@@ -646,6 +651,7 @@ def fit_ranking(
         (folder / "ranking" / CHOSEN).write_text(text + "\n", encoding="utf-8")
     else:
         refit_stage("ranking", module, data, folder / "ranking", trainer, epochs=chosen.epochs, resume=resume)
+        check_vectors("ranking", module.ranker.item_vectors().detach(), module.learning_rate)
     return module.ranker, chosen
 
 

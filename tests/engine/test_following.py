@@ -33,6 +33,7 @@ from engine.following import first_to_serve, follow_bundles, follow_keys, follow
 from engine.pacing import paced
 from engine.pipeline import RecommendationPipeline
 from engine.policy_files import PolicyFiles
+from engine.variants import OTHER
 from protos.trirank.v1 import recommender_pb2 as pb
 from ranking.context import ContextTable
 from reranking.policy import PolicyError
@@ -271,6 +272,11 @@ def test_a_bundle_without_a_policy_of_the_one_before_is_served_and_the_log_says_
             second = publish(policies={"policies": {"b": {"rules": []}}})
             await shop.until(lambda: shop.service.pipeline.bundle.version == second.name)
             assert f"bundle {second.name} has no policy a, c, which {first.name} had" in caplog.text
+            assert "other is" not in caplog.text
+            shop.service.pipelines = {**shop.service.pipelines, OTHER: prepared(Bundle.load(second))}
+            third = publish(policies={"default": "b", "policies": {name: {"rules": []} for name in "bd"}})
+            await shop.until(lambda: shop.service.pipeline.bundle.version == third.name)
+            assert f"other is {second}, which has no policy d: a request" in caplog.text
 
     asyncio.run(scene())
 

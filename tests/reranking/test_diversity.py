@@ -251,8 +251,9 @@ def test_max_sum_fills_no_screen_from_the_end_of_the_ranking():
     scores = [30.0, *np.linspace(10, 1, 99)]
     vectors = [[1, 0]] * 50 + [[0, 1], [-1, 0]] * 25  # whatever is new to the eye stands behind place 50
     items = ranked(scores, vectors)
-    for depth in (1, 2, 5):
-        chosen = slate(MaxSum(relevance_weight=0.9, screen=10, depth=depth), items, 20)
+    for depth, weight, temperature in itertools.product((1, 2, 5), (0, 0.9), (0.1, 1)):
+        rule = MaxSum(relevance_weight=weight, screen=10, depth=depth, temperature=temperature)
+        chosen = slate(rule, items, 20)
         assert max(chosen[:10]) < depth * 10
         assert max(chosen) < (depth + 1) * 10
     assert max(slate(MaxSum(relevance_weight=0.9, screen=10, depth=10), items, 10)) >= 50
@@ -267,6 +268,9 @@ def test_where_a_rule_objects_the_next_is_one_of_the_best_too():
     cap = Cap(field="brand", max_items=1)
     order = rerank(items, [MaxSum(relevance_weight=0.9, screen=4, depth=6), cap], 4).order
     assert max(order) < 24  # two of brands 3 to 5, where the screen had many of brand 2
+    # Brand 2 is all that a screen of the best 16 has behind the first; what follows is the best of the rest.
+    order = rerank(items, [MaxSum(relevance_weight=0.9, screen=4, depth=4), cap], 4).order
+    assert order.tolist() == [0, 1, 21, 22]
 
 
 def test_max_sum_shows_a_screen_by_relevance():

@@ -615,10 +615,11 @@ def test_a_falling_rate_needs_an_end(shop: Path, stage: str, capsys: pytest.Capt
 
 @pytest.mark.parametrize("stage", ["retrieval", "ranking"])
 def test_epochs_are_validated_whole(shop: Path, stage: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _train(shop, f"--{stage}.trainer.val_check_interval=0.5") == 2
-    shown = capsys.readouterr().err
-    assert f"{stage}.trainer.val_check_interval is 0.5; expected null" in shown
-    assert "epoch 0" not in shown
+    for interval in ("0.5", "1", "20"):
+        assert _train(shop, f"--{stage}.trainer.val_check_interval={interval}") == 2
+        shown = capsys.readouterr().err
+        assert f"{stage}.trainer.val_check_interval is {interval}; expected null" in shown
+        assert "epoch 0" not in shown
 
 
 def test_what_stops_a_training_is_told_in_a_line(

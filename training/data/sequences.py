@@ -177,8 +177,8 @@ def sequence_batches(
 def padded_length(length: int, most: int) -> int:
     """Return how long windows of this length are made: above 16 a multiple of 8, and at most `most`.
 
-    Kernels are compiled for each shape of a batch, a hundredth of a second each, and thousands of shapes
-    neither repeat nor fit in oneDNN's cache: on MovieLens-1M a step took twice as long after five epochs.
+    Kernels are compiled for each shape of a batch, some milliseconds each, and thousands of shapes neither
+    repeat nor fit in oneDNN's cache: on MovieLens-1M a step took twice as long after seven epochs.
     """
     return length if length <= 16 else min(-(-length // 8) * 8, most)
 
