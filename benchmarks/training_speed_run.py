@@ -61,7 +61,6 @@ def read_fits(run: Path) -> list[Fit]:
 
     if not (run / "run.json").is_file():
         raise ValueError(f"{run} is no run of `trirank train`: it has no run.json")
-    begun, written = started(run), (run / "run.json").stat().st_mtime
     fits = []
     for folder in run.glob("**/tensorboard"):
         name = folder.parent.relative_to(run).as_posix()
@@ -84,10 +83,11 @@ def read_fits(run: Path) -> list[Fit]:
                 metric=[event.value for event in events.Scalars(monitor)] if monitor in known else [],
             )
         )
-    if fits and begun + 60 < written < max(fit.epoch_ends[-1] for fit in fits):  # resuming writes it anew
-        raise ValueError(f"{run} was resumed; expected a run in one piece")
     if not fits:
         raise ValueError(f"{run} has no fit that ended an epoch; expected a run with its loggers' files")
+    written = (run / "run.json").stat().st_mtime  # by a resumed run anew
+    if started(run) + 60 < written < max(fit.epoch_ends[-1] for fit in fits):
+        raise ValueError(f"{run} was resumed; expected a run in one piece")
     return sorted(fits, key=lambda fit: fit.start)
 
 

@@ -37,14 +37,21 @@ from engine.policy_files import PolicyFiles
 from training import metrics
 from training.data.context import encoded_context
 from training.data.dataset import fingerprint
-from training.data.splits import Holdout, Protocol, Split, SplitOptions, load_split, split_as_trained
+from training.data.splits import (
+    Holdout,
+    Protocol,
+    Split,
+    SplitOptions,
+    load_split,
+    questions_at_once,
+    split_as_trained,
+)
 from training.slices import BY_ITEM, DEFINITIONS, HEAD_ALONE, head_share, target_slices
 from training.transitions import bonuses
 
 SLATE_LENGTH = 50  # items that the pipeline is asked for
 LIST_LENGTH = 10  # of the lists that coverage, diversity and the like look at
 HALF_LIFE_DAYS = 30.0  # of freshness
-SCORES_AT_ONCE = 20_000_000  # 80 MB of float32 scores
 
 STAGES = ("popularity", "retrieval", "ranking", "slate")
 
@@ -229,7 +236,7 @@ class _Answers:
 def _blocks(holdout: Holdout, num_items: int, repeats: bool) -> Iterator[Questions]:
     # Questions of like length meet, so that short histories are not padded to the longest.
     order = np.argsort(holdout.ends - holdout.events.offsets[holdout.users], kind="stable")
-    size = int(np.clip(SCORES_AT_ONCE // (num_items + 1), 1, 256))
+    size = questions_at_once(num_items)
     for start in range(0, len(order), size):
         yield Questions(holdout, order[start : start + size], repeats)
 

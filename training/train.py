@@ -544,9 +544,9 @@ def fit_retrieval(
         refit_stage(
             "retrieval", module, data, folder / "retrieval", trainer, epochs=chosen.epochs, resume=resume
         )
-    # A rename, so that the file is whole or not there: it is what tells a resumed run to go on behind it.
     vectors = module.vectors()
     check_vectors("retrieval", torch.from_numpy(vectors["item_vectors"]), module.learning_rate)
+    # A rename, so that the file is whole or not there: it is what tells a resumed run to go on behind it.
     unfinished = folder / ".embeddings.tmp"
     metadata = {"epochs": str(chosen.epochs), "metric": str(chosen.metric)}
     save_file(vectors, unfinished, metadata=metadata)

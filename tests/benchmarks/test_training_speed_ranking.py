@@ -8,31 +8,20 @@ import pytest
 from benchmarks import training_speed
 from benchmarks.peers import rectools_sasrec
 from benchmarks.training_speed_ranking import CONTENDERS, Work, measure_rectools, training_split
-from engine.cli import main as trirank
 
 WORK = Work(epochs=2, batch_size=8, dim=4, num_negatives=8, history_length=5, threads=1)
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    root = tmp_path_factory.mktemp("speed")
-    rng = np.random.default_rng(0)
-    lines = [f"{user} {item}" for user in range(20) for item in rng.permutation(15)[:6]]
-    (root / "pairs.txt").write_text("\n".join(lines) + "\n")
-    assert trirank(["import", "pairs", str(root / "pairs.txt"), "--out", str(root / "data")]) == 0
-    return root / "data"
-
-
 @pytest.mark.parametrize("name", ["trirank", "trirank-fusion"])
-def test_ours_gives_a_time_for_each_epoch(name, directory):
-    split = training_split(directory)
+def test_ours_gives_a_time_for_each_epoch(name, pairs_directory):
+    split = training_split(pairs_directory)
     assert len(split.train) == 20 * 5
-    times = CONTENDERS[name](directory, split, WORK)
+    times = CONTENDERS[name](pairs_directory, split, WORK)
     assert len(times) == 2
     assert all(time_s > 0 for time_s in times)
 
 
-def test_rectools_gets_the_same_work(directory, monkeypatch, tmp_path):
+def test_rectools_gets_the_same_work(pairs_directory, monkeypatch, tmp_path):
     asked = []
 
     def run(python, settings, train, histories):
@@ -40,7 +29,7 @@ def test_rectools_gets_the_same_work(directory, monkeypatch, tmp_path):
         return rectools_sasrec.Result({}, [3.0, 2.0], 7, {"rectools": "0"})
 
     monkeypatch.setattr(rectools_sasrec, "run", run)
-    split = training_split(directory)
+    split = training_split(pairs_directory)
     found = measure_rectools(tmp_path, split, WORK)
     assert found["epoch_s"] == [3.0, 2.0]
     ((python, settings, train, histories),) = asked
@@ -49,7 +38,7 @@ def test_rectools_gets_the_same_work(directory, monkeypatch, tmp_path):
     np.testing.assert_array_equal(train[1], split.train.items)
 
 
-def test_the_table_leaves_out_what_is_missing_and_says_so(directory, monkeypatch, tmp_path, capsys):
+def test_the_table_leaves_out_what_is_missing_and_says_so(pairs_directory, monkeypatch, tmp_path, capsys):
     """Each of ours is measured in a process of its own; here the processes are made up."""
 
     def run(command, **options):
@@ -61,7 +50,7 @@ def test_the_table_leaves_out_what_is_missing_and_says_so(directory, monkeypatch
         return type("Done", (), {"returncode": 0, "stdout": text})
 
     monkeypatch.setattr(training_speed.subprocess, "run", run)
-    command = ["ranking", "--data", str(directory), "--rectools_python", str(tmp_path / "none")]
+    command = ["ranking", "--data", str(pairs_directory), "--rectools_python", str(tmp_path / "none")]
     monkeypatch.setattr(rectools_sasrec, "check_python", _missing)
     assert training_speed.main(command) == 0
     shown = capsys.readouterr()
@@ -84,8 +73,8 @@ def _missing(python):
     raise ValueError("install it")
 
 
-def test_wrong_input(directory, capsys):
-    command = ["ranking", "--data", str(directory)]
+def test_wrong_input(pairs_directory, capsys):
+    command = ["ranking", "--data", str(pairs_directory)]
     assert training_speed.main([*command, "--contenders", "pyg"]) == 2
     assert "contender is 'pyg'; expected one of trirank, trirank-fusion, rectools" in capsys.readouterr().err
     assert training_speed.main([*command, "--dim", "0"]) == 2

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from benchmarks import training_speed
@@ -11,18 +10,14 @@ from engine.cli import main as trirank
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(pairs_directory, tmp_path_factory):
     root = tmp_path_factory.mktemp("timed")
-    rng = np.random.default_rng(0)
-    lines = [f"{user} {item}" for user in range(20) for item in rng.permutation(15)[:6]]
-    (root / "pairs.txt").write_text("\n".join(lines) + "\n")
-    assert trirank(["import", "pairs", str(root / "pairs.txt"), "--out", str(root / "data")]) == 0
     small = [
         *("--retrieval.model.encoder.dim", "4", "--retrieval.trainer.max_epochs", "2"),
         *("--ranking.model.encoder.dim", "4", "--ranking.trainer.max_epochs", "3"),
         *("--out", str(root / "bundles"), "--runs", str(root / "runs")),
     ]
-    assert trirank(["train", str(root / "data"), *small]) == 0
+    assert trirank(["train", str(pairs_directory), *small]) == 0
     return next((root / "runs").iterdir())
 
 

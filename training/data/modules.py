@@ -26,10 +26,8 @@ from training.data.sequences import (
     sequence_batches,
     targets_per_item,
 )
-from training.data.splits import Holdout, Split, SplitOptions, load_split
+from training.data.splits import Holdout, Split, SplitOptions, load_split, questions_at_once
 from training.stages import check_numbers
-
-SCORES_AT_ONCE = 20_000_000  # 80 MB of float32 scores
 
 
 class _StageData(L.LightningDataModule):
@@ -240,7 +238,7 @@ def question_loader(holdout: Holdout, context: ContextTable) -> DataLoader[Any]:
 
     As many at once as leave room for their scores of all items.
     """
-    batch_size = int(np.clip(SCORES_AT_ONCE // (holdout.events.num_items + 1), 1, 256))
+    batch_size = questions_at_once(holdout.events.num_items)
     asked_in = encoded_context(context, holdout.events, holdout.ends)
     length = holdout.ends - holdout.events.offsets[holdout.users]
     order = torch.from_numpy(np.argsort(length, kind="stable"))

@@ -227,6 +227,11 @@ def _given(
     )
 
 
+def questions_at_once(num_items: int) -> int:
+    """Return how many questions to score all items for at once: 1 to 256, for 80 MB of float32 at most."""
+    return int(np.clip(20_000_000 // (num_items + 1), 1, 256))
+
+
 def _asked(events: Interactions, wanted: NDArray[np.bool_], known: NDArray[np.bool_]) -> Holdout:
     """Return a question for each user who has a wanted event, with the known ones as history: a prefix."""
     users, first = np.unique(events.users[wanted], return_index=True)
