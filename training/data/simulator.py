@@ -26,6 +26,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.progress import track
 
 from engine.arguments import ArgumentParser
 from training.data.dataset import (
@@ -78,6 +79,7 @@ DAY_MS = 24 * HOUR_MS
 # Sessions start in the first half of a two-hour slot and last under an hour, so slots never overlap.
 SLOTS = np.array([2, 1, 1, 2, 5, 7, 9, 8, 8, 11, 14, 7]) / 75  # share of the day's sessions, midnight first
 WEEKDAYS = np.array([1.0, 0.9, 0.9, 1.0, 1.1, 1.4, 1.5])  # Monday first
+MAX_LIKINGS = 4_000_000  # of sessions for items that are worked out at once: 32 MB
 MAX_VISITS = 12  # items looked at in one session; 6 on average
 EVENTS_PER_SESSION = 8.4  # measured with the default configuration
 # How strong each force is. Tuned so that order and taste weigh about the same and neither is enough.
@@ -336,25 +338,30 @@ def walk(
 ) -> Ints:
     """Return the items (0-based) that S sessions look at, [S, MAX_VISITS], -1 after a session's end.
 
-    All sessions take their n-th step together; `user`, `day` and `start` (ms) are [S], `placement` is
-    [S, MAX_VISITS].
+    All sessions take their n-th step together, those at one leaf in blocks of bounded memory; `user`, `day`
+    and `start` (ms) are [S], `placement` is [S, MAX_VISITS].
     """
     length = 1 + np.minimum(rng.poisson(5, len(user)), MAX_VISITS - 1)
     items = np.full((len(user), MAX_VISITS), -1)
     leaf = np.zeros(len(user), np.int64)
     shelves = [np.flatnonzero(shop.leaf == code) for code in range(len(shop.paths))]
-    for step in range(MAX_VISITS):
+    pull = np.exp(shop.placement_taste)
+    console = Console(stderr=True)
+    for step in track(range(MAX_VISITS), "shopping", console=console, transient=True):
         active = np.flatnonzero(length > step)
         wanted = shoppers.interests[user[active]]
         if step:
             wanted = (1 - FOLLOW) * wanted + FOLLOW * shop.next_leaf[leaf[active]]
         leaf[active] = draw(wanted * shop.season[day[active]], rng)
         for code, shelf in enumerate(shelves):
-            here = active[leaf[active] == code]
-            liking = shop.appeal[shelf] * np.exp(TASTE * shoppers.taste[user[here]] @ shop.taste[shelf].T)
-            liking *= np.exp(shop.placement_taste[np.ix_(placement[here, step], shelf)])
-            liking[start[here, None] < shop.available_from[shelf]] = 0
-            items[here, step] = shelf[draw(liking, rng)]
+            at_leaf = active[leaf[active] == code]
+            block = max(1, MAX_LIKINGS // len(shelf))
+            for begin in range(0, len(at_leaf), block):
+                here = at_leaf[begin : begin + block]
+                liking = shop.appeal[shelf] * np.exp(TASTE * shoppers.taste[user[here]] @ shop.taste[shelf].T)
+                liking *= pull[np.ix_(placement[here, step], shelf)]
+                liking[start[here, None] < shop.available_from[shelf]] = 0
+                items[here, step] = shelf[draw(liking, rng)]
     return items
 
 
