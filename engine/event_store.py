@@ -1,8 +1,7 @@
 """What users did since the bundle was made: recorded once, kept safe, and merged into their histories.
 
 `LocalEventStore` is for one process with a disk of its own; engine/redis_events.py is for several, and
-`MemoryEventStore` for where a restart may forget.
-Events carry the shop's ids, not rows: the next bundle gives its items other rows.
+`MemoryEventStore` for where a restart may forget. What a store is stands in engine/events.py.
 """
 
 from __future__ import annotations
@@ -12,21 +11,22 @@ import itertools
 import json
 import logging
 import math
-import queue
 import threading
 import time
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.catalog import Catalog
 from engine.event_log import EventLog
+from engine.events import Recorded, StoreUnavailableError, UserEvent
+from engine.group_commit import MAX_WAITING, GroupCommit
 from engine.history import EVENT_CODE, History
 from engine.telemetry import LimitedLog
 
@@ -38,53 +38,6 @@ JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 USERS_MARK = b"{"  # a record of users begins with it; one of events does not
 USERS_RECORD_BYTES = 1 << 16
 COMPACT_AGAIN_S = 60.0  # after a compaction that failed
-
-
-class UserEvent(NamedTuple):
-    """Something a user did, as it is recorded."""
-
-    event_id: str  # the caller's; one user has no two events of one id
-    user_id: str
-    item_id: str
-    event_type: str = "interaction"  # one of engine.history.EVENT_TYPES
-    timestamp: int = 0  # ms since 1970 UTC; 0 means just now: after all that is recorded of the user
-
-
-class Recorded(NamedTuple):
-    """What became of a batch of events, all of which are safe."""
-
-    num_new: int
-    num_repeated: int  # known by their id, and left out
-    is_delayed: bool = False  # safe on this machine's disk, and not yet seen by the next request
-
-
-class StoreUnavailableError(RuntimeError):
-    """The store cannot answer, or cannot make events safe, right now."""
-
-
-class EventStore(Protocol):
-    """Records events and gives back the newest of a user. Any thread may call it."""
-
-    def record(self, events: Sequence[UserEvent]) -> Future[Recorded]:
-        """Return a future that is done when the events are safe.
-
-        It, or the call, raises StoreUnavailableError where they are not; then the same events may be sent
-        again, whatever became of them.
-        """
-
-    def recent(self, user_id: str, timeout_s: float = math.inf) -> Sequence[UserEvent]:
-        """Return the newest events of a user, oldest first. Raises StoreUnavailableError.
-
-        Args:
-            user_id: the shop's own.
-            timeout_s: how long the caller can wait, if that is less than the store would.
-        """
-
-    def user_ids(self) -> Iterable[str] | None:
-        """Return who has events now; None where others record too, and nobody can be ruled out."""
-
-    def close(self) -> None:
-        """Finish what was begun, and give everything back."""
 
 
 class RecentEvents:
@@ -138,12 +91,8 @@ class RecentEvents:
         if _beginning(event) in line:
             return False
         num_before = num_packed(line)
-        if event.timestamp >= _newest_time(line):
-            line = _with_newest(line, event, self._max_per_user)
-        else:
-            events = unpacked(event.user_id, line)
-            place = bisect_right(events, event.timestamp, key=lambda other: other.timestamp)
-            line = packed((*events[:place], event, *events[place:])[-self._max_per_user :])
+        change = _with_newest if event.timestamp >= _newest_time(line) else _with_older
+        line = change(line, event, self._max_per_user)
         self._keep(event.user_id, line, num_packed(line) - num_before)
         return True
 
@@ -177,20 +126,21 @@ class MemoryEventStore:
         """Begin with nothing; the arguments are those of LocalEventStore."""
         self._recent = RecentEvents(max_per_user, max_events)
         self._clock = clock
-        # A back-fill of a thousand old events takes a quarter of a second: not on the event loop.
-        self._adding = ThreadPoolExecutor(1, thread_name_prefix="events")
+        self._group = GroupCommit("events", self._add)  # a back-fill takes long: not on the event loop
 
     def record(self, events: Sequence[UserEvent]) -> Future[Recorded]:
         """See EventStore."""
-        try:
-            return self._adding.submit(self._add, list(events))
-        except RuntimeError as error:
-            raise StoreUnavailableError("the event store is closed") from error
+        return self._group.submit(list(events))
 
-    def _add(self, events: Sequence[UserEvent]) -> Recorded:
+    def _add(self, batches: Sequence[Sequence[UserEvent]]) -> list[Recorded]:
         now_ms = round(self._clock() * 1000)
-        num_new = sum(self._recent.add(self._recent.timed(event, now_ms)) for event in events)
-        return Recorded(num_new, len(events) - num_new)
+        nums_new = [
+            sum(self._recent.add(self._recent.timed(event, now_ms)) for event in events) for events in batches
+        ]
+        return [
+            Recorded(num_new, len(events) - num_new)
+            for num_new, events in zip(nums_new, batches, strict=True)
+        ]
 
     def recent(self, user_id: str, timeout_s: float = math.inf) -> Sequence[UserEvent]:
         """See EventStore; never raises, never waits."""
@@ -202,14 +152,13 @@ class MemoryEventStore:
 
     def close(self) -> None:
         """See EventStore."""
-        self._adding.shutdown()
+        self._group.close()
 
 
 class LocalEventStore:
     """Events in memory, and in a log on disk that they are read back from at the start.
 
-    One thread writes: batches that arrive while it flushes share the next flush (group commit, DeWitt et al.,
-    SIGMOD 1984), so that the disk's flushes per second do not limit the calls per second.
+    Batches that arrive while the disk is flushed share the next flush (engine/group_commit.py).
     """
 
     def __init__(
@@ -218,7 +167,7 @@ class LocalEventStore:
         *,
         max_per_user: int = 200,
         max_events: int = 1_000_000,
-        max_waiting: int = 10_000,
+        max_waiting: int = MAX_WAITING,
         compact_bytes: int = 16 << 20,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
@@ -229,7 +178,7 @@ class LocalEventStore:
             directory: of the log; made where it is missing.
             max_per_user: events of one user that are kept.
             max_events: events of all users that are kept.
-            max_waiting: batches that may wait for the disk; more are refused at once.
+            max_waiting: events that may wait for the disk; more are refused at once.
             compact_bytes: the log is written anew, without what is not kept, when it has grown by this much:
                 what a restart has to read event by event.
             clock: seconds since 1970.
@@ -252,14 +201,10 @@ class LocalEventStore:
             else:
                 for event in decode(payload):
                     self._recent.add(event)
-        self._waiting: queue.Queue[tuple[Sequence[UserEvent], Future[Recorded]] | None] = queue.Queue(
-            max_waiting
-        )
-        self._is_closed = False
-        self._closing = threading.Lock()  # nothing may be put behind the end mark
         self._compaction: threading.Thread | None = None
-        self._writer = threading.Thread(target=self._write, name="event-log", daemon=True)
-        self._writer.start()
+        self._group = GroupCommit(
+            "event-log", self._commit, max_waiting=max_waiting, afterwards=self._compact_where_due
+        )
 
     @property
     def num_events(self) -> int:
@@ -273,15 +218,7 @@ class LocalEventStore:
 
     def record(self, events: Sequence[UserEvent]) -> Future[Recorded]:
         """See EventStore."""
-        future: Future[Recorded] = Future()
-        with self._closing:
-            if self._is_closed:
-                raise StoreUnavailableError("the event store is closed")
-            try:
-                self._waiting.put_nowait((events, future))
-            except queue.Full:
-                raise StoreUnavailableError("too many events wait for the disk") from None
-        return future
+        return self._group.submit(events)
 
     def recent(self, user_id: str, timeout_s: float = math.inf) -> Sequence[UserEvent]:
         """See EventStore; never raises, never waits."""
@@ -293,42 +230,10 @@ class LocalEventStore:
 
     def close(self) -> None:
         """See EventStore."""
-        with self._closing:
-            if self._is_closed:
-                return
-            self._is_closed = True
-        self._waiting.put(None)
-        self._writer.join()
+        self._group.close()
         if self._compaction:
             self._compaction.join()
         self._log.close()
-
-    def _write(self) -> None:
-        is_open = True
-        while is_open:
-            taken = [self._waiting.get(), *self._taken_at_once()]
-            is_open = None not in taken
-            batches = [batch for batch in taken if batch and batch[1].set_running_or_notify_cancel()]
-            try:
-                outcomes = self._commit([events for events, _ in batches])
-            except Exception as error:
-                logger.exception("%d batches of events could not be made safe", len(batches))
-                for _, future in batches:
-                    future.set_exception(StoreUnavailableError(f"the event log cannot be written: {error}"))
-            else:
-                for (_, future), outcome in zip(batches, outcomes, strict=True):
-                    future.set_result(outcome)
-                try:
-                    self._compact_where_due()
-                except Exception:  # noqa: BLE001  # such as no descriptor left: this thread must go on
-                    self._compact_later()
-
-    def _taken_at_once(self) -> Iterator[tuple[Sequence[UserEvent], Future[Recorded]] | None]:
-        while True:
-            try:
-                yield self._waiting.get_nowait()
-            except queue.Empty:
-                return
 
     def _commit(self, batches: Sequence[Sequence[UserEvent]]) -> list[Recorded]:
         """Make batches safe with one flush, then let them be seen."""
@@ -350,7 +255,10 @@ class LocalEventStore:
             fresh_batches.append(fresh)
         payloads = [encode(fresh) for fresh in fresh_batches if fresh]
         if payloads:
-            self._log.append(payloads)
+            try:
+                self._log.append(payloads)
+            except OSError as error:
+                raise StoreUnavailableError(f"the event log cannot be written: {error}") from error
         for event in itertools.chain.from_iterable(fresh_batches):
             self._recent.add(event)
         return [
@@ -361,16 +269,20 @@ class LocalEventStore:
     def _compact_where_due(self) -> None:
         if self._compaction and self._compaction.is_alive():
             return
-        if self._log.num_bytes < self._compact_bytes or self._monotonic() < self._compacts_again_at:
-            return
-        compaction = threading.Thread(
-            target=self._compact,
-            args=(self._log.rotate(), self._recent.users()),
-            name="event-log-compaction",
-            daemon=True,
-        )
-        compaction.start()
-        self._compaction = compaction  # started: close() and others may join it at any time
+        try:
+            if self._log.num_bytes < self._compact_bytes or self._monotonic() < self._compacts_again_at:
+                return
+            compaction = threading.Thread(
+                target=self._compact,
+                args=(self._log.rotate(), self._recent.users()),
+                name="event-log-compaction",
+                daemon=True,
+            )
+            compaction.start()
+        except Exception:  # noqa: BLE001  # such as no descriptor left
+            self._compact_later()
+        else:
+            self._compaction = compaction  # started: close() and others may join it at any time
 
     def _compact(self, number: int, users: Sequence[tuple[str, bytes]]) -> None:
         try:
@@ -441,6 +353,16 @@ def _with_newest(line: bytes, event: UserEvent, max_events: int) -> bytes:
         num_events += 1
         begin = line.index(b" ") + 2
     return b"%d [%b,%b]" % (num_events, line[begin:-1], _text(event))
+
+
+def _with_older(line: bytes, event: UserEvent, max_events: int) -> bytes:
+    """Return a line with one more event at its place in time, without its first ones past max_events."""
+    begin = b',["'
+    texts = line[line.index(b" ") + 4 : -1].split(begin)
+    place = bisect_right(texts, event.timestamp, key=lambda text: int(text[text.rindex(b",") + 1 : -1]))
+    texts.insert(place, _text(event)[2:])
+    del texts[:-max_events]
+    return b'%d [["%b]' % (len(texts), begin.join(texts))
 
 
 @functools.lru_cache(maxsize=1024)  # one who has come back asks more than once

@@ -21,7 +21,7 @@ import numpy as np
 from engine.auth import ApiKeys, KeyFile, KeyFileError
 from engine.bundle import Bundle, BundleError, bundle_to_serve, bundles_in, pinned
 from engine.deadline import StageCosts
-from engine.event_store import EventStore
+from engine.events import EventStore
 from engine.history import EMPTY_HISTORY, History
 from engine.memory import give_back, leaves, let_go
 from engine.pacing import paced

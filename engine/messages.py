@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 
 from engine.catalog import Catalog
-from engine.event_store import Recorded, UserEvent
+from engine.events import Recorded, UserEvent
 from engine.history import EVENT_CODE, EVENT_TYPES
 from engine.item_list import ItemList
 from engine.pipeline import MAX_CANDIDATES, MAX_HEAD_WEIGHT, MAX_LIMIT, NO_FILTERS, Event, Filters

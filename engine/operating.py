@@ -39,7 +39,8 @@ from engine.bundle import (
 )
 from engine.commands import DEFAULT_ADDRESS, fail, stderr, stdout
 from engine.event_log import EventLog, LogInUseError
-from engine.event_store import EventStore, LocalEventStore, MemoryEventStore
+from engine.event_store import LocalEventStore, MemoryEventStore
+from engine.events import EventStore
 from engine.following import first_to_serve, log_policies, other_lacks, prepared
 from engine.memory import set_up_for_serving
 from engine.policy_files import PolicyFiles

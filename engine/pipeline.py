@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from engine.bundle import Bundle
 from engine.deadline import Budget, StageCosts
-from engine.event_store import EventStore, StoreUnavailableError
 from engine.event_store import merge as merge_events
+from engine.events import EventStore, StoreUnavailableError
 from engine.history import (
     EMPTY_HISTORY,
     EVENT_CODE,

@@ -8,6 +8,7 @@ extra `redis`, and one server of Redis, no cluster.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -20,10 +21,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from engine.event_log import EventLog, private
-from engine.event_store import Recorded, StoreUnavailableError, UserEvent, encode, events_of
+from engine.event_store import encode, events_of
+from engine.events import Recorded, StoreUnavailableError, UserEvent
+from engine.group_commit import GroupCommit
 from engine.telemetry import LimitedLog
 
 logger = logging.getLogger(__name__)
@@ -88,6 +91,14 @@ return num_new
 """
 
 
+class _Sent(NamedTuple):
+    """What Redis said to the events of one user."""
+
+    number: int  # of the batch that they are of
+    events: list[UserEvent]
+    answer: Any  # how many were new, or the error
+
+
 class RedisEventStore:
     """An EventStore in Redis, with a log on disk for the time when Redis is down."""
 
@@ -111,7 +122,7 @@ class RedisEventStore:
                 delivered too.
             max_per_user: events of one user that are given back; up to a quarter more are kept.
             keep_days: a user's events go when there was none for this long.
-            timeout_s: how long one answer of Redis may take.
+            timeout_s: how long one answer may take that a request waits for.
             retry_s: how often it is asked whether it is back, once it has failed; until then requests are
                 told at once that it does not answer.
             max_buffer_bytes: of undelivered events; more are refused.
@@ -151,7 +162,7 @@ class RedisEventStore:
         self._buffering = threading.Lock()
         self._has_undelivered = any(True for _ in self._buffer.replay())
         self._is_closed = threading.Event()
-        self._pool = ThreadPoolExecutor(4, thread_name_prefix="redis-events")
+        self._group = GroupCommit("redis-events", self._commit, max_together=EVENTS_AT_ONCE)
         self._reading = ThreadPoolExecutor(4, thread_name_prefix="redis-reading")
         self._delivery = threading.Thread(target=self._deliver_later, name="redis-delivery", daemon=True)
         self._delivery.start()
@@ -162,11 +173,11 @@ class RedisEventStore:
         return self._has_undelivered
 
     def record(self, events: Sequence[UserEvent]) -> Future[Recorded]:
-        """See EventStore. Safe in Redis to the degree that its `appendfsync` says."""
-        try:
-            return self._pool.submit(self._record, list(events))
-        except RuntimeError as error:
-            raise StoreUnavailableError("the event store is closed") from error
+        """See EventStore. Safe in Redis to the degree that its `appendfsync` says.
+
+        What comes while an answer is awaited shares the next round trip, or the next flush of the disk.
+        """
+        return self._group.submit(list(events))
 
     def recent(self, user_id: str, timeout_s: float = math.inf) -> Sequence[UserEvent]:
         """See EventStore."""
@@ -212,7 +223,7 @@ class RedisEventStore:
     def close(self) -> None:
         """See EventStore. What is not delivered stays on disk for the next start."""
         self._is_closed.set()
-        self._pool.shutdown()
+        self._group.close()
         self._reading.shutdown(cancel_futures=True)
         self._delivery.join(CLOSE_S)
         with self._buffering:
@@ -236,46 +247,61 @@ class RedisEventStore:
             seldom.warning(message)
             raise StoreUnavailableError(message) from error
 
-    def _record(self, events: Sequence[UserEvent]) -> Recorded:
-        try:
-            num_new = self._send(events)
-        except StoreUnavailableError:
-            return self._set_aside(events)
-        return Recorded(num_new, len(events) - num_new)
+    def _commit(self, batches: Sequence[Sequence[UserEvent]]) -> list[Recorded]:
+        """Record batches in Redis; on disk where it is away, and those of which it refuses a key."""
+        nums_new: list[int | None] = [None if events else 0 for events in batches]
+        with contextlib.suppress(StoreUnavailableError):
+            for number, sent in itertools.groupby(self._ask(lambda: self._sent(batches)), key=_number):
+                answers = [one.answer for one in sent]
+                if not any(isinstance(answer, Exception) for answer in answers):
+                    nums_new[number] = sum(answers)
+        aside = [events for events, num_new in zip(batches, nums_new, strict=True) if num_new is None]
+        if aside:
+            self._set_aside(aside)
+        return [
+            Recorded(len(events), 0, is_delayed=True)
+            if num_new is None
+            else Recorded(num_new, len(events) - num_new)
+            for events, num_new in zip(batches, nums_new, strict=True)
+        ]
 
-    def _send(self, events: Sequence[UserEvent], refused: list[dict[str, Any]] | None = None) -> int:
-        """Record events in one round trip; return how many were new. Raises StoreUnavailableError.
+    def _send(self, events: Sequence[UserEvent], refused: list[dict[str, Any]]) -> None:
+        """Deliver events. Raises StoreUnavailableError.
 
         Args:
             events: in the order in which they came.
-            refused: of a delivery, which waits for longer: gets the events of users for whose keys the script
-                fails, which somebody else must have made. Others are not to wait for them for ever.
+            refused: gets the events of users for whose keys the script fails, which somebody else must have
+                made. Others are not to wait for them for ever.
         """
-        if not events:
-            return 0
-        is_delivery = refused is not None
+        refused += [
+            {"why": str(one.answer), "events": one.events}
+            for one in self._asked(lambda: self._sent([events]))
+            if isinstance(one.answer, Exception)
+        ]
+
+    def _sent(self, batches: Sequence[Sequence[UserEvent]]) -> list[_Sent]:
+        """Record batches in one round trip; raises what Redis raises, but for what is of one key alone.
+
+        It may take longer than a request waits for an answer: no request waits for this one.
+        """
         now_ms = round(self._clock() * 1000)
-        pipeline = (self._patient if is_delivery else self._redis).pipeline(transaction=False)
-        in_turn = sorted(events, key=_user)  # stable: of one user as they came
-        by_user = [list(group) for _, group in itertools.groupby(in_turn, key=_user)]
-        for of_user in by_user:
-            arguments: list[Any] = [self._max_per_user, self._keep_ms, now_ms]
-            for event in of_user:
-                arguments += [event.event_id, event.event_type, event.item_id, event.timestamp]
-            self._record_script(keys=[_key(_user(of_user[0]))], args=arguments, client=pipeline)
-
-        def answers() -> list[int | Exception]:
-            found: list[int | Exception] = pipeline.execute(raise_on_error=False)
-            for answer in found:
-                if isinstance(answer, Exception) and not (is_delivery and self._is_of_a_key(answer)):
-                    raise answer
-            return found
-
-        found = self._asked(answers) if is_delivery else self._ask(answers)
-        for of_user, answer in zip(by_user, found, strict=True):
-            if isinstance(answer, Exception) and refused is not None:
-                refused.append({"why": str(answer), "events": of_user})
-        return sum(answer for answer in found if isinstance(answer, int))
+        pipeline = self._patient.pipeline(transaction=False)
+        asked: list[tuple[int, list[UserEvent]]] = []
+        for number, events in enumerate(batches):
+            in_turn = sorted(events, key=_user)  # stable: of one user as they came
+            for user_id, group in itertools.groupby(in_turn, key=_user):
+                of_user = list(group)
+                arguments: list[Any] = [self._max_per_user, self._keep_ms, now_ms]
+                for event in of_user:
+                    arguments += [event.event_id, event.event_type, event.item_id, event.timestamp]
+                self._record_script(keys=[_key(user_id)], args=arguments, client=pipeline)
+                asked.append((number, of_user))
+        sent = []
+        for (number, of_user), answer in zip(asked, pipeline.execute(raise_on_error=False), strict=True):
+            if isinstance(answer, Exception) and not self._is_of_a_key(answer):
+                raise answer
+            sent.append(_Sent(number, of_user, answer))
+        return sent
 
     def _is_of_a_key(self, error: Exception) -> bool:
         """Return whether the script failed for what stands under one key, and not for all of Redis."""
@@ -293,22 +319,25 @@ class RedisEventStore:
         reasons = "; ".join(dict.fromkeys(one["why"] for one in refused))
         logger.error("events that Redis will never take are kept in %s: %s", path, reasons)
 
-    def _set_aside(self, events: Sequence[UserEvent]) -> Recorded:
+    def _set_aside(self, batches: Sequence[Sequence[UserEvent]]) -> None:
+        """Make batches safe on disk, with one flush. Raises StoreUnavailableError."""
         now_ms = round(self._clock() * 1000)  # "just now" is now, not when they are delivered
-        timed = [event._replace(timestamp=event.timestamp or now_ms) for event in events]
+        payloads = [
+            encode([event._replace(timestamp=event.timestamp or now_ms) for event in events])
+            for events in batches
+        ]
         with self._buffering:
             try:
                 if self._buffer.num_bytes > self._max_buffer_bytes:
                     raise StoreUnavailableError(
                         "Redis does not answer, and the buffer for its events is full"
                     )
-                self._buffer.append([encode(timed)])
+                self._buffer.append(payloads)
             except OSError as error:
                 raise StoreUnavailableError(
                     f"Redis does not answer, and the buffer cannot be written: {error}"
                 ) from error
             self._has_undelivered = True
-        return Recorded(len(events), 0, is_delayed=True)
 
     def _deliver_later(self) -> None:
         while not self._is_closed.wait(self._retry_s):
@@ -396,3 +425,7 @@ def _key(user_id: str) -> str:
 
 def _user(event: UserEvent) -> str:
     return event.user_id
+
+
+def _number(sent: _Sent) -> int:
+    return sent.number

@@ -31,7 +31,7 @@ from engine.admission import ConcurrencyLimit, Permit, RateLimit, RateLimiter, R
 from engine.auth import ApiKey, ApiKeys, KeyFile, presented_key
 from engine.bundle import Bundle
 from engine.deadline import Budget
-from engine.event_store import StoreUnavailableError
+from engine.events import StoreBusyError, StoreUnavailableError
 from engine.following import follow_bundles, follow_keys, follow_policies
 from engine.pipeline import RecommendationPipeline
 from engine.policy_files import PolicyFiles
@@ -61,6 +61,7 @@ WIRE_BYTES = messages.MAX_MESSAGE_BYTES + (1 << 20)
 CONNECTION_AGE_S = 120.0  # give or take a tenth; then it takes no new calls, and the client connects anew
 CONNECTION_GRACE_S = 60.0  # for what is under way then; a Watch of the health ends with it
 WATCHERS_S = 0.2  # for those who watch the health to be told of the end
+BUSY_STORE_S = 1.0  # until a store that has too much to do may have done it
 END_S = 2.0  # after draining, for a worker to come back from the stage that it is in
 NO_OTHERS: Mapping[str, RecommendationPipeline] = MappingProxyType({})
 ROLE_OF = {"RecordEvents": "client"}  # of an API key; all other calls are for readers
@@ -358,8 +359,10 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
             raise StoreUnavailableError("this server records no events")
         try:
             recorded = await asyncio.wrap_future(store.record(events))
-        except StoreUnavailableError:
+        except StoreUnavailableError as error:
             count("failed").inc(len(events))
+            if isinstance(error, StoreBusyError):
+                raise RejectedError(str(error), BUSY_STORE_S, is_from_limit=True) from error
             raise
         count("delayed" if recorded.is_delayed else "new").inc(recorded.num_new)
         count("repeated").inc(recorded.num_repeated)

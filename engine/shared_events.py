@@ -10,6 +10,7 @@ Bloom filter of one hash (Bloom, CACM 1970). Who is not marked has no events; wh
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -19,11 +20,12 @@ import struct
 import threading
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from engine.event_store import EventStore, Recorded, StoreUnavailableError, UserEvent
+from engine.events import EventStore, Recorded, StoreUnavailableError, UserEvent
+from engine.group_commit import GroupCommit, Outcome
 from engine.telemetry import LimitedLog
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ seldom = LimitedLog(logger)
 LENGTH = struct.Struct("<I")
 ACCEPT_AGAIN_S = 0.1
 SHORTEST_WAIT_S = 0.001
+EVENTS_AT_ONCE = 5000  # of a question, about
 MARKS_BYTES = 1 << 20  # with a million users with events, one in nine without any is asked about in vain
 
 
@@ -121,12 +124,28 @@ class EventServer:
     def _answer_to(self, question: dict[str, Any]) -> dict[str, Any]:
         if "recent" in question:
             return {"events": self._store.recent(question["recent"])}
-        events = [UserEvent(*fields) for fields in question["record"]]
+        batches = [[UserEvent(*fields) for fields in events] for events in question["record"]]
         if self._marks is not None:  # before they can be seen
             with self._marking:
-                for event in events:
+                for event in itertools.chain.from_iterable(batches):
                     self._marks.add(event.user_id)
-        return {"recorded": self._store.record(events).result()}
+        futures = [self._future(events) for events in batches]  # which share a flush
+        return {"recorded": [_outcome(future) for future in futures]}
+
+    def _future(self, events: Sequence[UserEvent]) -> Future[Recorded]:
+        try:
+            return self._store.record(events)
+        except StoreUnavailableError as error:
+            refused: Future[Recorded] = Future()
+            refused.set_exception(error)
+            return refused
+
+
+def _outcome(future: Future[Recorded]) -> Recorded | dict[str, str]:
+    try:
+        return future.result()
+    except StoreUnavailableError as error:
+        return {"unavailable": str(error)}
 
 
 class SharedEventStore:
@@ -140,14 +159,11 @@ class SharedEventStore:
             self._marks = _Marks(_marks_path(path))
         self._timeout_s = timeout_s
         self._of_thread = threading.local()
-        self._pool = ThreadPoolExecutor(4, thread_name_prefix="shared-events")
+        self._group = GroupCommit("shared-events", self._commit, max_together=EVENTS_AT_ONCE)
 
     def record(self, events: Sequence[UserEvent]) -> Future[Recorded]:
         """See EventStore."""
-        try:
-            return self._pool.submit(self._record, list(events))
-        except RuntimeError as error:
-            raise StoreUnavailableError("the event store is closed") from error
+        return self._group.submit(list(events))
 
     def recent(self, user_id: str, timeout_s: float = math.inf) -> Sequence[UserEvent]:
         """See EventStore."""
@@ -160,10 +176,13 @@ class SharedEventStore:
 
     def close(self) -> None:
         """See EventStore."""
-        self._pool.shutdown()
+        self._group.close()
 
-    def _record(self, events: Sequence[UserEvent]) -> Recorded:
-        return Recorded(*self._ask({"record": events})["recorded"])
+    def _commit(self, batches: Sequence[Sequence[UserEvent]]) -> list[Outcome]:
+        return [
+            StoreUnavailableError(found["unavailable"]) if isinstance(found, dict) else Recorded(*found)
+            for found in self._ask({"record": batches})["recorded"]
+        ]
 
     def _ask(self, question: dict[str, Any], timeout_s: float = math.inf) -> dict[str, Any]:
         connection: socket.socket | None = getattr(self._of_thread, "connection", None)

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from engine.event_store import EventStore
+from engine.events import EventStore
 from engine.shared_events import EventServer
 
 logger = logging.getLogger(__name__)

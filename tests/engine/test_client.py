@@ -14,7 +14,8 @@ import pytest
 from engine.auth import KeyFile, create_key
 from engine.bundle import Bundle
 from engine.client import AsyncRecommenderClient, RecommenderClient, visitor
-from engine.event_store import MemoryEventStore, Recorded, StoreUnavailableError, UserEvent
+from engine.event_store import MemoryEventStore
+from engine.events import Recorded, StoreUnavailableError, UserEvent
 from engine.pipeline import RecommendationPipeline
 from protos.trirank.v1 import recommender_pb2 as pb
 

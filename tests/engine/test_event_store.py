@@ -26,9 +26,6 @@ from engine.event_store import (
     LocalEventStore,
     MemoryEventStore,
     RecentEvents,
-    Recorded,
-    StoreUnavailableError,
-    UserEvent,
     decode,
     decode_users,
     encode,
@@ -38,6 +35,7 @@ from engine.event_store import (
     packed,
     unpacked,
 )
+from engine.events import Recorded, StoreUnavailableError, UserEvent
 from engine.history import EMPTY_HISTORY, History
 
 WAIT_S = 60
@@ -457,7 +455,8 @@ TestAgainstAList.settings = settings(max_examples=20, stateful_step_count=12, de
 # Records one event after another and prints each id once it is acknowledged.
 RECORDER = """
 import sys
-from engine.event_store import LocalEventStore, UserEvent
+from engine.event_store import LocalEventStore
+from engine.events import UserEvent
 store = LocalEventStore(sys.argv[1], compact_bytes=3000, max_per_user=20)
 for number in range(int(sys.argv[2]), 10**9):
     store.record([UserEvent(f"e{number}", f"u{number % 10}", "x")]).result()

@@ -28,7 +28,8 @@ from engine.bundle import (
     pin_bundle,
     write_bundle,
 )
-from engine.event_store import MemoryEventStore, UserEvent
+from engine.event_store import MemoryEventStore
+from engine.events import UserEvent
 from engine.following import first_to_serve, follow_bundles, follow_keys, follow_policies, prepared
 from engine.pacing import paced
 from engine.pipeline import RecommendationPipeline

@@ -9,7 +9,7 @@ import pytest
 
 from engine import messages
 from engine.catalog import Catalog
-from engine.event_store import Recorded, UserEvent
+from engine.events import Recorded, UserEvent
 from engine.item_list import ItemList
 from engine.messages import InvalidRequestError
 from engine.pipeline import Event, Filters

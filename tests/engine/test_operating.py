@@ -29,7 +29,8 @@ from engine import commands, operating
 from engine.auth import ApiKeys, create_key, remove_key
 from engine.bundle import Bundle, bundle_to_serve, write_bundle
 from engine.client import RecommenderClient, visitor
-from engine.event_store import LocalEventStore, UserEvent
+from engine.event_store import LocalEventStore
+from engine.events import UserEvent
 from engine.pipeline import RecommendationPipeline
 from engine.tls import TlsError, client_credentials, server_tls
 from engine.workers import ListenError

@@ -10,7 +10,8 @@ import pytest
 from engine.bundle import Bundle
 from engine.client import visitor
 from engine.deadline import Budget
-from engine.event_store import MemoryEventStore, UserEvent
+from engine.event_store import MemoryEventStore
+from engine.events import UserEvent
 from engine.pipeline import RecommendationPipeline
 from engine.response_cache import ResponseCache
 from engine.server import recommend

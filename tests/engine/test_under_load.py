@@ -22,7 +22,8 @@ from engine.admission import ConcurrencyLimit, RateLimit
 from engine.bundle import Bundle
 from engine.client import AsyncRecommenderClient, RecommenderClient, visitor
 from engine.deadline import AbandonedError, Budget
-from engine.event_store import MemoryEventStore, Recorded, StoreUnavailableError, UserEvent
+from engine.event_store import MemoryEventStore
+from engine.events import Recorded, StoreBusyError, StoreUnavailableError, UserEvent
 from engine.pipeline import Event, RecommendationPipeline, Visitor
 from engine.server import TooLateError, _begin, recommend
 from engine.telemetry import JsonFormatter
@@ -303,6 +304,26 @@ class Unavailable:
 
     def close(self) -> None:
         pass
+
+
+def test_a_store_with_too_much_to_do_says_when_to_come_back(
+    bundle: Bundle, served: Any, refused: Any
+) -> None:
+    class Busy(MemoryEventStore):
+        def record(self, events: Sequence[UserEvent]) -> Future[Recorded]:
+            raise StoreBusyError("too many events wait")
+
+    async def scene() -> None:
+        async with served(RecommendationPipeline(bundle, events=Busy())) as shop:
+            events = [pb.RecordedEvent(event_id="e", user_id="u", item_id="x")]
+            call = shop.stub.RecordEvents(pb.RecordEventsRequest(events=events))
+            error = await refused(call)
+            assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "too many events wait" in error.details()
+            assert dict(error.trailing_metadata())["retry-after-ms"] == "1000"
+            assert shop.value("rejected_total", reason="limit") == 1
+
+    asyncio.run(scene())
 
 
 def test_without_the_store_answers_go_on_and_say_so(bundle: Bundle, served: Any, refused: Any) -> None:

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -24,7 +25,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine import shared_events, workers
 from engine.client import visitor
-from engine.event_store import LocalEventStore, MemoryEventStore, Recorded, StoreUnavailableError, UserEvent
+from engine.event_store import LocalEventStore, MemoryEventStore
+from engine.events import Recorded, StoreUnavailableError, UserEvent
 from engine.shared_events import MARKS_BYTES, EventServer, SharedEventStore
 from engine.workers import WORKER, ListenError, Worker
 from protos.trirank.v1 import recommender_pb2 as pb
@@ -61,6 +63,57 @@ def test_a_store_through_a_socket(tmp_path: Path) -> None:
     server.close()
 
 
+def test_what_several_processes_record_meanwhile_shares_a_flush(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owned = LocalEventStore(tmp_path / "log")
+    server = EventServer(owned, tmp_path / "events")
+    stores = [SharedEventStore(tmp_path / "events", timeout_s=WAIT_S) for _ in range(2)]
+    begun, may_end, num_flushes = threading.Event(), threading.Event(), [0]
+    append = owned._log.append
+
+    def slow_append(payloads: Sequence[bytes]) -> None:
+        num_flushes[0] += 1
+        begun.set()
+        assert may_end.wait(WAIT_S)
+        append(payloads)
+
+    monkeypatch.setattr(owned._log, "append", slow_append)
+    futures = [store.record([UserEvent("first", f"u{n}", "x")]) for n, store in enumerate(stores)]
+    assert begun.wait(WAIT_S)
+    futures += [
+        store.record([UserEvent(f"e{number}", f"u{n}", "x")])
+        for number in range(50)
+        for n, store in enumerate(stores)
+    ]
+    may_end.set()
+    assert [future.result(WAIT_S) for future in futures] == [Recorded(1, 0)] * 102
+    assert num_flushes[0] <= 4  # of each process: its first event, and all others
+    assert len(owned.recent("u0")) == len(owned.recent("u1")) == 51
+    for store in (*stores, server, owned):
+        store.close()
+
+
+def test_one_batch_of_many_may_fail(tmp_path: Path) -> None:
+    class Choosy(MemoryEventStore):
+        def record(self, events: Sequence[UserEvent]) -> Future[Recorded]:
+            if events[0].user_id == "bad":
+                raise StoreUnavailableError("not this one")
+            return super().record(events)
+
+    server = EventServer(Choosy(), tmp_path / "events")
+    store = SharedEventStore(tmp_path / "events", timeout_s=WAIT_S)
+    good, bad = ([UserEvent("e", name, "x")] for name in ("good", "bad"))
+    outcomes = store._commit([good, bad, good])
+    assert [str(outcome) for outcome in outcomes] == [
+        str(Recorded(1, 0)), "not this one", str(Recorded(0, 1))
+    ]  # fmt: skip
+    with pytest.raises(StoreUnavailableError, match="not this one"):
+        store.record(bad).result(WAIT_S)
+    store.close()
+    server.close()
+
+
 def test_nobody_is_asked_about_who_has_no_events(tmp_path: Path) -> None:
     asked = []
 
@@ -70,7 +123,7 @@ def test_nobody_is_asked_about_who_has_no_events(tmp_path: Path) -> None:
             return super().recent(user_id, timeout_s)
 
     owned = Noting()
-    owned.record([UserEvent("1", "of old", "x")])
+    owned.record([UserEvent("1", "of old", "x")]).result(WAIT_S)
     server = EventServer(owned, tmp_path / "events")
     first, second = SharedEventStore(tmp_path / "events"), SharedEventStore(tmp_path / "events")
     users = ["new ü", *(f"user {number}" for number in range(1000))]
