@@ -42,6 +42,7 @@ import re
 import shutil
 import tempfile
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -377,12 +378,21 @@ def bundle_to_serve(path: str | Path) -> Path:
 
     Raises BundleError where there is none, or not the pinned one.
     """
-    return bundles_to_serve(path)[0]
+    found = bundles_to_serve(path)[0]
+    if gone := pinned_but_gone(path):
+        raise BundleError(
+            f"{Path(path) / PIN} names {gone!r}, which is gone; expected a bundle of {path} "
+            f"(`trirank rollback {path} --newest` takes the newest again)"
+        )
+    return found
 
 
 def bundles_to_serve(path: str | Path) -> list[Path]:
     """Return what `bundle_to_serve` does, and behind it what may stand in for it: all that are older, the
     newest first. Never what is newer than a pinned one: that is what the pin keeps out.
+
+    Where the pinned one is gone (removed by age, say) the older ones are left. Raises BundleError where there
+    is nothing to serve.
     """
     path = Path(path)
     if (path / MANIFEST).is_file():
@@ -390,10 +400,24 @@ def bundles_to_serve(path: str | Path) -> list[Path]:
     found = bundles_in(path)
     name = pinned(path)
     names = [bundle.name for bundle in found]
-    if name is not None and name not in names:
+    if name is None:
+        return found[::-1]
+    # A name begins with its time, so that what is gone has its place among those there are.
+    last = names.index(name) + 1 if name in names else bisect_left(names, name[:15], key=lambda one: one[:15])
+    if not BUNDLE_NAME.fullmatch(name):
+        last = 0
+    if not last:
         raise BundleError(f"{path / PIN} names {name!r}; expected one of {', '.join(names)}")
-    last = len(names) if name is None else names.index(name) + 1
     return found[:last][::-1]
+
+
+def pinned_but_gone(path: str | Path) -> str | None:
+    """Return the name of the pinned bundle of a directory that does not have it any more; else None."""
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return None
+    name = pinned(path)
+    return None if name is None or name in [bundle.name for bundle in bundles_in(path)] else name
 
 
 def pinned(root: str | Path) -> str | None:

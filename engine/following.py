@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -40,6 +42,7 @@ POLL_S = 1.0  # how often files are looked at
 TRIAL_HISTORIES = (0, 1, 2, 5, 20, 100)  # events
 OPENING_SHARE = 0.15  # of a processor, that opening and trying out a bundle may use
 OPENING_TIMEOUT_S = 900.0  # a million items take a minute
+RETRY_S, MAX_RETRY_S = 5.0, 300.0  # until a bundle that could not be read is tried again, ever longer
 WAIT_S, NUM_WAITS = 0.1, 100  # for requests of a bundle that was replaced
 
 
@@ -85,13 +88,10 @@ async def _load_policies(
     """
     asked = _numbers(service)
     try:
-        loaded = await asyncio.to_thread(policies.load)
+        loaded = await _apart(policies.load)
         while True:
             before, asked = service.pipelines, _numbers(service)
-            after = {
-                name: await asyncio.to_thread(pipeline.with_policies, loaded)
-                for name, pipeline in before.items()
-            }
+            after = {name: await _apart(pipeline.with_policies, loaded) for name, pipeline in before.items()}
             if service.pipelines is before:  # no other bundle came meanwhile
                 break
     except (PolicyError, OSError) as error:
@@ -114,7 +114,7 @@ async def follow_keys(service: Service, keys: KeyFile, hangup: asyncio.Event, po
     said = ""
     async for _ in _changes(keys.changed, hangup, poll_s):
         try:
-            service.keys = await asyncio.to_thread(keys.load)
+            service.keys = await _apart(keys.load)
         except KeyFileError as error:
             said = _say_once(f"the API keys in use stay: {error}", said)
         except Exception:
@@ -141,9 +141,11 @@ async def follow_bundles(
     """Serve whatever bundle of a directory is to be served (see bundle_to_serve), for ever.
 
     A bundle that is refused is tried again when a file of it, the choice or the policies change, or on
-    `hangup`. While a pin keeps a newer bundle out, the log and the metrics say so.
+    `hangup`; also after a while where it could not be read, or not in time, which may pass. While a pin keeps
+    a newer bundle out, the log and the metrics say so.
     """
     refused: object = None
+    said, again_at, wait_s = "", math.inf, 0.0
     waiting: str | None = None
 
     def choose() -> tuple[Path, object]:
@@ -161,26 +163,35 @@ async def follow_bundles(
             refused = None
         seen: object = None
         try:
-            path, seen = await asyncio.to_thread(choose)
+            path, seen = await _apart(choose)
             if path == service.pipeline.bundle.path:
                 refused = None
                 continue
-            if seen == refused:
+            if seen == refused and time.monotonic() < again_at:
                 continue
             logger.info("bundle %s is found", path)
             replaced = await _swap(service, path, open_bundle)
             before, parts = weakref.ref(replaced), leaves(replaced, without=replaced.events)
             del replaced
             await _free(before, parts)
-        except (ValueError, OSError) as error:  # such as a BundleError, a PolicyError
-            if (seen or str(error)) != refused:
-                logger.error("bundle %s stays: %s", service.pipeline.bundle.version, error)
+        except (ValueError, OSError, MemoryError) as error:  # such as a BundleError, a PolicyError
+            is_again = refused == (seen or str(error))
+            if not is_again:
+                said = ""
                 service.metrics.bundle_swaps.labels("refused").inc()
+            said = _say_once(f"bundle {service.pipeline.bundle.version} stays: {error}", said)
             refused = seen or str(error)
+            wait_s = min(2 * wait_s, MAX_RETRY_S) if is_again else RETRY_S
+            again_at = time.monotonic() + wait_s if _may_pass(error) else math.inf
         except Exception:
             logger.exception("bundle %s stays", service.pipeline.bundle.version)
             service.metrics.bundle_swaps.labels("refused").inc()
-            refused = seen
+            refused, again_at = seen, math.inf
+
+
+def _may_pass(error: Exception) -> bool:
+    """Return whether a bundle that was refused for this may be good: it was not read, or not in time."""
+    return isinstance(error, (OSError, MemoryError)) or isinstance(error.__cause__, OSError)
 
 
 def _what_waits(service: Service, root: Path, said: str | None) -> str | None:
@@ -208,10 +219,10 @@ async def _swap(
                 pipeline = await _beside_requests(prepared, bundle, policies, events)
                 if service.policies is policies:  # no other policies came meanwhile
                     break
-    except TimeoutError:
+    except TimeoutError as error:  # an OSError
         raise BundleError(
             f"{path}: it was not opened and did not answer trial requests within {OPENING_TIMEOUT_S:g} s"
-        ) from None
+        ) from error
     replaced = service.pipeline
     if missing := missing_policies(pipeline, replaced):
         logger.warning(
@@ -227,23 +238,32 @@ async def _swap(
 
 
 async def _beside_requests(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Do what takes most of a second with 100,000 items: in one go, requests would take thrice as long.
+    """Do what takes most of a second with 100,000 items: in one go, requests would take thrice as long."""
 
-    In a thread that nobody waits for when the process ends, because the work of a bad bundle may hang.
+    def slowly() -> R:
+        with paced(OPENING_SHARE):
+            return work(*args, **kwargs)
+
+    return await _apart(slowly)
+
+
+async def _apart(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Do what may block, in a thread that nobody waits for when the process ends.
+
+    The work of a bad bundle may hang, and so may a file system; asyncio.to_thread would keep the process.
     """
     done: Future[R] = Future()
     done.set_running_or_notify_cancel()
 
     def run() -> None:
         try:
-            with paced(OPENING_SHARE):
-                result = work(*args, **kwargs)
+            result = work(*args, **kwargs)
         except BaseException as error:  # noqa: BLE001  # it is raised again where it is waited for
             done.set_exception(error)
         else:
             done.set_result(result)
 
-    threading.Thread(target=run, name="opening", daemon=True).start()
+    threading.Thread(target=run, name="following", daemon=True).start()
     return await asyncio.wrap_future(done)
 
 
@@ -253,8 +273,8 @@ async def _free(before: weakref.ref[RecommendationPipeline], parts: list[Any]) -
         if before() is None:
             break
         await asyncio.sleep(WAIT_S)
-    await asyncio.to_thread(let_go, parts)
-    await asyncio.to_thread(give_back)
+    await _apart(let_go, parts)
+    await _apart(give_back)
 
 
 def first_to_serve(
@@ -268,11 +288,11 @@ def first_to_serve(
     A server that starts beside a bad bundle, or one that the policies do not fit, serves what one that was
     running would have stayed with. Raises what is wrong with the first where none of them can be served.
     """
-    failure: ValueError | None = None
+    failure: ValueError | OSError | None = None
     for path in paths:
         try:
             pipeline = prepared(open_bundle(path), policies, events)
-        except ValueError as error:  # such as a BundleError, a PolicyError
+        except (ValueError, OSError) as error:  # such as a BundleError, a PolicyError
             logger.error("bundle %s is refused: %s", path, error)
             failure = failure or error.with_traceback(None)  # whose frames hold what was opened
         else:
@@ -344,6 +364,6 @@ async def _changes(changed: Callable[[], bool], hangup: asyncio.Event, poll_s: f
     while True:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(hangup.wait(), poll_s)
-        if hangup.is_set() or await asyncio.to_thread(changed):
+        if hangup.is_set() or await _apart(changed):
             hangup.clear()
             yield

@@ -35,6 +35,7 @@ from engine.bundle import (
     bundles_in,
     bundles_to_serve,
     pin_bundle,
+    pinned_but_gone,
     resolve_bundle,
 )
 from engine.commands import DEFAULT_ADDRESS, fail, stderr, stdout
@@ -61,6 +62,7 @@ logger = logging.getLogger(__name__)
 SWITCH_INTERVAL_S = 0.0005
 REDIS_URL = "TRIRANK_REDIS_URL"  # of the environment: what is in an argument all processes can read
 WILDCARDS = ("0.0.0.0", "[::]")
+WORKER_END_S = 15.0  # beside the drain, for one of several servers to end
 FIRST_FREE_PORT = 1024  # those below take a right on most systems
 
 
@@ -240,7 +242,9 @@ def _serve(args: Any, argv: list[str], worker: Worker | None, closing: contextli
     address, metrics_address = (worker.address, worker.metrics) if worker else (args.address, args.metrics)
     set_up_for_serving()
     open_bundle = functools.partial(Bundle.load, num_threads=args.num_threads, provider=args.provider)
-    bundles = bundles_to_serve(args.bundle)
+    bundles = [bundle_to_serve(args.bundle)] if args.check else bundles_to_serve(args.bundle)
+    if gone := pinned_but_gone(args.bundle):
+        logger.error("the pinned bundle %s is gone; what is older is served instead", gone)
     other_bundles = {
         name: open_bundle(resolve_bundle(path))
         for name, path in ((OTHER, args.other), (SHADOW, args.shadow))
@@ -328,7 +332,8 @@ def _serve_from_many(args: Any, argv: list[str], closing: contextlib.ExitStack) 
         if args.json:
             print(json.dumps(ready), flush=True)
 
-    supervise(argv, address, metrics_address, args.num_processes, events, on_ready)
+    end_s = args.drain_s + WORKER_END_S
+    supervise(argv, address, metrics_address, args.num_processes, events, on_ready, end_s)
 
 
 def _say(args: Any, text: str) -> None:

@@ -83,6 +83,7 @@ def supervise(
     num_workers: int,
     events: EventStore,
     on_ready: Callable[[dict[str, Any]], None],
+    end_s: float,
 ) -> None:
     """Run servers until SIGTERM or SIGINT.
 
@@ -93,6 +94,7 @@ def supervise(
         num_workers: how many servers.
         events: what they record in.
         on_ready: called with what a server says when it is ready, once all of them are.
+        end_s: how long they may take to end.
 
     Raises:
         ListenError: the port is taken.
@@ -136,11 +138,21 @@ def supervise(
             logger.info("ended before all servers were ready")
         finally:
             is_ready = True  # once is enough
-            for worker in workers:
-                worker.terminate()
-            for worker in workers:
-                worker.wait()
+            _end(workers, end_s)
             server.close()
+
+
+def _end(workers: Sequence[subprocess.Popen[str]], end_s: float) -> None:
+    for worker in workers:
+        worker.terminate()
+    ends = time.monotonic() + end_s
+    for number, worker in enumerate(workers):
+        try:
+            worker.wait(max(0.0, ends - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            logger.error("worker %d has not ended within %g s; it is killed", number, end_s)
+            worker.kill()
+            worker.wait()
 
 
 def _watch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import shutil
 import sys
@@ -26,6 +27,7 @@ from engine.bundle import (
     bundles_in,
     bundles_to_serve,
     pin_bundle,
+    pinned_but_gone,
     write_bundle,
 )
 from engine.event_store import MemoryEventStore
@@ -201,6 +203,45 @@ def test_a_bad_bundle_is_refused_once_and_the_old_one_stays(
     assert caplog.text.count("embeddings.safetensors is damaged") == 1
 
 
+@pytest.mark.parametrize("is_cause", [False, True])
+def test_what_could_not_be_read_is_tried_again_and_what_is_damaged_is_not(
+    is_cause: bool,
+    publish: Publish,
+    served: Any,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine.following, "RETRY_S", 0.01)
+    num_opened, num_failures = [0], 3
+
+    def opened(path: Path) -> Bundle:
+        num_opened[0] += 1
+        if num_opened[0] <= num_failures:
+            error = OSError(errno.EIO, "Input/output error")
+            if not is_cause:
+                raise error
+            raise BundleError("it cannot be read: Input/output error") from error
+        return Bundle.load(path)
+
+    async def scene() -> None:
+        first = publish()
+        async with (
+            served(prepared(Bundle.load(first))) as shop,
+            following(follow_bundles, shop, first.parent, opened),
+        ):
+            second = publish()
+            await shop.until(lambda: shop.service.pipeline.bundle.version == second.name)
+            assert num_opened[0] == num_failures + 1
+            assert shop.value("bundle_swaps_total", result="refused") == 1
+            damage(publish())
+            await shop.until(lambda: shop.value("bundle_swaps_total", result="refused") == 2)
+            await asyncio.sleep(0.2)
+            assert num_opened[0] == num_failures + 2
+
+    asyncio.run(scene())
+    assert caplog.text.count("Input/output error") == 1
+
+
 def test_a_bundle_that_is_still_being_copied_is_served_once_it_is_whole(
     publish: Publish, served: Any, tmp_path: Path
 ) -> None:
@@ -249,6 +290,38 @@ def test_a_start_beside_a_bad_bundle_serves_the_one_before(
         served_at_start()
     pin_bundle(root, None)
     assert served_at_start() == newest.name
+
+
+def test_a_start_beside_what_cannot_be_read(publish: Publish) -> None:
+    older, newest = publish(), publish()
+
+    def opened(path: Path) -> Bundle:
+        if path == newest:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return Bundle.load(path)
+
+    assert first_to_serve([newest, older], opened).bundle.version == older.name
+    with pytest.raises(PermissionError):
+        first_to_serve([newest], opened)
+
+
+def test_a_start_when_the_pinned_bundle_is_gone_serves_an_older_one(publish: Publish) -> None:
+    bundles = []
+    for number in range(3):  # whose names tell their order
+        bundle = publish()
+        bundles.append(bundle.rename(bundle.with_name(f"2026010{number + 1}-000000-{bundle.name[-6:]}")))
+    oldest, pinned, _ = bundles
+    root = oldest.parent
+    pin_bundle(root, pinned.name)
+    shutil.rmtree(pinned)
+    assert bundles_to_serve(root) == [oldest]
+    assert pinned_but_gone(root) == pinned.name
+    with pytest.raises(BundleError, match=f"names '{pinned.name}', which is gone"):
+        bundle_to_serve(root)  # one that runs stays with what it has
+    shutil.rmtree(oldest)
+    with pytest.raises(BundleError, match=f"names '{pinned.name}'; expected one of"):
+        bundles_to_serve(root)  # not what the pin keeps out
+    assert pinned_but_gone(bundles[2]) is None
 
 
 def test_a_start_serves_what_the_policies_fit(publish: Publish, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import os
@@ -491,6 +492,36 @@ def test_sigterm_before_it_serves(bundle_path: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert (process.returncode, said) == (0, b"")
+
+
+def test_sigterm_while_a_directory_that_is_followed_hangs(
+    make_bundle: Callable[..., Path], start_process: Any
+) -> None:
+    """As one of a network file system may."""
+    bundles = make_bundle().parent
+    command = [
+        sys.executable,
+        "-m",
+        "engine.cli",
+        "serve",
+        str(bundles),
+        "--address",
+        "127.0.0.1:0",
+        "--json",
+    ]
+    with start_process(command) as (process, _):
+        pin = bundles / "pinned"
+        os.mkfifo(pin)  # who reads it waits for as long as somebody may write
+        ends = time.monotonic() + 60
+        with contextlib.ExitStack() as closing:
+            while True:
+                with contextlib.suppress(OSError):  # nobody reads it yet
+                    closing.callback(os.close, os.open(pin, os.O_WRONLY | os.O_NONBLOCK))
+                    break
+                assert time.monotonic() < ends
+                time.sleep(0.02)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
 
 
 def test_a_connection_ends_with_its_age_and_no_call_with_it(bundle_path: Path, start_process: Any) -> None:

@@ -336,7 +336,7 @@ def hang(command, **options):
     return start(["sleep", "600"], **options)
 
 workers.subprocess.Popen = hang
-workers.supervise([], ("127.0.0.1", 0), None, 2, MemoryEventStore(), print)
+workers.supervise([], ("127.0.0.1", 0), None, 2, MemoryEventStore(), print, 60)
 print("ended", flush=True)
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -346,6 +346,29 @@ print("ended", flush=True)
     assert process.stdout.readline() == "ended\n"
     assert process.wait(WAIT_S) == 0
     process.stdout.close()
+
+
+def test_a_worker_that_does_not_end_is_killed() -> None:
+    program = """
+import subprocess, sys
+from engine import workers
+from engine.event_store import MemoryEventStore
+start = subprocess.Popen
+deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print('{}', flush=True); time.sleep(600)"
+workers.subprocess.Popen = lambda command, **options: start([sys.executable, "-c", deaf], **options)
+ready = lambda said: print("ready", flush=True)
+workers.supervise([], ("127.0.0.1", 0), None, 2, MemoryEventStore(), ready, 0.1)
+print("ended", flush=True)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    said, log = process.communicate(timeout=WAIT_S)
+    assert (process.returncode, said) == (0, "ended\n")
+    assert "worker 1 has not ended within 0.1 s; it is killed" in log
 
 
 def test_an_address_of_another_machine() -> None:
