@@ -131,8 +131,15 @@ class ConcurrencyLimit:
         """Requests that may be under way at once, now."""
         return self._min_limit if self._is_probing else int(self._limit)
 
-    def admit(self) -> Permit:
-        """Let a request in, to be used in a `with` block. Raises RejectedError where there is no room."""
+    def admit(self, time_left_s: float | None = None) -> Permit:
+        """Let a request in, whose place is to be given back.
+
+        Raises RejectedError where there is no room, or where those before it leave it no time: it would take
+        a worker's time and be late, and a server full of such requests would answer nobody.
+
+        Args:
+            time_left_s: until its deadline; None where it has none.
+        """
         now = self._clock()
         if self.in_flight < self._min_limit and not self._is_probing:
             self._no_queue_at = now
@@ -144,10 +151,22 @@ class ConcurrencyLimit:
             if self._num_rejected > OVERLOAD * max(num_asked, self._window_requests):
                 self._overloaded_at = now
             raise RejectedError("the server is at its limit", self._retry_after_s(), is_from_limit=True)
+        if self.in_flight >= self._answered_within(time_left_s):
+            reason = "those under way leave no time before the deadline"
+            raise RejectedError(reason, self._retry_after_s(), is_from_limit=True)
         self.in_flight += 1
         self._num_admitted += 1
         self._peak = max(self._peak, self.in_flight)
         return Permit(self, now, queued=self.in_flight > self._min_limit)
+
+    def _answered_within(self, time_left_s: float | None) -> float:
+        """Return how many requests are answered in so much time; at least those that need not wait.
+
+        Who has less time than a request takes is answered too, without some stages.
+        """
+        if time_left_s is None or self._unqueued_s is None:
+            return math.inf
+        return max(self._min_limit, math.floor(self._min_limit * time_left_s / max(self._unqueued_s, 1e-9)))
 
     def _release(self, began: float, queued: bool, counts: bool) -> None:
         self.in_flight -= 1

@@ -319,8 +319,9 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         context: pb_grpc._ServicerContext,
     ) -> Reply[Response]:
         """Run a call in the pool. Its place is free when the thread is done, not when the caller has gone."""
-        permit = self.limit.admit()
-        budget = Budget(context.time_remaining())
+        time_left_s = context.time_remaining()
+        permit = self.limit.admit(time_left_s)
+        budget = Budget(time_left_s)
         loop = asyncio.get_running_loop()
         scope = contextvars.copy_context()
         try:

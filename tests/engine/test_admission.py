@@ -31,6 +31,7 @@ class Shop:
     answers: list[tuple[float, float]] = field(default_factory=list)  # arrived, latency
     rejected: list[float] = field(default_factory=list)
     limits: list[tuple[float, int]] = field(default_factory=list)
+    deadline_s: float | None = None  # of each request; what is late is no answer
 
     def run(self, rate: Callable[[float], float], until: float) -> None:
         queue: deque[tuple[float, Permit]] = deque()
@@ -43,22 +44,29 @@ class Shop:
                 break
             if end <= arrival:
                 _, arrived, _, permit = heapq.heappop(busy)
-                permit.release(counts=True)
-                self.answers.append((arrived, now - arrived))
+                permit.release(counts=not self._is_late(arrived))
+                if not self._is_late(arrived):
+                    self.answers.append((arrived, now - arrived))
                 self.limits.append((now, self.limit.limit))
             else:
                 arrival = now + self.rng.expovariate(rate(now))
                 try:
-                    queue.append((now, self.limit.admit()))
+                    queue.append((now, self.limit.admit(self.deadline_s)))
                 except RejectedError:
                     self.rejected.append(now)
             while queue and len(busy) < NUM_WORKERS:
                 arrived, permit = queue.popleft()
+                if self._is_late(arrived):
+                    permit.release(counts=False)
+                    continue
                 took = self.service_s(now) * self.rng.lognormvariate(-0.08, 0.4)
                 heapq.heappush(busy, (now + took, arrived, len(self.answers), permit))
         for arrived, permit in [*queue, *((arrived, permit) for _, arrived, _, permit in busy)]:
             permit.release(counts=False)
             assert arrived <= until
+
+    def _is_late(self, arrived: float) -> bool:
+        return self.deadline_s is not None and self.clock[0] > arrived + self.deadline_s
 
     def between(self, begin: float, end: float) -> tuple[float, float, int]:
         """Answers a second, p99 of their latency, and refusals, of requests that arrived then."""
@@ -93,6 +101,43 @@ def test_without_the_limit_the_simulated_queue_does_overflow() -> None:
     busy.limit = ConcurrencyLimit(min_limit=10_000, max_limit=10_000, clock=lambda: busy.clock[0])
     busy.run(lambda now: 3 * CAPACITY, 5)
     assert busy.between(0, 1)[1] > 1
+
+
+@pytest.mark.parametrize(
+    ("times", "least", "most_without"), [(1.5, 0.6, 0.2), (2, 0.6, 0.2), (4, 0.95, 1.05)]
+)
+def test_three_times_the_capacity_of_those_who_cannot_wait(
+    times: float, least: float, most_without: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a look at the deadline those who are let in wait in vain, and as only answers are measured,
+    which are all in time, ever more of them are let in.
+    """
+
+    def goodput() -> float:
+        busy = shop()
+        busy.deadline_s = times * SERVICE_S
+        busy.run(lambda now: 3 * CAPACITY, 20)
+        return busy.between(1, 20)[0]
+
+    assert goodput() >= least * CAPACITY
+    monkeypatch.setattr(ConcurrencyLimit, "_answered_within", lambda limit, time_left_s: float("inf"))
+    assert goodput() <= most_without * CAPACITY
+
+
+def test_who_has_little_time_is_refused_where_it_would_have_to_wait() -> None:
+    now = [0.0]
+    limit = ConcurrencyLimit(min_limit=2, initial=100, clock=lambda: now[0])
+    for _ in range(20):
+        permit = limit.admit(0.001)  # nothing is known yet
+        now[0] += 0.01
+        permit.release(counts=True)
+    permits = [limit.admit(0.001), limit.admit(0.001), limit.admit(0.016)]  # nobody need wait for long
+    for time_left_s in (0.001, 0.016):
+        with pytest.raises(RejectedError, match="leave no time before the deadline") as caught:
+            limit.admit(time_left_s)
+        assert caught.value.is_from_limit
+    permits += [limit.admit(0.021), limit.admit(None), limit.admit(1.0)]
+    assert limit.in_flight == len(permits)
 
 
 def test_a_quiet_server_refuses_nobody() -> None:
