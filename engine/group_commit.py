@@ -65,7 +65,7 @@ class GroupCommit:
             if self._is_closed:
                 raise StoreUnavailableError("the event store is closed")
             if self._waiting and self._num_waiting + len(events) > self._max_waiting:
-                raise StoreBusyError(f"too many events wait to be made safe: {self._num_waiting}")
+                raise StoreBusyError("too many events wait to be made safe")
             self._waiting.append((events, future))
             self._num_waiting += len(events)
             self._changed.notify()

@@ -375,8 +375,8 @@ class RecommendationPipeline:
             return merge_events(history, recent, self.bundle.catalog)[0]
         except StoreUnavailableError:  # the store itself has logged it
             return None
-        except Exception:
-            logger.exception("history failed; the answer is made without it")
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is this stage's alone
+            seldom.exception("history failed; the answer is made without it", error)
             return None
         finally:  # what failed late would again
             self.costs.observe("history", time.perf_counter() - begin, 1)

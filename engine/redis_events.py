@@ -360,7 +360,7 @@ class RedisEventStore:
         except self._refusal:
             pass  # it answers
         except self._errors as error:
-            seldom.warning(f"Redis does not answer: {error}")
+            seldom.warning("Redis does not answer", f": {error}")
             return
         self._is_away = False
         logger.info("Redis answers again")
@@ -375,16 +375,15 @@ class RedisEventStore:
         try:
             return call()
         except self._refusal as error:  # a full memory, say: reads go on
-            text = f"Redis refuses: {error}"
+            text = "Redis refuses"
             if isinstance(error, self._moved):
-                text = f"Redis is part of a cluster; expected one server that has all keys: {error}"
-            seldom.warning(text)
-            raise StoreUnavailableError(text) from error
+                text = "Redis is part of a cluster; expected one server that has all keys"
+            seldom.warning(text, f": {error}")
+            raise StoreUnavailableError(f"{text}: {error}") from error
         except self._errors as error:
             self._is_away = True
-            text = f"Redis does not answer: {error}"
-            seldom.warning(text)
-            raise StoreUnavailableError(text) from error
+            seldom.warning("Redis does not answer", f": {error}")
+            raise StoreUnavailableError(f"Redis does not answer: {error}") from error
 
 
 def _readable(payloads: Sequence[bytes], refused: list[dict[str, Any]]) -> Iterator[list[UserEvent]]:

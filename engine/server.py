@@ -498,7 +498,8 @@ def _refusal(error: Exception, time_left_s: float | None, caller: Caller) -> Ref
         case StoreUnavailableError():
             return Refusal(code.UNAVAILABLE, str(error))
     name = request_id.get()
-    logger.error("request %s failed", name, exc_info=error)
+    logger.error("request %s failed: %r", name, error)
+    seldom.exception("a request failed", error)
     return Refusal(code.INTERNAL, f"internal error; the log names it {name}")
 
 
@@ -550,11 +551,9 @@ def recommend(
 def _again(found: pb.RecommendResponse, trace: Trace) -> Reply[pb.RecommendResponse]:
     """Return an answer of the cache, with the times of this request."""
     trace.run("cache", lambda: found.items, num_in=len(found.items))
-    response = pb.RecommendResponse()
-    response.CopyFrom(found)
-    del response.trace.timings[:]
-    messages.write_times(response.trace, trace)
-    return Reply(response, trace)
+    del found.trace.timings[:]
+    messages.write_times(found.trace, trace)
+    return Reply(found, trace)
 
 
 def similar_items(

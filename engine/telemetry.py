@@ -304,12 +304,23 @@ class LimitedLog:
             message: what counts as equal.
             detail: of this one, said behind it.
         """
+        more = self._let_through(message)
+        if more is not None:
+            self._logger.warning("%s%s%s", message, detail, more)
+
+    def exception(self, message: str, error: BaseException) -> None:
+        """Log an error with its traceback; a message and a kind of error count as equal."""
+        more = self._let_through(f"{message}: {type(error).__name__}")
+        if more is not None:
+            self._logger.error("%s%s", message, more, exc_info=error)
+
+    def _let_through(self, key: str) -> str | None:
+        """Return what to say of those that were left out; None where this one is to be."""
         with self._lock:
             now = self._clock()
-            if now < self._next_at.get(message, float("-inf")):
-                self._num_left_out[message] = self._num_left_out.get(message, 0) + 1
-                return
-            self._next_at[message] = now + 1.0
-            left_out = self._num_left_out.pop(message, 0)
-        more = f" ({left_out} more in between)" if left_out else ""
-        self._logger.warning("%s%s%s", message, detail, more)
+            if now < self._next_at.get(key, float("-inf")):
+                self._num_left_out[key] = self._num_left_out.get(key, 0) + 1
+                return None
+            self._next_at[key] = now + 1.0
+            left_out = self._num_left_out.pop(key, 0)
+        return f" ({left_out} more in between)" if left_out else ""

@@ -122,8 +122,8 @@ class Trace:
             return work()
         except AbandonedError:
             raise
-        except Exception:
-            logger.exception("%s failed; the answer is made without it", stage)
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is this stage's alone
+            seldom.exception(f"{stage} failed; the answer is made without it", error)
             return self._degrade(stage, otherwise)
 
     def _degrade(self, stage: str, otherwise: Callable[[], T]) -> T:

@@ -71,7 +71,7 @@ class Shadow:
         try:
             answer = ask()
         except Exception as error:  # noqa: BLE001  # whatever it is, it is the shadow's alone
-            seldom.warning(f"the shadow failed: {error!r}")
+            seldom.warning("the shadow failed", f": {error!r}")
             self._metrics.shadow.labels("failed").inc()
             return
         finally:

@@ -37,6 +37,7 @@ from engine.client import visitor
 from engine.history import USERS_SCHEMA
 from engine.pipeline import RecommendationPipeline
 from engine.server import Health, RecommenderService, add_to_server
+from engine.telemetry import LimitedLog
 from protos.trirank.v1 import recommender_pb2 as pb
 from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
 from ranking.onnx_scorer import write_models
@@ -244,6 +245,15 @@ def fill_bundle(
         "metrics": {},
         "shapes": {},
     }
+
+
+@pytest.fixture(autouse=True)
+def log_afresh() -> None:
+    """What another test logged a moment ago keeps nothing of this one out of the log."""
+    for name, module in sys.modules.items():
+        if name.startswith("engine.") and isinstance(seldom := getattr(module, "seldom", None), LimitedLog):
+            seldom._next_at.clear()
+            seldom._num_left_out.clear()
 
 
 @pytest.fixture(scope="session")

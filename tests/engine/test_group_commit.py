@@ -69,7 +69,7 @@ def test_too_much_is_refused_at_once() -> None:
     slow = Slow(max_waiting=4)
     first = slow.begin()
     futures = [slow.group.submit(batch(3)), slow.group.submit(batch(1))]
-    with pytest.raises(StoreBusyError, match="too many events wait to be made safe: 4"):
+    with pytest.raises(StoreBusyError, match="too many events wait to be made safe"):
         slow.group.submit(batch(1))
     slow.may_end.set()
     for future in (first, *futures):

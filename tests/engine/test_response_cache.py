@@ -98,22 +98,30 @@ def test_what_is_explained_or_degraded_is_made_anew(asked: Asked) -> None:
     assert (is_new, list(answer.trace.degraded_stages)) == (True, [])
 
 
-def test_age_and_number() -> None:
+def test_age_and_size() -> None:
     now = [0.0]
-    cache = ResponseCache(5.0, 2, clock=lambda: now[0])
-    answer = pb.RecommendResponse()
+    answer = pb.RecommendResponse(trace=pb.Trace(bundle_version="x" * 40))
+    cache = ResponseCache(5.0, 2 * answer.ByteSize(), clock=lambda: now[0])
     for key in "abc":
         cache.put(key, answer)
-    assert [cache.get(key) is answer for key in "abcd"] == [False, True, True, False]
+    assert [cache.get(key) == answer for key in "abcd"] == [False, True, True, False]
+    found = cache.get("b")
+    assert found is not None
+    found.trace.bundle_version = "changed"
+    assert cache.get("b") == answer
     now[0] = 4.9
     cache.put("b", answer)  # is the newest now
     now[0] = 5.0
-    assert [cache.get(key) is answer for key in "bc"] == [True, False]
+    assert [cache.get(key) == answer for key in "bc"] == [True, False]
     cache.put("d", answer)
-    assert [cache.get(key) is answer for key in "bcd"] == [True, False, True]
+    assert [cache.get(key) == answer for key in "bcd"] == [True, False, True]
+    cache.put("large", pb.RecommendResponse(trace=pb.Trace(bundle_version="x" * 400)))
+    assert not cache._answers  # no room for it, and room again
+    cache.put("f", answer)
     now[0] = 20.0
     cache.put("e", answer)
     assert list(cache._answers) == ["e"]  # what is too old is not kept until there is no room
+    assert cache._num_bytes == answer.ByteSize()
     with pytest.raises(ValueError, match=r"max_age_s is 0.*expected above 0"):
         ResponseCache(0)
 

@@ -246,3 +246,19 @@ def test_a_flood_of_one_message(caplog: pytest.LogCaptureFixture) -> None:
         "other",
         "refused (99 more in between)",
     ]
+
+
+def test_tracebacks_by_the_hundred(caplog: pytest.LogCaptureFixture) -> None:
+    now = [0.0]
+    log = LimitedLog(logging.getLogger("flood"), clock=lambda: now[0])
+    for number in range(100):
+        log.exception("ranking failed", ValueError(f"row {number}"))
+    log.exception("ranking failed", OSError("another kind"))
+    now[0] = 1.0
+    log.exception("ranking failed", ValueError("row 100"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "ranking failed",
+        "ranking failed",
+        "ranking failed (99 more in between)",
+    ]
+    assert all(text in caplog.text for text in ("ValueError: row 0", "OSError: another kind", "row 100"))
