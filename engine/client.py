@@ -41,7 +41,7 @@ class RecommenderClient:
 
         Args:
             address: host:port.
-            timeout_s: of each call.
+            timeout_s: of each call that is given none of its own.
             api_key: sent with each call, for a server that wants one.
             credentials: for TLS (see engine.tls.client_credentials); None for a connection in the clear.
             num_channels: connections, which calls take in turn: a server of several processes is dealt them.
@@ -70,6 +70,7 @@ class RecommenderClient:
         now_ms: int | None = None,
         explain: bool = False,
         head_weights: Mapping[str, float] | None = None,
+        timeout_s: float | None = None,
     ) -> pb.RecommendResponse:
         """Return the best items for a visitor."""
         request = pb.RecommendRequest(
@@ -84,7 +85,9 @@ class RecommenderClient:
             explain=explain,
             head_weights=head_weights,
         )
-        return next(self._stubs).Recommend(request, timeout=self._timeout_s, metadata=self._metadata)
+        return next(self._stubs).Recommend(
+            request, timeout=_or(timeout_s, self._timeout_s), metadata=self._metadata
+        )
 
     def similar_items(
         self,
@@ -96,6 +99,7 @@ class RecommenderClient:
         policy: str = "",
         now_ms: int | None = None,
         context: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
     ) -> pb.SimilarItemsResponse:
         """Return the items nearest to an item."""
         request = pb.SimilarItemsRequest(
@@ -107,7 +111,9 @@ class RecommenderClient:
             now_ms=now_ms,
             context=context,
         )
-        return next(self._stubs).SimilarItems(request, timeout=self._timeout_s, metadata=self._metadata)
+        return next(self._stubs).SimilarItems(
+            request, timeout=_or(timeout_s, self._timeout_s), metadata=self._metadata
+        )
 
     def rank(
         self,
@@ -116,6 +122,7 @@ class RecommenderClient:
         *,
         now_ms: int | None = None,
         head_weights: Mapping[str, float] | None = None,
+        timeout_s: float | None = None,
     ) -> pb.RankResponse:
         """Return the candidates, best first."""
         request = pb.RankRequest(
@@ -124,12 +131,18 @@ class RecommenderClient:
             now_ms=now_ms,
             head_weights=head_weights,
         )
-        return next(self._stubs).Rank(request, timeout=self._timeout_s, metadata=self._metadata)
+        return next(self._stubs).Rank(
+            request, timeout=_or(timeout_s, self._timeout_s), metadata=self._metadata
+        )
 
-    def record_events(self, events: Sequence[pb.RecordedEvent]) -> pb.RecordEventsResponse:
+    def record_events(
+        self, events: Sequence[pb.RecordedEvent], *, timeout_s: float | None = None
+    ) -> pb.RecordEventsResponse:
         """Have the server remember what users did; after an error the same events may be sent again."""
         request = pb.RecordEventsRequest(events=events)
-        return next(self._stubs).RecordEvents(request, timeout=self._timeout_s, metadata=self._metadata)
+        return next(self._stubs).RecordEvents(
+            request, timeout=_or(timeout_s, self._timeout_s), metadata=self._metadata
+        )
 
     def close(self) -> None:
         """Close the connections."""
@@ -183,6 +196,7 @@ class AsyncRecommenderClient:
         now_ms: int | None = None,
         explain: bool = False,
         head_weights: Mapping[str, float] | None = None,
+        timeout_s: float | None = None,
     ) -> pb.RecommendResponse:
         """Return the best items for a visitor."""
         request = pb.RecommendRequest(
@@ -197,7 +211,9 @@ class AsyncRecommenderClient:
             explain=explain,
             head_weights=head_weights,
         )
-        return await next(self._stubs).Recommend(request, timeout=self._timeout_s, metadata=self._metadata)
+        return await next(self._stubs).Recommend(
+            request, timeout=_or(timeout_s, self._timeout_s), metadata=self._metadata
+        )
 
     async def similar_items(
         self,
@@ -209,6 +225,7 @@ class AsyncRecommenderClient:
         policy: str = "",
         now_ms: int | None = None,
         context: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
     ) -> pb.SimilarItemsResponse:
         """Return the items nearest to an item."""
         request = pb.SimilarItemsRequest(
@@ -220,7 +237,9 @@ class AsyncRecommenderClient:
             now_ms=now_ms,
             context=context,
         )
-        return await next(self._stubs).SimilarItems(request, timeout=self._timeout_s, metadata=self._metadata)
+        return await next(self._stubs).SimilarItems(
+            request, timeout=_or(timeout_s, self._timeout_s), metadata=self._metadata
+        )
 
     async def rank(
         self,
@@ -229,6 +248,7 @@ class AsyncRecommenderClient:
         *,
         now_ms: int | None = None,
         head_weights: Mapping[str, float] | None = None,
+        timeout_s: float | None = None,
     ) -> pb.RankResponse:
         """Return the candidates, best first."""
         request = pb.RankRequest(
@@ -237,12 +257,18 @@ class AsyncRecommenderClient:
             now_ms=now_ms,
             head_weights=head_weights,
         )
-        return await next(self._stubs).Rank(request, timeout=self._timeout_s, metadata=self._metadata)
+        return await next(self._stubs).Rank(
+            request, timeout=_or(timeout_s, self._timeout_s), metadata=self._metadata
+        )
 
-    async def record_events(self, events: Sequence[pb.RecordedEvent]) -> pb.RecordEventsResponse:
+    async def record_events(
+        self, events: Sequence[pb.RecordedEvent], *, timeout_s: float | None = None
+    ) -> pb.RecordEventsResponse:
         """Have the server remember what users did; after an error the same events may be sent again."""
         request = pb.RecordEventsRequest(events=events)
-        return await next(self._stubs).RecordEvents(request, timeout=self._timeout_s, metadata=self._metadata)
+        return await next(self._stubs).RecordEvents(
+            request, timeout=_or(timeout_s, self._timeout_s), metadata=self._metadata
+        )
 
     async def close(self) -> None:
         """Close the connections; calls under way are cancelled."""
@@ -259,6 +285,10 @@ class AsyncRecommenderClient:
         traceback: TracebackType | None,
     ) -> None:
         await self.close()
+
+
+def _or(timeout_s: float | None, usual_s: float) -> float:
+    return usual_s if timeout_s is None else timeout_s
 
 
 def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:

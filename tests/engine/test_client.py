@@ -64,6 +64,34 @@ def test_the_same_answers_from_a_server_in_its_own_process(server_address: str) 
     asyncio.run(scene())
 
 
+def test_each_call_may_have_a_deadline_of_its_own(server_address: str) -> None:
+    calls: list[tuple[str, tuple[Any, ...]]] = [
+        ("recommend", (visitor("loyal"),)),
+        ("similar_items", ("null",)),
+        ("rank", (visitor("loyal"), ["null"])),
+        ("record_events", ([pb.RecordedEvent(event_id="d1", user_id="x", item_id="y")],)),
+    ]
+
+    def is_late(caught: pytest.ExceptionInfo[Any]) -> bool:
+        return bool(caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED)
+
+    with RecommenderClient(server_address, timeout_s=WAIT_S) as client:
+        for name, words in calls:
+            with pytest.raises(grpc.RpcError) as caught:
+                getattr(client, name)(*words, timeout_s=-1.0)
+            assert is_late(caught), name
+
+    async def scene() -> None:
+        async with AsyncRecommenderClient(server_address, timeout_s=-1.0) as client:
+            for name, words in calls:
+                with pytest.raises(grpc.RpcError) as caught:
+                    await getattr(client, name)(*words)
+                assert is_late(caught), name
+                assert await getattr(client, name)(*words, timeout_s=WAIT_S)
+
+    asyncio.run(scene())
+
+
 def test_no_channels() -> None:
     for client in (RecommenderClient, AsyncRecommenderClient):
         with pytest.raises(ValueError, match="num_channels is 0; expected at least 1"):

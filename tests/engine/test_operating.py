@@ -683,3 +683,27 @@ def test_rollback(
     assert operating.rollback([str(tmp_path)]) == 2
     assert "is the oldest bundle" in capsys.readouterr().err
     assert operating.rollback([os.devnull]) == 2
+
+
+def test_numpy_has_one_thread_in_a_server() -> None:
+    """Said before it is imported, which reads it, and not where somebody says otherwise."""
+    program = """
+import importlib, os, sys
+from engine import cli
+
+def noted(name):
+    print("numpy" in sys.modules, os.environ.get("OMP_NUM_THREADS"), os.environ.get("OPENBLAS_NUM_THREADS"))
+    raise SystemExit
+
+importlib.import_module = noted
+cli.main([sys.argv[1]])
+"""
+    without = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    for command, said, expected in (
+        ("serve", {}, "False 1 1"),
+        ("serve", {"OMP_NUM_THREADS": "3"}, "False 3 1"),
+        ("train", {}, "False None None"),
+    ):
+        words = [sys.executable, "-c", program, command]
+        done = subprocess.run(words, env=without | said, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected

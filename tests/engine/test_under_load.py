@@ -19,6 +19,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from engine.admission import ConcurrencyLimit, RateLimit
+from engine.auth import ApiKeys, create_key
 from engine.bundle import Bundle
 from engine.client import AsyncRecommenderClient, RecommenderClient, visitor
 from engine.deadline import AbandonedError, Budget
@@ -284,6 +285,27 @@ def test_a_caller_who_asks_too_often(bundle: Bundle, served: Any, refused: Any) 
                 assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
                 assert (error.details() or "").startswith("more than 0.001 requests a second; try again in ")
             assert shop.value("rejected_total", reason="rate") == 2
+
+    asyncio.run(scene())
+
+
+def test_a_key_has_a_rate_of_its_own(bundle: Bundle, served: Any, refused: Any, tmp_path: Path) -> None:
+    """Of two keys at one address."""
+    file = tmp_path / "keys.json"
+    slow = create_key(file, "slow", rate_limit=RateLimit(per_s=0.001, burst=1))
+    quick = create_key(file, "quick")
+
+    async def scene() -> None:
+        async with (
+            served(RecommendationPipeline(bundle), keys=ApiKeys.load(file)) as shop,
+            AsyncRecommenderClient(shop.address, timeout_s=WAIT_S, api_key=slow) as limited,
+            AsyncRecommenderClient(shop.address, timeout_s=WAIT_S, api_key=quick) as free,
+        ):
+            assert await limited.recommend(visitor("loyal"))
+            error = await refused(limited.recommend(visitor("loyal")))
+            assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+            for _ in range(5):
+                assert await free.recommend(visitor("loyal"))
 
     asyncio.run(scene())
 
