@@ -116,6 +116,8 @@ class RecentEvents:
 class MemoryEventStore:
     """Events in this process's memory alone: the end of the process is the end of them."""
 
+    waits = False
+
     def __init__(
         self,
         *,
@@ -160,6 +162,8 @@ class LocalEventStore:
 
     Batches that arrive while the disk is flushed share the next flush (engine/group_commit.py).
     """
+
+    waits = False
 
     def __init__(
         self,

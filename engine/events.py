@@ -40,6 +40,8 @@ class StoreBusyError(StoreUnavailableError):
 class EventStore(Protocol):
     """Records events and gives back the newest of a user. Any thread may call it."""
 
+    waits: bool  # whether `recent` asks somebody who may be slow; it does so within workplaces.waiting
+
     def record(self, events: Sequence[UserEvent]) -> Future[Recorded]:
         """Return a future that is done when the events are safe.
 

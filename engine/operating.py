@@ -262,7 +262,11 @@ def _serve(args: Any, argv: list[str], worker: Worker | None, closing: contextli
         _say(args, f"bundle {pipeline.bundle.version} could be served")
         return True
 
-    events = SharedEventStore(worker.events) if worker else _event_store(args.events, args.redis_url)
+    events = (
+        SharedEventStore(worker.events, waits=worker.events_wait)
+        if worker
+        else _event_store(args.events, args.redis_url)
+    )
     closing.callback(events.close)
     pipeline = first_to_serve(bundles, open_bundle, served_policies, events)
     if pipeline.bundle.scorer is not None:

@@ -28,6 +28,7 @@ from engine.event_store import encode, events_of
 from engine.events import Recorded, StoreUnavailableError, UserEvent
 from engine.group_commit import GroupCommit
 from engine.telemetry import LimitedLog
+from engine.workplaces import waiting
 
 logger = logging.getLogger(__name__)
 seldom = LimitedLog(logger)
@@ -101,6 +102,8 @@ class _Sent(NamedTuple):
 
 class RedisEventStore:
     """An EventStore in Redis, with a log on disk for the time when Redis is down."""
+
+    waits = True
 
     def __init__(
         self,
@@ -183,7 +186,8 @@ class RedisEventStore:
         """See EventStore."""
         if not user_id:
             return ()
-        fields: dict[bytes, bytes] = self._ask(lambda: self._hash(_key(user_id), timeout_s))
+        with waiting():
+            fields: dict[bytes, bytes] = self._ask(lambda: self._hash(_key(user_id), timeout_s))
         found = []
         for field, value in fields.items():
             if field[:1] == b"e":

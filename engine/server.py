@@ -31,7 +31,7 @@ from engine.admission import ConcurrencyLimit, Permit, RateLimit, RateLimiter, R
 from engine.auth import ApiKey, ApiKeys, KeyFile, presented_key
 from engine.bundle import Bundle
 from engine.deadline import Budget
-from engine.events import StoreBusyError, StoreUnavailableError
+from engine.events import EventStore, StoreBusyError, StoreUnavailableError
 from engine.following import follow_bundles, follow_keys, follow_policies
 from engine.pipeline import RecommendationPipeline
 from engine.policy_files import PolicyFiles
@@ -41,6 +41,7 @@ from engine.tls import ServerTls
 from engine.trace import Trace
 from engine.variants import OTHER, SHADOW, Shadow, Split
 from engine.watchdog import STUCK_S, watch_workers
+from engine.workplaces import Workplaces
 from protos.trirank.v1 import recommender_pb2 as pb
 from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
 from reranking.policy import Policies, PolicyError
@@ -62,6 +63,7 @@ CONNECTION_AGE_S = 120.0  # give or take a tenth; then it takes no new calls, an
 CONNECTION_GRACE_S = 60.0  # for what is under way then; a Watch of the health ends with it
 WATCHERS_S = 0.2  # for those who watch the health to be told of the end
 BUSY_STORE_S = 1.0  # until a store that has too much to do may have done it
+NUM_WAITING = 16  # requests that may wait for the events of their users beside those that are worked on
 END_S = 2.0  # after draining, for a worker to come back from the stage that it is in
 NO_OTHERS: Mapping[str, RecommendationPipeline] = MappingProxyType({})
 ROLE_OF = {"RecordEvents": "client"}  # of an API key; all other calls are for readers
@@ -130,6 +132,7 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         others: Mapping[str, RecommendationPipeline] = NO_OTHERS,
         share: float = 0.0,
         cache: ResponseCache | None = None,
+        places: Workplaces | None = None,
     ) -> None:
         """Begin to answer.
 
@@ -144,6 +147,7 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
             others: pipelines of other bundles, by their names in engine/variants.py.
             share: of the users whom the pipeline OTHER answers.
             cache: of slates; None to make each anew.
+            places: of the pool's threads; None where each may always work.
         """
         self.pipelines: Mapping[str, RecommendationPipeline] = {"": pipeline, **others}
         self.keys = keys
@@ -152,6 +156,7 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         self.metrics = metrics or Metrics()
         self._pool = pool
         self._cache = cache
+        self._places = places
         self._rates = RateLimiter(rate_limit)
         self._tracing = Tracing()
         self._jobs: dict[Future[Any], float] = {}  # in the pool, and since when
@@ -325,7 +330,7 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         loop = asyncio.get_running_loop()
         scope = contextvars.copy_context()
         try:
-            job = self._pool.submit(scope.run, _begin, call, pipeline, request, budget)
+            job = self._pool.submit(scope.run, _begin, call, pipeline, request, budget, self._places)
         except BaseException:  # such as no thread to be had; one that there is may take the job all the same
             permit.release(counts=False)
             raise
@@ -463,12 +468,17 @@ def add_to_server(service: RecommenderService, server: grpc.aio.Server) -> None:
 
 
 def _begin(
-    call: Call[Request, Response], pipeline: RecommendationPipeline, request: Request, budget: Budget
+    call: Call[Request, Response],
+    pipeline: RecommendationPipeline,
+    request: Request,
+    budget: Budget,
+    places: Workplaces | None = None,
 ) -> Reply[Response]:
-    """Make a call, unless its time was up before a thread was free."""
-    if budget.expired():
-        raise TooLateError("the deadline passed before a worker was free")
-    return call(pipeline, request, budget)
+    """Make a call, unless its time was up before a worker was free."""
+    with places.working() if places else contextlib.nullcontext():
+        if budget.expired():
+            raise TooLateError("the deadline passed before a worker was free")
+        return call(pipeline, request, budget)
 
 
 def _refusal(error: Exception, time_left_s: float | None, caller: Caller) -> Refusal:
@@ -623,6 +633,13 @@ def _now(
     return round(time.time() * 1000) if now is None else now
 
 
+def _pool(num_workers: int, events: EventStore | None) -> tuple[ThreadPoolExecutor, Workplaces | None]:
+    """Return threads for workers; more of them where a request may have to wait for its user's events."""
+    places = Workplaces(num_workers) if events and events.waits else None
+    num_threads = num_workers + NUM_WAITING if places else num_workers
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="pipeline"), places
+
+
 async def serve(
     pipeline: RecommendationPipeline,
     address: str,
@@ -674,7 +691,7 @@ async def serve(
         AddressError: the address is taken, or is none.
         ValueError: the files of `keys` or `tls` are wrong.
     """
-    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="pipeline")
+    pool, places = _pool(num_workers, pipeline.events)
     with contextlib.ExitStack() as ending:
         ending.callback(pool.shutdown, wait=False, cancel_futures=True)
         server = grpc.aio.server(
@@ -698,6 +715,7 @@ async def serve(
             others=others,
             share=share,
             cache=cache,
+            places=places,
         )
         del pipeline  # or it would stay in memory when another has replaced it
         add_to_server(service, server)

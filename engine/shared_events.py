@@ -27,6 +27,7 @@ from typing import Any
 from engine.events import EventStore, Recorded, StoreUnavailableError, UserEvent
 from engine.group_commit import GroupCommit, Outcome
 from engine.telemetry import LimitedLog
+from engine.workplaces import waiting
 
 logger = logging.getLogger(__name__)
 seldom = LimitedLog(logger)
@@ -151,8 +152,15 @@ def _outcome(future: Future[Recorded]) -> Recorded | dict[str, str]:
 class SharedEventStore:
     """An EventStore that asks an EventServer."""
 
-    def __init__(self, path: str | Path, *, timeout_s: float = 5.0) -> None:
-        """Take the server's path. A server that is not there is an error of each call, not of this one."""
+    def __init__(self, path: str | Path, *, timeout_s: float = 5.0, waits: bool = False) -> None:
+        """Begin.
+
+        Args:
+            path: of the server. One that is not there is an error of each call, not of this one.
+            timeout_s: how long an answer may take.
+            waits: of the server's store.
+        """
+        self.waits = waits
         self._path = str(path)
         self._marks: _Marks | None = None
         with contextlib.suppress(FileNotFoundError):
@@ -169,7 +177,9 @@ class SharedEventStore:
         """See EventStore."""
         if self._marks is not None and user_id not in self._marks:
             return ()
-        return [UserEvent(*fields) for fields in self._ask({"recent": user_id}, timeout_s)["events"]]
+        with waiting():
+            found = self._ask({"recent": user_id}, timeout_s)["events"]
+        return [UserEvent(*fields) for fields in found]
 
     def user_ids(self) -> None:
         """See EventStore."""

@@ -38,6 +38,7 @@ class Worker(NamedTuple):
     address: str  # host:port, shared
     metrics: str | None  # host:port, its own
     events: str  # path of an EventServer
+    events_wait: bool  # EventStore.waits of its store
     number: int  # from 0, as the log counts them
 
 
@@ -108,7 +109,7 @@ def supervise(
 
         def start(number: int) -> subprocess.Popen[str]:
             own = f"{metrics[0]}:{metrics[1] and metrics[1] + number}" if metrics else None
-            told = json.dumps(Worker(f"{host}:{port}", own, socket_path, number)._asdict())
+            told = json.dumps(Worker(f"{host}:{port}", own, socket_path, events.waits, number)._asdict())
             return subprocess.Popen(
                 [sys.executable, "-m", "engine.cli", "serve", *argv, "--json"],
                 env={**os.environ, WORKER: told},

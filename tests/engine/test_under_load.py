@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ from engine.deadline import AbandonedError, Budget
 from engine.event_store import MemoryEventStore
 from engine.events import Recorded, StoreBusyError, StoreUnavailableError, UserEvent
 from engine.pipeline import Event, RecommendationPipeline, Visitor
-from engine.server import TooLateError, _begin, recommend
+from engine.server import TooLateError, _begin, _pool, recommend
 from engine.telemetry import JsonFormatter
 from engine.trace import Trace
+from engine.workplaces import Workplaces, waiting
 from protos.trirank.v1 import recommender_pb2 as pb
 
 WAIT_S = 60
@@ -346,6 +347,70 @@ def test_a_store_with_too_much_to_do_says_when_to_come_back(
             assert shop.value("rejected_total", reason="limit") == 1
 
     asyncio.run(scene())
+
+
+def test_who_waits_for_its_events_lets_another_work(bundle: Bundle, served: Any) -> None:
+    """As where Redis is slow: the one worker is not waiting, its request is."""
+    begun, go = threading.Event(), threading.Event()
+
+    class Far(MemoryEventStore):
+        waits = True
+
+        def recent(self, user_id: str, timeout_s: float = math.inf) -> Sequence[UserEvent]:
+            if user_id == "slow":
+                with waiting():
+                    begun.set()
+                    assert go.wait(WAIT_S)
+            return super().recent(user_id)
+
+    async def scene() -> None:
+        store = Far()
+        pool, places = _pool(1, store)
+        assert places is not None
+        pipeline = RecommendationPipeline(bundle, events=store)
+        async with served(pipeline, num_threads=pool._max_workers, places=places) as shop:
+            slow = asyncio.ensure_future(shop.recommend("slow"))
+            assert await asyncio.to_thread(begun.wait, WAIT_S)
+            for _ in range(3):
+                assert (await shop.recommend("loyal")).items
+            assert not slow.done()
+            go.set()
+            assert (await slow).items
+
+    asyncio.run(scene())
+    pool, places = _pool(3, MemoryEventStore())
+    assert (pool._max_workers, places) == (3, None)
+
+
+def test_no_more_threads_work_than_have_a_place() -> None:
+    places = Workplaces(2)
+    now, most, lock = [0], [0], threading.Lock()
+
+    def at_work(change: int) -> None:
+        with lock:
+            now[0] += change
+            most[0] = max(most[0], now[0])
+
+    def work() -> None:
+        with places.working():
+            at_work(1)
+            time.sleep(0.001)
+            at_work(-1)
+            with waiting():
+                time.sleep(0.001)
+            at_work(1)
+            time.sleep(0.001)
+            at_work(-1)
+        with waiting():  # who has no place has none to leave
+            pass
+
+    with ThreadPoolExecutor(8) as threads:
+        for done in [threads.submit(work) for _ in range(40)]:
+            done.result(WAIT_S)
+        with pytest.raises(KeyError), places.working(), waiting():
+            raise KeyError
+    assert most[0] == 2
+    assert places._free._value == 2  # type: ignore[attr-defined]
 
 
 def test_without_the_store_answers_go_on_and_say_so(bundle: Bundle, served: Any, refused: Any) -> None:

@@ -306,7 +306,7 @@ def test_a_worker_that_cannot_be_started_is_tried_again(
 
 def test_a_worker_ends_with_the_process_that_started_it() -> None:
     program = "import time; from engine.workers import told; print(told(), flush=True); time.sleep(60)"
-    worker = Worker("127.0.0.1:1", None, "events", 0)
+    worker = Worker("127.0.0.1:1", None, "events", False, 0)
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         env={**os.environ, WORKER: json.dumps(worker._asdict())},
