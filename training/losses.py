@@ -85,8 +85,8 @@ class _SharedNegatives(torch.autograd.Function):
             grad_states = torch.empty_like(x, dtype=wide)
             grad_table = torch.zeros_like(negatives, dtype=wide)
             examples, columns = _equal_pairs(targets, negative_rows)
-            size = max(1, _SharedNegatives.CHUNK_LOGITS // max(1, len(table)))
-            size -= size % _SharedNegatives.MULTIPLE if size > _SharedNegatives.MULTIPLE else 0
+            multiple = _SharedNegatives.MULTIPLE  # fewer examples at once would leave a product no work
+            size = _SharedNegatives.CHUNK_LOGITS // max(1, len(table)) // multiple * multiple or multiple
             starts = torch.arange(0, len(x) + size, size, device=states.device)
             bounds = torch.searchsorted(examples, starts).tolist()
             for number, start in enumerate(range(0, len(states), size)):

@@ -20,7 +20,7 @@ from training.data.splits import Holdout, Split
 from training.metrics import mean_accuracy
 from training.transitions import bonuses, training_transitions
 
-GRAPH_WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
+GRAPH_WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 TRANSITION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 ALONE = (0.0, 0.0)  # the weights of a ranker without either
 MAX_QUESTIONS = 5000

@@ -46,6 +46,7 @@ TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-6}, torch.float64: {"rtol"
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("chunk_examples", [1, 3, 7, 100])
 def test_full_softmax_is_cross_entropy(monkeypatch, dtype, chunk_examples):
+    monkeypatch.setattr(_SharedNegatives, "MULTIPLE", 1)
     monkeypatch.setattr(_SharedNegatives, "CHUNK_LOGITS", chunk_examples * NUM_ITEMS)
     states, vectors, targets = example(dtype)
     loss, expected = full_softmax_loss(states, vectors, targets), plain_softmax_loss(states, vectors, targets)
@@ -56,9 +57,9 @@ def test_full_softmax_is_cross_entropy(monkeypatch, dtype, chunk_examples):
         torch.testing.assert_close(found, right, **TOLERANCE[dtype])
 
 
-def test_a_chunk_holds_one_example_at_least(monkeypatch):
+def test_however_many_items_some_examples_are_in_a_chunk(monkeypatch):
     monkeypatch.setattr(_SharedNegatives, "CHUNK_LOGITS", 1)
-    states, vectors, targets = example()
+    states, vectors, targets = example(num_examples=100)
     expected = plain_softmax_loss(states, vectors, targets)
     torch.testing.assert_close(full_softmax_loss(states, vectors, targets), expected)
 
@@ -106,6 +107,7 @@ def plain_sampled_loss(states, vectors, targets, negatives, log_expected_count):
 
 @pytest.mark.parametrize("chunk_examples", [1, 3, 100])
 def test_sampled_softmax_and_its_gradient_are_the_plain_ones(monkeypatch, chunk_examples):
+    monkeypatch.setattr(_SharedNegatives, "MULTIPLE", 1)
     monkeypatch.setattr(_SharedNegatives, "CHUNK_LOGITS", chunk_examples * 12)
     states, vectors, targets = example(torch.float64)
     negatives = torch.tensor([*targets[:3].tolist(), 4, 4, 4, 9, 11, 12, 13, 14, 15])  # hits and repeats

@@ -1,6 +1,7 @@
 """What the ranker's module decides by the data."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 from unittest import mock
 
@@ -8,6 +9,7 @@ import lightning as L
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 import training.ranking_module
 from ranking.dropout import Dropout
@@ -77,7 +79,7 @@ def cycle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fitted(
-    cycle: Path, loss: Literal["auto", "full", "sampled"], num_epochs: int
+    cycle: Path, loss: Literal["auto", "full", "sampled"], num_epochs: int, popularity: float = 0.0
 ) -> tuple[float, dict[str, int]]:
     """Return NDCG@10 on validation after some epochs, and how often a step asked for vectors of items."""
     L.seed_everything(0)
@@ -102,7 +104,12 @@ def fitted(
                 in_training["now"] = False
 
     module = Module(
-        lambda *sizes: SASRec(*sizes, dim=16), loss=loss, num_negatives=16, learning_rate=0.02, dropout=0.0
+        lambda *sizes: SASRec(*sizes, dim=16),
+        loss=loss,
+        num_negatives=16,
+        popularity=popularity,
+        learning_rate=0.02,
+        dropout=0.0,
     )
     silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = L.Trainer(max_epochs=num_epochs, accelerator="cpu", enable_model_summary=False, **silent)
@@ -116,6 +123,22 @@ def test_what_comes_next_is_learned_with_either_loss(cycle: Path, loss: Literal[
     ndcg, asked = fitted(cycle, loss, num_epochs=10)
     assert ndcg > 0.8  # by chance .08
     assert (asked["item_vectors"] == 0) == (loss == "sampled")
+
+
+def test_negatives_by_popularity(cycle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fitted(cycle, "sampled", num_epochs=10, popularity=0.75)[0] > 0.8
+    counts = np.array([0, 0, 1, 4, 16, 4])  # of rows 0 to 5
+    module = RankingModule(num_negatives=40_000, popularity=0.5)
+    train = SimpleNamespace(item_counts=lambda: counts)
+    monkeypatch.setattr(RankingModule, "data", SimpleNamespace(split=SimpleNamespace(train=train)))
+    torch.manual_seed(0)
+    drawn, expected = module._negatives(torch.tensor([1, 2, 3, 4]))
+    found = torch.bincount(drawn, minlength=6) / 40_000
+    torch.testing.assert_close(found, torch.tensor([0, 0, 1, 2, 4, 0]) / 7, atol=0.01, rtol=0)
+    assert expected is not None
+    torch.testing.assert_close(expected.exp(), 40_000 / 7 * torch.tensor([0, 0, 1.0, 2, 4])[drawn])
+    uniform, nothing = RankingModule(num_negatives=100)._negatives(torch.tensor([1, 4]))
+    assert (set(uniform.tolist()), nothing) == ({1, 4}, None)
 
 
 def test_catalogs_too_large_for_the_whole_softmax_are_sampled(
