@@ -38,6 +38,7 @@ from benchmarks.quality_fusion import SETTINGS, keep_settings, of_training
 from engine.arguments import ArgumentParser
 from ranking.ranker import HybridRanker
 from retrieval.new_items import like_items
+from retrieval.sparse import SparseRows
 from training.answers import ranker_scores
 from training.commit import source_commit
 from training.content import content_features, encoder_name, text_vectors
@@ -121,6 +122,26 @@ def text_similarity(vectors: NDArray[np.float32], half_life: float | None = None
     return scores
 
 
+def word_similarity(features: SparseRows, half_life: float | None = None) -> Scores:
+    """Return the same with the items' words and attributes, each for itself, weighted by rarity.
+
+    Args:
+        features: [I+1, F], rows of length 1 or empty (retrieval.new_items.tfidf).
+        half_life: likewise.
+    """
+    having = features.transposed()
+
+    def scores(questions: Holdout) -> NDArray[np.float32]:
+        found = np.zeros((len(questions), len(features)), np.float32)
+        for number, (_, history, _) in enumerate(questions):
+            columns, sums = features.weighted_sum(history.wanted, recency(history, half_life))
+            rows, products = having.weighted_sum(columns, sums)
+            found[number, rows] = products
+        return found
+
+    return scores
+
+
 def compare(
     directory: Path,
     out: Path,
@@ -178,15 +199,17 @@ def compare(
 
     items = Dataset.open(directory).items.collect()
     texts = text_vectors(items, content_options, directory.resolve().parent / "text-vectors")
-    rows: dict[str, dict[str, float]] = {
-        "chance": {"recall": min(1.0, CUTOFF / int(withheld.sum()))},
-        "text similarity": {"recall": means(among(text_similarity(texts), withheld), asked)[RECALL]},
-    }
-    if half_life := pipeline.get("half_life_events"):
-        by_age = among(text_similarity(texts, half_life), withheld)
-        rows["text similarity, the newest first"] = {"recall": means(by_age, asked)[RECALL]}
+    words = content_features(items)
+    rows: dict[str, dict[str, float]] = {"chance": {"recall": min(1.0, CUTOFF / int(withheld.sum()))}}
+    for half_life in dict.fromkeys((None, pipeline.get("half_life_events"))):
+        how = ", the newest first" if half_life else ""
+        for name, likeness in (
+            ("text similarity", text_similarity(texts, half_life)),
+            ("word similarity", word_similarity(words, half_life)),
+        ):
+            rows[f"{name}{how}"] = {"recall": means(among(likeness, withheld), asked)[RECALL]}
     new, degrees = np.flatnonzero(withheld).astype(np.int32), split.train.item_counts().astype(np.float32)
-    like = like_items(degrees, content_features(items), new)
+    like = like_items(degrees, words, new)
     commits: dict[str, str | None] = {}
     for name, its in (("ranker", settings), ("content", reading_settings)):
         done = out / name / f"{part}.json"

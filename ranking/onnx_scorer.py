@@ -97,8 +97,8 @@ class OnnxScorer:
 
     @property
     def providers(self) -> tuple[str, ...]:
-        """What runs the graphs, of PROVIDERS, the preferred one first."""
-        used = self._state.get_providers()
+        """What runs both graphs, of PROVIDERS, the preferred one first."""
+        used = {*self._state.get_providers()} & {*self._scores.get_providers()}
         return tuple(name for name, full in PROVIDERS.items() if full in used)
 
     def score(

@@ -57,7 +57,7 @@ NUM_EXAMPLES = 3 * TUNING_QUERIES  # histories that an index is tuned on, and a 
 MAX_PRODUCT_DIFFERENCE = 1e-4  # FAISS against NumPy, relative to the largest product where that is over 1
 
 # What a bundle serves with unless the recipe says otherwise, in the form of a policies file. On validation it
-# costs .7% of NDCG@10 on Amazon Beauty and gives 4.4% more intra-list diversity
+# costs 1.0% of NDCG@10 on Amazon Beauty and gives 4.2% more intra-list diversity
 # (benchmarks/results/README.md).
 DEFAULT_POLICIES: dict[str, Any] = {
     "default": "standard",

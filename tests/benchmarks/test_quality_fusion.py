@@ -80,6 +80,9 @@ def test_every_variant_has_its_row(strict, capsys):
             assert run["graph_weight"] in (GRAPH_WEIGHTS if may_graph else [0])
             assert run["transition_weight"] in (TRANSITION_WEIGHTS if its.transitions else [0])
     assert not list(strict.rglob("*.ckpt"))
+    # The control stands on other vectors, or it would keep the gain that it is to lose.
+    answers = [np.load(strict / f"{name}-seed0.npz")["ndcg@10"] for name in ("cross-attention", "shuffled")]
+    assert not np.array_equal(*answers)
 
 
 def test_a_row_is_what_its_ranker_finds(directory, strict):

@@ -1,12 +1,14 @@
 """OnnxScorer against a model to be worked out by hand: mean vector of the history, inner product."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from ranking import onnx_scorer
 from ranking.context import ContextKey, ContextTable, Encoded
 from ranking.onnx_scorer import OnnxScorer, write_models
 
@@ -267,6 +269,37 @@ def test_weights_outside_the_graphs_change_nothing_and_equal_ones_stand_once(tmp
 
 def test_a_provider_that_is_there_is_taken(tmp_path):
     assert opened(tmp_path, provider="cpu").providers == ("cpu",)
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "taken"),
+    [
+        (("cpu",), "auto", ["cpu"]),
+        (("cuda", "cpu"), "auto", ["cuda", "cpu"]),
+        (("tensorrt", "cuda", "cpu"), "auto", ["cuda", "cpu"]),
+        (("tensorrt", "cuda", "cpu"), "tensorrt", ["tensorrt", "cuda", "cpu"]),
+        (("cuda", "cpu"), "cpu", ["cpu"]),
+    ],
+)
+def test_what_is_tried_in_which_order(there, asked, taken, monkeypatch):
+    class Session:
+        def __init__(self, path, options, providers):
+            self.providers = providers
+
+        def get_providers(self):
+            return self.providers
+
+    monkeypatch.setattr("ranking.onnx_scorer.available_providers", lambda: there)
+    monkeypatch.setattr("ranking.onnx_scorer.ort.InferenceSession", Session)
+    session = onnx_scorer._open("ranker.onnx", 1, asked)
+    assert session.providers == [onnx_scorer.PROVIDERS[name] for name in taken]
+
+
+def test_what_runs_one_graph_alone_does_not_run_the_ranker(tmp_path, monkeypatch):
+    scorer = opened(tmp_path)
+    both = [onnx_scorer.PROVIDERS[name] for name in ("cuda", "cpu")]
+    monkeypatch.setattr(scorer, "_state", SimpleNamespace(get_providers=lambda: both))
+    assert scorer.providers == ("cpu",)
 
 
 def test_a_provider_that_is_not_there_is_told(tmp_path, monkeypatch):

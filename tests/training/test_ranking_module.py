@@ -141,6 +141,53 @@ def test_negatives_by_popularity(cycle: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (set(uniform.tolist()), nothing) == ({1, 4}, None)
 
 
+def test_each_head_learns_its_own_kind_of_event(tmp_path: Path) -> None:
+    """Views go on to the next item, purchases to the one opposite; what comes next may be either."""
+    rng = np.random.default_rng(0)
+    events: list[tuple[int, int, str]] = []
+    for user in range(200):
+        for item in range(7 * user, 7 * user + LENGTH):
+            events.append((user, item % NUM_ITEMS, "view"))
+            if rng.random() < 0.4:
+                events.append((user, (item + NUM_ITEMS // 2) % NUM_ITEMS, "purchase"))
+    users, items, types = zip(*events, strict=True)
+    pl.DataFrame(
+        {
+            "user_id": [f"u{user}" for user in users],
+            "item_id": [f"i{item}" for item in items],
+            "timestamp": np.arange(len(events)),
+            "event_type": types,
+        }
+    ).write_parquet(tmp_path / "events.parquet")
+    pl.DataFrame({"item_id": [f"i{item}" for item in range(NUM_ITEMS)]}).write_parquet(
+        tmp_path / "items.parquet"
+    )
+    write_info(tmp_path, DatasetInfo(name="two rules", source={}, time="order"))
+    L.seed_everything(0)
+    module = RankingModule(
+        lambda *sizes: SASRec(*sizes, dim=16), heads=["view", "purchase"], learning_rate=0.02, dropout=0.0
+    )
+    silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(max_epochs=12, accelerator="cpu", enable_model_summary=False, **silent)
+    trainer.fit(module, datamodule=RankingData(tmp_path, batch_size=16))
+    ranker = module.ranker.eval()
+    assert ranker.heads == ("next", "view", "purchase")
+    last = torch.arange(2, NUM_ITEMS + 1)  # rows; row r is item r - 1
+    history = torch.stack([last - 1, last], dim=1)
+
+    def first(*weights: float) -> torch.Tensor:
+        with torch.no_grad():
+            of_all = torch.tensor([weights]).expand(len(history), -1)
+            scores = ranker.query(history, head_weights=of_all) @ ranker.item_vectors().T
+        scores[:, 0] = -torch.inf
+        return scores.argmax(1)
+
+    following, opposite = last % NUM_ITEMS + 1, (last + NUM_ITEMS // 2 - 1) % NUM_ITEMS + 1
+    assert (first(0, 1, 0) == following).float().mean() > 0.9
+    assert (first(0, 0, 1) == opposite).float().mean() > 0.9
+    assert ((first(1, 0, 0) == following) | (first(1, 0, 0) == opposite)).float().mean() > 0.9
+
+
 def test_catalogs_too_large_for_the_whole_softmax_are_sampled(
     cycle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
