@@ -388,18 +388,21 @@ def item_frame(shop: Shop) -> pl.DataFrame:
     return pl.DataFrame(rows, schema={name: ITEM_SCHEMA[name] for name in rows[0]})
 
 
-def write_dataset(config: ShopConfig, out: Path, *, overwrite: bool = False) -> DatasetInfo:
-    """Simulate a shop and write its data set directory; `out` appears complete or not at all.
-
-    Raises ValueError where `out` is in use: without `overwrite`, or when it is no data set directory.
-    """
-    out = out.resolve()
+def _check_free(out: Path, overwrite: bool) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not overwrite:
             raise ValueError(f"--out is {out}, which exists; name a new directory or add --overwrite")
         if not (out / "dataset.json").is_file():
             raise ValueError(f"--out is {out}; --overwrite replaces only a directory with a dataset.json")
 
+
+def write_dataset(config: ShopConfig, out: Path, *, overwrite: bool = False) -> DatasetInfo:
+    """Simulate a shop and write its data set directory; `out` appears complete or not at all.
+
+    Raises ValueError where `out` is in use: without `overwrite`, or when it is no data set directory.
+    """
+    out = out.resolve()
+    _check_free(out, overwrite)
     events, items = simulate(config)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
@@ -421,6 +424,7 @@ def write_dataset(config: ShopConfig, out: Path, *, overwrite: bool = False) -> 
                 event_types={stage: int((events["event_type"] == stage).sum()) for stage in FUNNEL.tolist()},
             ),
         )
+        _check_free(out, overwrite)  # simulating takes long
         if out.exists():
             shutil.rmtree(out)
         temporary.rename(out)

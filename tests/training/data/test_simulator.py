@@ -10,6 +10,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy.sparse.linalg import svds
 
+from training.data import simulator
 from training.data.dataset import Dataset, fingerprint
 from training.data.simulator import DAY_MS, START_MS, ShopConfig, draw, main, simulate, write_dataset
 
@@ -262,6 +263,22 @@ def test_an_existing_directory_is_replaced_only_when_asked(
     assert fingerprint(out) == before
     assert main(["--out", str(out), "--seed=1", "--overwrite", *SMALL_FLAGS]) == 0
     assert fingerprint(out) != before
+
+
+def test_what_somebody_else_writes_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "shop"
+
+    def simulated(config: ShopConfig) -> tuple[pl.DataFrame, pl.DataFrame]:
+        found = simulate(config)
+        out.mkdir()
+        (out / "dataset.json").write_text("theirs")
+        return found
+
+    monkeypatch.setattr(simulator, "simulate", simulated)
+    with pytest.raises(ValueError, match="which exists; name a new directory"):
+        write_dataset(ShopConfig(num_users=20, num_items=48, num_events=400), out)
+    assert [path.name for path in tmp_path.iterdir()] == ["shop"]
+    assert (out / "dataset.json").read_text() == "theirs"
 
 
 def test_overwrite_spares_what_is_no_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
