@@ -9,8 +9,8 @@ p99 before, and the memory when the last one has taken over against that before.
 share of what the server can do at most, which is found first. Its clients use the published service config,
 so that a call that was refused is made again when the server said so; how many the server refused is
 counted by itself, and a call's latency is that from its first attempt to its last. `crashes` kills the
-server while events are recorded, starts it again and asks for each acknowledged event: how many are lost,
-and how long until it answers.
+server while events are recorded and --rate calls a second are answered, starts it again and asks for each
+acknowledged event, in the end for those of all rounds: how many are lost, and how long until it answers.
 `soak` goes on for long, with a constant load, events, a new bundle now and then and messages that are none:
 what grows (memory, latency), and what fails.
 """
@@ -206,18 +206,23 @@ def copy_of(bundle: Path, root: Path, number: int) -> Path:
     return draft.rename(root / name)
 
 
-def crashes(bundle: Path, *, times: int, seconds: float, options: Sequence[str]) -> dict[str, Any]:
+def crashes(
+    bundle: Path, *, rate: float, times: int, seconds: float, options: Sequence[str]
+) -> dict[str, Any]:
     """Return what became of acknowledged events when the server was killed.
 
     Args:
         bundle: what is served.
+        rate: calls a second beside the events.
         times: how often it is killed.
         seconds: of recording before each kill.
         options: more options of trirank serve.
     """
-    acknowledged: list[int] = []
+    acknowledged: list[list[int]] = []  # of each round
     ready_s: list[float] = []
-    lost = num_acknowledged = 0
+    codes: Counter[str] = Counter()
+    lost = 0
+    requests = recommend_requests(bundle, 50)
     with tempfile.TemporaryDirectory() as folder:
         words = ["--events", folder, *options]
         for number in range(times + 1):
@@ -225,19 +230,44 @@ def crashes(bundle: Path, *, times: int, seconds: float, options: Sequence[str])
             with running_server(bundle, words) as (address, pid):
                 ready_s.append(time.perf_counter() - begin)
                 with RecommenderClient(address, timeout_s=10.0) as client:
-                    lost += _lost(client, acknowledged)
-                    acknowledged = []
+                    # What is found to be lost is recorded by that, so that nothing is counted twice.
+                    asked = acknowledged[-1:] if number < times else acknowledged
+                    lost += sum(_lost(client, of_round) for of_round in asked)
                     if number < times:
-                        acknowledged = _record_until_killed(client, pid, number, seconds)
-            num_acknowledged += len(acknowledged)
-            stderr.print(f"{number + 1} of {times + 1}: {len(acknowledged)} events acknowledged, {lost} lost")
+                        load = _Load(address, requests, rate, seconds)
+                        acknowledged.append(_record_until_killed(client, pid, number, seconds))
+                        codes += load.codes()
+            num_events = sum(map(len, acknowledged))
+            stderr.print(f"{number} of {times} kills: {num_events} events acknowledged, {lost} lost")
     return {
         "kills": times,
-        "acknowledged": num_acknowledged,
+        "acknowledged": num_events,
         "lost": lost,
+        "calls_answered": codes["OK"],
+        "calls_cut_short": codes.total() - codes["OK"],
         "ready_s_max": max(ready_s),
         "ready_s_mean": float(np.mean(ready_s)),
     }
+
+
+class _Load:
+    """In a thread: calls at a rate until a time is over, or the server is gone."""
+
+    def __init__(self, address: str, requests: Sequence[bytes], rate: float, seconds: float) -> None:
+        self._outcomes: list[Outcome] = []
+        arrivals = arrivals_at(rate, seconds, np.random.default_rng(0))
+        load = Load(seconds=seconds, warm_up_s=0.0, timeout_s=10.0)
+
+        def offer() -> None:
+            self._outcomes = asyncio.run(offer_to(address, requests, arrivals, load))
+
+        self._thread = threading.Thread(target=offer, daemon=True)
+        self._thread.start()
+
+    def codes(self) -> Counter[str]:
+        """Return how the calls have ended."""
+        self._thread.join()
+        return Counter(one.code for one in self._outcomes)
 
 
 def _event(number: int) -> pb.RecordedEvent:
@@ -399,7 +429,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("fault", type=Literal["swaps", "crashes", "soak"], help="swaps, crashes or soak")
     parser.add_argument("bundle", type=Path, help="A bundle, or a directory of bundles: the newest one.")
     parser.add_argument("--times", type=int, default=20, help="Bundles to publish, or kills.")
-    parser.add_argument("--rate", type=float, default=50.0, help="swaps, soak: calls a second.")
+    parser.add_argument("--rate", type=float, default=50.0, help="Calls a second.")
     parser.add_argument(
         "--share",
         type=float | None,
@@ -431,7 +461,9 @@ def main(argv: list[str] | None = None) -> int:
                 options=words,
             )
         else:
-            result = crashes(bundle, times=options.times, seconds=options.seconds, options=words)
+            result = crashes(
+                bundle, rate=options.rate, times=options.times, seconds=options.seconds, options=words
+            )
     except ValueError as error:
         print(f"benchmarks.faults: {error}", file=sys.stderr)
         return 2

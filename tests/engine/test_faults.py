@@ -60,9 +60,12 @@ def test_swaps_at_a_share_of_what_the_server_can_do(
 
 
 def test_crashes(bundle_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["crashes", str(bundle_path), "--times", "1", "--seconds", "0.3", "--json"]) == 0
+    assert main(["crashes", str(bundle_path), "--times", "2", "--seconds", "1", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["kills"], result["lost"]) == (1, 0)
+    assert (result["kills"], result["lost"]) == (2, 0)
+    assert result["acknowledged"] > 0
+    assert result["calls_answered"] > 0
+    assert result["calls_answered"] + result["calls_cut_short"] == pytest.approx(2 * 50, abs=50)
     assert result["ready_s_max"] > 0
 
 

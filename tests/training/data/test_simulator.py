@@ -276,7 +276,7 @@ def test_what_somebody_else_writes_meanwhile_stays(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(simulator, "simulate", simulated)
     with pytest.raises(ValueError, match="which exists; name a new directory"):
-        write_dataset(ShopConfig(num_users=20, num_items=48, num_events=400), out)
+        write_dataset(SMALL, out)
     assert [path.name for path in tmp_path.iterdir()] == ["shop"]
     assert (out / "dataset.json").read_text() == "theirs"
 
