@@ -118,7 +118,9 @@ class ContextFusion(nn.Module):
     FiLM (Perez et al., "FiLM: Visual Reasoning with a General Conditioning Layer", AAAI 2018, eq. 1).
     The shift says what is wanted more at such a moment whoever asks, the scale which of the visitor's wishes
     count.
-    All effects start at zero: training starts from the ranker without context.
+    All effects start at zero: training starts from the ranker without context. Once trained, `strength` says
+    how much of the way from what an unknown moment does to what this one does is gone: 1 is all, as trained,
+    and 0 knows no moments.
 
     Args:
         dim: D.
@@ -134,6 +136,7 @@ class ContextFusion(nn.Module):
         nn.init.zeros_(self.effects.weight)
         self.register_buffer("default_rows", torch.from_numpy(table.defaults))
         self.dropout = dropout
+        self.strength = 1.0
 
     def forward(self, states: Tensor, rows: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Return the bent states [..., D].
@@ -151,6 +154,9 @@ class ContextFusion(nn.Module):
             rows = torch.where(unknown, self.default_rows, rows)
             weights = torch.where(unknown, 1.0, weights)
         effect = (self.effects(rows) * weights.unsqueeze(-1)).sum(-2)
+        if self.strength != 1:
+            unknown_moment = self.effects(self.default_rows).sum(-2)
+            effect = unknown_moment + self.strength * (effect - unknown_moment)
         scale, shift = effect.chunk(2, dim=-1)
         bent: Tensor = states * (1 + scale) + shift
         return bent

@@ -1,4 +1,5 @@
-"""What adds to the ranker's scores, and how much it counts: chosen on validation, both weights together.
+"""What adds to the ranker's scores, and how much it counts: chosen on validation, both weights together;
+and how much the context counts in the ranker.
 
 The graph's own scores (ranking.fusion.GraphScores), and that an item has often come next
 (ranking/transitions.py). The ranker is trained without either.
@@ -15,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ranking.ranker import HybridRanker
+from training.answers import ranker_scores
 from training.compression import weighted
 from training.data.splits import Holdout, Split
 from training.metrics import mean_accuracy
@@ -22,6 +25,7 @@ from training.transitions import bonuses, training_transitions
 
 GRAPH_WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 TRANSITION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
+CONTEXT_STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ALONE = (0.0, 0.0)  # the weights of a ranker without either
 MAX_QUESTIONS = 5000
 SCORES_AT_ONCE = 10_000_000  # 40 MB of float32 scores
@@ -96,6 +100,42 @@ def best_weights(
                     sums[pair] += found[METRIC] * len(questions)
     best = max(pairs[:-1], key=lambda pair: (sums[pair], -pair[0], -pair[1]))
     return ScoreWeights(*best, sums[best] / len(holdout), sums[ALONE] / len(holdout))
+
+
+def choose_context_strength(ranker: HybridRanker, split: Split) -> float:
+    """Let a ranker's context count as much as is best on validation, the most of equals, and return it.
+
+    Where the moment decides nothing its effects are noise, which costs what was learned without them.
+
+    Args:
+        ranker: fitted to `split.train`, in evaluation mode; changed. 1 for one without context.
+        split: whose validation asks.
+    """
+    if ranker.context_fusion is None:
+        return 1.0
+    holdout = questions_of(split)
+    size = max(1, SCORES_AT_ONCE // (ranker.num_items + 1))
+    parts = [
+        holdout.take(np.arange(start, min(start + size, len(holdout))))
+        for start in range(0, len(holdout), size)
+    ]
+    found: dict[float, float] = {}
+    for strength in CONTEXT_STRENGTHS:
+        ranker.context_fusion.strength = strength
+        scores = ranker_scores(ranker)
+        found[strength] = sum(
+            len(part)
+            * mean_accuracy(
+                scores(part),
+                [history.items for _, history, _ in part],
+                [targets for _, _, targets in part],
+                (10,),
+                repeats=split.repeats,
+            )[METRIC]
+            for part in parts
+        )
+    ranker.context_fusion.strength = best = max(found, key=lambda strength: (found[strength], strength))
+    return best
 
 
 def questions_of(split: Split) -> Holdout:

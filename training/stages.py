@@ -355,6 +355,7 @@ class Chosen:
 
     epochs: int  # after which the weights were best, 1 for the first
     metric: float  # MONITOR's, there
+    context_strength: float = 1.0  # how much the context counts, of a ranker that has one
 
 
 def fit_stage(

@@ -49,6 +49,7 @@ from training.score_weights import (
     TRANSITION_WEIGHTS,
     ScoreWeights,
     best_weights,
+    choose_context_strength,
     questions_of,
 )
 from training.stages import (
@@ -343,6 +344,8 @@ def _train_in(
             ranker, chosen["ranking"] = fit_ranking(
                 directory, split, run / EMBEDDINGS, run, *how, content=content, folds=folds
             )
+            if ranker.context_fusion is not None:
+                _say(f"context: strength {chosen['ranking'].context_strength:g}")
             if weights is None:
                 weights = choose_weights(ranker, load_file(run / EMBEDDINGS), split, pipeline)
                 weights.write(run / SCORE_WEIGHTS)
@@ -385,6 +388,7 @@ def _train_in(
             "protocol": "refit" if refit else "strict",
             "epochs": {stage: fit.epochs for stage, fit in chosen.items()},
             "content": encoder_name(settings().content) if content else "none",
+            "context_strength": chosen["ranking"].context_strength if "ranking" in chosen else None,
         },
         recipe=recipe,
         metrics={"validation": metrics},
@@ -647,11 +651,14 @@ def fit_ranking(
         chosen = fit_stage(
             "ranking", module, data, folder / "ranking", trainer, patience=options.patience, resume=resume
         )
+        chosen = dataclasses.replace(chosen, context_strength=choose_context_strength(module.ranker, split))
         text = json.dumps(dataclasses.asdict(chosen))
         (folder / "ranking" / CHOSEN).write_text(text + "\n", encoding="utf-8")
     else:
         refit_stage("ranking", module, data, folder / "ranking", trainer, epochs=chosen.epochs, resume=resume)
         check_vectors("ranking", module.ranker.item_vectors().detach(), module.learning_rate)
+        if module.ranker.context_fusion is not None:
+            module.ranker.context_fusion.strength = chosen.context_strength
     return module.ranker, chosen
 
 

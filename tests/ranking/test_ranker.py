@@ -362,6 +362,19 @@ def test_context_bends_the_last_state():
 
 
 @torch.no_grad()
+def test_context_counts_as_much_as_it_is_to():
+    model = ranker(context=TABLE)
+    states = torch.randn(3, DIM)
+    rows, weights = torch.tensor([[1, 4], [2, 4], [3, 4]]), torch.tensor([[1, 0.5], [1, -2], [1, 1.0]])
+    unknown, full = model.in_context(states), model.in_context(states, rows, weights)
+    for strength in (0.0, 0.25, 1.0):
+        model.context_fusion.strength = strength
+        torch.testing.assert_close(
+            model.in_context(states, rows, weights), unknown + strength * (full - unknown)
+        )
+        torch.testing.assert_close(model.in_context(states), unknown)
+
+
 def test_context_starts_without_effect_and_none_is_no_context():
     model = ranker(trained=False, context=TABLE)
     states = model.states(histories(0, 3))[:, -1]

@@ -301,8 +301,10 @@ def test_the_shortest_histories_and_no_graph(tmp_path, length, with_graph):
         assert np.abs(scorer.score(history, candidates) - scores).max() <= 1e-4
 
 
-def test_a_ranker_in_context_scores_as_in_torch(tmp_path):
+@pytest.mark.parametrize("strength", [1.0, 0.25])
+def test_a_ranker_in_context_scores_as_in_torch(tmp_path, strength):
     model = ranker(context=TABLE, content_dim=4, is_trained=torch.arange(NUM_ITEMS + 1) % 9 > 0)
+    model.context_fusion.strength = strength
     export_ranker(model, tmp_path)
     scorer = scorer_of(tmp_path)
     assert scorer.context.keys == TABLE.keys
