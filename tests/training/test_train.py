@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import numpy as np
@@ -36,7 +37,7 @@ from training.evaluate import Questions, evaluate, load_questions, retrieval_sco
 from training.export import folded_in, recent_popularity
 from training.ranking_module import RankingModule
 from training.retrieval_module import RetrievalModule
-from training.score_weights import GRAPH_WEIGHTS, TRANSITION_WEIGHTS
+from training.score_weights import CONTEXT_STRENGTHS, GRAPH_WEIGHTS, TRANSITION_WEIGHTS
 
 FAST = [
     "--retrieval.trainer.max_epochs=2",
@@ -55,7 +56,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("a shop")
     size = ["--num_users", "200", "--num_items", "100", "--num_events", "4000"]
     assert main(["simulate", "--out", str(root / "data"), *size]) == 0
-    assert _train(root) == 0
+    # After so short a training nobody knows yet that the moment counts.
+    with mock.patch("training.score_weights.CONTEXT_STRENGTHS", (1.0,)):
+        assert _train(root) == 0
     return root
 
 
@@ -493,6 +496,7 @@ def test_the_moment_counts_and_unknown_values_do_not(shop: Path) -> None:
     bundle = with_transition_weight(Bundle.load(resolve_bundle(shop / "bundles")), 0.0)
     pipeline = RecommendationPipeline(bundle)
     assert pipeline.context_keys == {"placement", "hour", "weekday"}
+    assert bundle.manifest["training"]["context_strength"] == 1.0
     visitor = Visitor(pipeline.bundle.users.get("17"))
 
     def scores(now: int | None = None, **context: str) -> list[float]:
@@ -722,7 +726,9 @@ def test_resume_goes_on_in_each_of_the_four_fits(
         "protocol": "refit",
         "epochs": {"retrieval": 2, "ranking": 2},
         "content": "lsa",
+        "context_strength": mock.ANY,
     }
+    assert manifest["training"]["context_strength"] in CONTEXT_STRENGTHS
     assert manifest["metrics"]["validation"]["retrieval"]["val_ndcg@20"] > 0
     assert manifest["metrics"]["validation"]["ranking"]["val_ndcg@10"] > 0
     assert len(list((tmp_path / "runs").iterdir())) == 1
