@@ -117,13 +117,14 @@ class ConcurrencyLimit:
         self._probe_s = probe_s
         self._clock = clock
         self._rng = rng or random.Random()  # spreads retries, guards nothing
-        self._unqueued_s: float | None = None  # t0
+        self._unqueued_s: float | None = None  # t0,
+        self._unqueued_waiting_s = 0.0  # and how much of it nobody works
         self._measured_at = clock()  # when t0 was
         self._is_probing = False
         self._burst_s, self._calm_s = burst_s, calm_s
         self._no_queue_at = clock()
         self._overloaded_at = -math.inf
-        self._num_admitted = self._num_rejected = self._peak = 0  # of this window
+        self._num_admitted = self._num_rejected = self._num_late = self._peak = 0  # of this window
         self._begin_window()
 
     @property
@@ -152,6 +153,7 @@ class ConcurrencyLimit:
                 self._overloaded_at = now
             raise RejectedError("the server is at its limit", self._retry_after_s(), is_from_limit=True)
         if self.in_flight >= self._answered_within(time_left_s):
+            self._num_late += 1
             reason = "those under way leave no time before the deadline"
             raise RejectedError(reason, self._retry_after_s(), is_from_limit=True)
         self.in_flight += 1
@@ -166,15 +168,18 @@ class ConcurrencyLimit:
         """
         if time_left_s is None or self._unqueued_s is None:
             return math.inf
-        return max(self._min_limit, math.floor(self._min_limit * time_left_s / max(self._unqueued_s, 1e-9)))
+        work_s = max(self._unqueued_s - self._unqueued_waiting_s, 1e-9)
+        num_in_turn = (time_left_s - self._unqueued_waiting_s) / work_s
+        return max(self._min_limit, math.floor(self._min_limit * num_in_turn))
 
-    def _release(self, began: float, queued: bool, counts: bool) -> None:
+    def _release(self, began: float, queued: bool, counts: bool, waiting_s: float) -> None:
         self.in_flight -= 1
         now = self._clock()
         if counts:
             self._latencies.append(now - began)
             if not queued:
                 self._unqueued.append(now - began)
+                self._unqueued_waits.append(waiting_s)
         if len(self._latencies) >= self._window_requests and now - self._window_began >= self._window_s:
             self._end_window(now)
 
@@ -182,13 +187,15 @@ class ConcurrencyLimit:
         self._window_began = self._clock()
         self._latencies: list[float] = []
         self._unqueued: list[float] = []  # of requests that came in while there was no queue
+        self._unqueued_waits: list[float] = []
         self._peak = self.in_flight
-        self._num_admitted = self._num_rejected = 0
+        self._num_admitted = self._num_rejected = self._num_late = 0
 
     def _end_window(self, now: float) -> None:
         half = self._window_requests / 2
         if len(self._unqueued) >= (min(FEW, half) if self._unqueued_s is None else half):
             self._unqueued_s = statistics.median(self._unqueued)
+            self._unqueued_waiting_s = statistics.median(self._unqueued_waits)
             self._measured_at = now
             self._is_probing = False
         elif self._unqueued_s is None or now - self._measured_at >= self._probe_s:
@@ -207,7 +214,7 @@ class ConcurrencyLimit:
         """Return a hint that grows with the share of refused requests, spread so that they do not all return
         at once.
         """
-        overload = 1 + self._num_rejected / max(1, self._num_admitted)
+        overload = 1 + (self._num_rejected + self._num_late) / max(1, self._num_admitted)
         return self._window_s * min(overload, 50.0) * self._rng.uniform(0.5, 1.5)
 
 
@@ -219,13 +226,14 @@ class Permit:
         self._began = began
         self._queued = queued
 
-    def release(self, *, counts: bool) -> None:
+    def release(self, *, counts: bool, waiting_s: float = 0.0) -> None:
         """Give the place back, once.
 
         Args:
             counts: whether to measure what it took: what was cancelled or failed says nothing of latency.
+            waiting_s: how much of that another could work (engine/workplaces.py).
         """
-        self._limit._release(self._began, self._queued, counts)
+        self._limit._release(self._began, self._queued, counts, waiting_s)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class RecommenderClient:
             head_weights=head_weights,
         )
         return next(self._stubs).Recommend(
-            request, timeout=_or(timeout_s, self._timeout_s), metadata=self._metadata
+            request, timeout=_timeout(timeout_s, self._timeout_s), metadata=self._metadata
         )
 
     def similar_items(
@@ -112,7 +112,7 @@ class RecommenderClient:
             context=context,
         )
         return next(self._stubs).SimilarItems(
-            request, timeout=_or(timeout_s, self._timeout_s), metadata=self._metadata
+            request, timeout=_timeout(timeout_s, self._timeout_s), metadata=self._metadata
         )
 
     def rank(
@@ -132,7 +132,7 @@ class RecommenderClient:
             head_weights=head_weights,
         )
         return next(self._stubs).Rank(
-            request, timeout=_or(timeout_s, self._timeout_s), metadata=self._metadata
+            request, timeout=_timeout(timeout_s, self._timeout_s), metadata=self._metadata
         )
 
     def record_events(
@@ -141,7 +141,7 @@ class RecommenderClient:
         """Have the server remember what users did; after an error the same events may be sent again."""
         request = pb.RecordEventsRequest(events=events)
         return next(self._stubs).RecordEvents(
-            request, timeout=_or(timeout_s, self._timeout_s), metadata=self._metadata
+            request, timeout=_timeout(timeout_s, self._timeout_s), metadata=self._metadata
         )
 
     def close(self) -> None:
@@ -212,7 +212,7 @@ class AsyncRecommenderClient:
             head_weights=head_weights,
         )
         return await next(self._stubs).Recommend(
-            request, timeout=_or(timeout_s, self._timeout_s), metadata=self._metadata
+            request, timeout=_timeout(timeout_s, self._timeout_s), metadata=self._metadata
         )
 
     async def similar_items(
@@ -238,7 +238,7 @@ class AsyncRecommenderClient:
             context=context,
         )
         return await next(self._stubs).SimilarItems(
-            request, timeout=_or(timeout_s, self._timeout_s), metadata=self._metadata
+            request, timeout=_timeout(timeout_s, self._timeout_s), metadata=self._metadata
         )
 
     async def rank(
@@ -258,7 +258,7 @@ class AsyncRecommenderClient:
             head_weights=head_weights,
         )
         return await next(self._stubs).Rank(
-            request, timeout=_or(timeout_s, self._timeout_s), metadata=self._metadata
+            request, timeout=_timeout(timeout_s, self._timeout_s), metadata=self._metadata
         )
 
     async def record_events(
@@ -267,7 +267,7 @@ class AsyncRecommenderClient:
         """Have the server remember what users did; after an error the same events may be sent again."""
         request = pb.RecordEventsRequest(events=events)
         return await next(self._stubs).RecordEvents(
-            request, timeout=_or(timeout_s, self._timeout_s), metadata=self._metadata
+            request, timeout=_timeout(timeout_s, self._timeout_s), metadata=self._metadata
         )
 
     async def close(self) -> None:
@@ -287,7 +287,7 @@ class AsyncRecommenderClient:
         await self.close()
 
 
-def _or(timeout_s: float | None, usual_s: float) -> float:
+def _timeout(timeout_s: float | None, usual_s: float) -> float:
     return usual_s if timeout_s is None else timeout_s
 
 

@@ -141,8 +141,8 @@ async def follow_bundles(
     """Serve whatever bundle of a directory is to be served (see bundle_to_serve), for ever.
 
     A bundle that is refused is tried again when a file of it, the choice or the policies change, or on
-    `hangup`; also after a while where it could not be read, or not in time, which may pass. While a pin keeps
-    a newer bundle out, the log and the metrics say so.
+    `hangup`; also after a while where it could not be read, which may pass. While a pin keeps a newer bundle
+    out, the log and the metrics say so.
     """
     refused: object = None
     said, again_at, wait_s = "", math.inf, 0.0
@@ -190,7 +190,7 @@ async def follow_bundles(
 
 
 def _may_pass(error: Exception) -> bool:
-    """Return whether a bundle that was refused for this may be good: it was not read, or not in time."""
+    """Return whether a bundle that was refused for this may be good: it could not be read."""
     return isinstance(error, (OSError, MemoryError)) or isinstance(error.__cause__, OSError)
 
 
@@ -219,10 +219,10 @@ async def _swap(
                 pipeline = await _beside_requests(prepared, bundle, policies, events)
                 if service.policies is policies:  # no other policies came meanwhile
                     break
-    except TimeoutError as error:  # an OSError
+    except TimeoutError:
         raise BundleError(
             f"{path}: it was not opened and did not answer trial requests within {OPENING_TIMEOUT_S:g} s"
-        ) from error
+        ) from None  # not to be tried again: what hangs would hang beside it
     replaced = service.pipeline
     if missing := missing_policies(pipeline, replaced):
         logger.warning(

@@ -62,7 +62,7 @@ logger = logging.getLogger(__name__)
 SWITCH_INTERVAL_S = 0.0005
 REDIS_URL = "TRIRANK_REDIS_URL"  # of the environment: what is in an argument all processes can read
 WILDCARDS = ("0.0.0.0", "[::]")
-WORKER_END_S = 15.0  # beside the drain, for one of several servers to end
+WORKER_END_S = 5.0  # beside the drain, for one of several servers to end
 FIRST_FREE_PORT = 1024  # those below take a right on most systems
 
 

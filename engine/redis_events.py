@@ -37,7 +37,8 @@ T = TypeVar("T")
 
 KEY = "trirank:events:{user_id}"
 DAY_MS = 86_400_000
-DELIVERY_TIMEOUT_S = 1.0  # at least, of an answer that no request waits for
+RECORDING_TIMEOUT_S = 0.25  # at least, of an answer that may be for 500 events and more
+DELIVERY_TIMEOUT_S = 1.0  # at least, of an answer that nobody waits for
 EVENTS_AT_ONCE = 500  # of a delivery's round trip, about
 SEGMENT_BYTES = 1 << 20  # of undelivered events, that are sent again where their delivery was cut short
 CLOSE_S = 5.0  # for the thread that delivers; a name server may keep it for longer
@@ -150,6 +151,7 @@ class RedisEventStore:
             return redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **times)
 
         self._redis = client(timeout_s)
+        self._recording = client(max(timeout_s, RECORDING_TIMEOUT_S))
         self._patient = client(max(timeout_s, DELIVERY_TIMEOUT_S))
         self._record_script = self._redis.register_script(RECORD)
         self._max_per_user = max_per_user
@@ -233,6 +235,7 @@ class RedisEventStore:
         with self._buffering:
             self._buffer.close()
         self._redis.close()
+        self._recording.close()
         self._patient.close()
 
     def _hash(self, key: str, timeout_s: float) -> dict[bytes, bytes]:
@@ -255,7 +258,8 @@ class RedisEventStore:
         """Record batches in Redis; on disk where it is away, and those of which it refuses a key."""
         nums_new: list[int | None] = [None if events else 0 for events in batches]
         with contextlib.suppress(StoreUnavailableError):
-            for number, sent in itertools.groupby(self._ask(lambda: self._sent(batches)), key=_number):
+            found = self._ask(lambda: self._sent(batches, self._recording))
+            for number, sent in itertools.groupby(found, key=_number):
                 answers = [one.answer for one in sent]
                 if not any(isinstance(answer, Exception) for answer in answers):
                     nums_new[number] = sum(answers)
@@ -279,17 +283,14 @@ class RedisEventStore:
         """
         refused += [
             {"why": str(one.answer), "events": one.events}
-            for one in self._asked(lambda: self._sent([events]))
+            for one in self._asked(lambda: self._sent([events], self._patient))
             if isinstance(one.answer, Exception)
         ]
 
-    def _sent(self, batches: Sequence[Sequence[UserEvent]]) -> list[_Sent]:
-        """Record batches in one round trip; raises what Redis raises, but for what is of one key alone.
-
-        It may take longer than a request waits for an answer: no request waits for this one.
-        """
+    def _sent(self, batches: Sequence[Sequence[UserEvent]], client: Any) -> list[_Sent]:
+        """Record batches in one round trip; raises what Redis raises, but for what is of one key alone."""
         now_ms = round(self._clock() * 1000)
-        pipeline = self._patient.pipeline(transaction=False)
+        pipeline = client.pipeline(transaction=False)
         asked: list[tuple[int, list[UserEvent]]] = []
         for number, events in enumerate(batches):
             in_turn = sorted(events, key=_user)  # stable: of one user as they came

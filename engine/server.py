@@ -41,7 +41,7 @@ from engine.tls import ServerTls
 from engine.trace import Trace
 from engine.variants import OTHER, SHADOW, Shadow, Split
 from engine.watchdog import STUCK_S, watch_workers
-from engine.workplaces import Workplaces
+from engine.workplaces import Workplaces, waiting_s
 from protos.trirank.v1 import recommender_pb2 as pb
 from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
 from reranking.policy import Policies, PolicyError
@@ -191,7 +191,9 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
     def num_stuck(self, stuck_s: float) -> int:
         """Return how many workers have been at one request for that long. Any thread may ask."""
         before = time.monotonic() - stuck_s
-        return sum(began <= before and job.running() for job, began in self._jobs.copy().items())
+        num_stuck = sum(began <= before and job.running() for job, began in self._jobs.copy().items())
+        # Behind one that is stuck others wait for its place, in threads of their own.
+        return min(num_stuck, self._places.num_places) if self._places else num_stuck
 
     def use(self, pipeline: RecommendationPipeline) -> None:
         """Answer from another bundle from now on."""
@@ -345,14 +347,16 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
             budget.cancel()
             raise
         try:
-            return job.result()
+            reply, _ = job.result()
+            return reply
         finally:
             del job  # which has what it raises, which would have this frame
 
     def _give_back(self, permit: Permit, job: Future[Any], is_done: asyncio.Future[None]) -> None:
         """Only answers say what a request takes: what failed, or was cut off, would mislead the limit."""
         del self._jobs[job]
-        permit.release(counts=not job.cancelled() and job.exception() is None)
+        is_answer = not job.cancelled() and job.exception() is None
+        permit.release(counts=is_answer, waiting_s=job.result()[1] if is_answer else 0.0)
         if not is_done.done():
             is_done.set_result(None)
 
@@ -473,12 +477,13 @@ def _begin(
     request: Request,
     budget: Budget,
     places: Workplaces | None = None,
-) -> Reply[Response]:
-    """Make a call, unless its time was up before a worker was free."""
+) -> tuple[Reply[Response], float]:
+    """Make a call, unless its time was up before a worker was free. Also return how long it has waited."""
     with places.working() if places else contextlib.nullcontext():
         if budget.expired():
             raise TooLateError("the deadline passed before a worker was free")
-        return call(pipeline, request, budget)
+        begin_s = waiting_s()
+        return call(pipeline, request, budget), waiting_s() - begin_s
 
 
 def _refusal(error: Exception, time_left_s: float | None, caller: Caller) -> Refusal:

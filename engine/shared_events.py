@@ -24,7 +24,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from engine.events import EventStore, Recorded, StoreUnavailableError, UserEvent
+from engine.events import EventStore, Recorded, StoreBusyError, StoreUnavailableError, UserEvent
 from engine.group_commit import GroupCommit, Outcome
 from engine.telemetry import LimitedLog
 from engine.workplaces import waiting
@@ -146,7 +146,14 @@ def _outcome(future: Future[Recorded]) -> Recorded | dict[str, str]:
     try:
         return future.result()
     except StoreUnavailableError as error:
-        return {"unavailable": str(error)}
+        return {"busy" if isinstance(error, StoreBusyError) else "unavailable": str(error)}
+
+
+def _received(found: Any) -> Outcome:
+    if not isinstance(found, dict):
+        return Recorded(*found)
+    ((kind, text),) = found.items()
+    return StoreBusyError(text) if kind == "busy" else StoreUnavailableError(text)
 
 
 class SharedEventStore:
@@ -189,10 +196,7 @@ class SharedEventStore:
         self._group.close()
 
     def _commit(self, batches: Sequence[Sequence[UserEvent]]) -> list[Outcome]:
-        return [
-            StoreUnavailableError(found["unavailable"]) if isinstance(found, dict) else Recorded(*found)
-            for found in self._ask({"record": batches})["recorded"]
-        ]
+        return [_received(found) for found in self._ask({"record": batches})["recorded"]]
 
     def _ask(self, question: dict[str, Any], timeout_s: float = math.inf) -> dict[str, Any]:
         connection: socket.socket | None = getattr(self._of_thread, "connection", None)

@@ -47,7 +47,7 @@ async def watch_workers(
     before = 0
     while True:
         await asyncio.sleep(poll_s)
-        num_stuck = min(num_workers, service.num_stuck(STUCK_S if stuck_s is None else stuck_s))
+        num_stuck = service.num_stuck(STUCK_S if stuck_s is None else stuck_s)
         if num_stuck > before:
             logger.error("%d of %d workers do not come back from a request", num_stuck, num_workers)
         if (num_stuck >= num_workers) != (before >= num_workers):

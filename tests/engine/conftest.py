@@ -250,7 +250,7 @@ def fill_bundle(
 @pytest.fixture(autouse=True)
 def log_afresh() -> None:
     """What another test logged a moment ago keeps nothing of this one out of the log."""
-    for name, module in sys.modules.items():
+    for name, module in list(sys.modules.items()):
         if name.startswith("engine.") and isinstance(seldom := getattr(module, "seldom", None), LimitedLog):
             seldom._next_at.clear()
             seldom._num_left_out.clear()

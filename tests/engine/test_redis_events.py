@@ -466,11 +466,11 @@ def test_what_comes_while_redis_is_slow_shares_a_round_trip(
     begun, may_end, trips = threading.Event(), threading.Event(), [0]
     sent = store._sent
 
-    def slowly(batches: Any) -> Any:
+    def slowly(batches: Any, client: Any) -> Any:
         trips[0] += 1
         begun.set()
         assert may_end.wait(WAIT_S)
-        return sent(batches)
+        return sent(batches, client)
 
     monkeypatch.setattr(store, "_sent", slowly)
     first = store.record([UserEvent("first", "u", "x")])

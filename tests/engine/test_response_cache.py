@@ -13,7 +13,7 @@ from engine.deadline import Budget
 from engine.event_store import MemoryEventStore
 from engine.events import UserEvent
 from engine.pipeline import RecommendationPipeline
-from engine.response_cache import ResponseCache
+from engine.response_cache import ENTRY_BYTES, ResponseCache
 from engine.server import recommend
 from protos.trirank.v1 import recommender_pb2 as pb
 from reranking.policy import policies_from_config
@@ -101,7 +101,7 @@ def test_what_is_explained_or_degraded_is_made_anew(asked: Asked) -> None:
 def test_age_and_size() -> None:
     now = [0.0]
     answer = pb.RecommendResponse(trace=pb.Trace(bundle_version="x" * 40))
-    cache = ResponseCache(5.0, 2 * answer.ByteSize(), clock=lambda: now[0])
+    cache = ResponseCache(5.0, 2 * (answer.ByteSize() + ENTRY_BYTES), clock=lambda: now[0])
     for key in "abc":
         cache.put(key, answer)
     assert [cache.get(key) == answer for key in "abcd"] == [False, True, True, False]
@@ -115,13 +115,13 @@ def test_age_and_size() -> None:
     assert [cache.get(key) == answer for key in "bc"] == [True, False]
     cache.put("d", answer)
     assert [cache.get(key) == answer for key in "bcd"] == [True, False, True]
-    cache.put("large", pb.RecommendResponse(trace=pb.Trace(bundle_version="x" * 400)))
+    cache.put("large", pb.RecommendResponse(trace=pb.Trace(bundle_version="x" * 4000)))
     assert not cache._answers  # no room for it, and room again
     cache.put("f", answer)
     now[0] = 20.0
     cache.put("e", answer)
     assert list(cache._answers) == ["e"]  # what is too old is not kept until there is no room
-    assert cache._num_bytes == answer.ByteSize()
+    assert cache._num_bytes == answer.ByteSize() + ENTRY_BYTES
     with pytest.raises(ValueError, match=r"max_age_s is 0.*expected above 0"):
         ResponseCache(0)
 

@@ -410,7 +410,77 @@ def test_no_more_threads_work_than_have_a_place() -> None:
         with pytest.raises(KeyError), places.working(), waiting():
             raise KeyError
     assert most[0] == 2
-    assert places._free._value == 2  # type: ignore[attr-defined]
+    assert places._num_free == 2
+
+
+def test_a_place_goes_to_who_had_one_before_and_then_to_who_waits_longest() -> None:
+    places = Workplaces(1)
+    order: list[int] = []
+    has_left, go = threading.Event(), threading.Event()
+
+    def until(happens: Callable[[], bool]) -> None:
+        ends = time.monotonic() + WAIT_S
+        while not happens():
+            assert time.monotonic() < ends
+            time.sleep(0.001)
+
+    def leave() -> None:
+        with places.working():
+            with waiting():
+                has_left.set()
+                assert go.wait(WAIT_S)
+            order.append(-1)
+
+    def work(number: int) -> None:
+        with places.working():
+            if not number:
+                until(lambda: len(places._first) == 4)
+                go.set()
+                until(lambda: bool(places._again))
+            order.append(number)
+
+    with ThreadPoolExecutor(6) as threads:
+        jobs = [threads.submit(leave)]
+        assert has_left.wait(WAIT_S)
+        for number in range(5):
+            jobs.append(threads.submit(work, number))
+            until(lambda number=number: not places._num_free and len(places._first) == number)  # type: ignore[misc]
+        for job in jobs:
+            job.result(WAIT_S)
+    assert order == [0, -1, 1, 2, 3, 4]
+
+
+def test_to_wait_for_a_place_again_is_not_what_the_store_takes(bundle: Bundle) -> None:
+    """A server that is busy for a moment is not to be taken for a slow store, which would be left out."""
+    places = Workplaces(1)
+    is_busy = threading.Event()
+    pipeline = RecommendationPipeline(bundle)
+
+    def be_busy() -> None:
+        with places.working():
+            is_busy.set()
+            while not places._again:
+                time.sleep(0.001)
+            time.sleep(0.3)
+
+    with ThreadPoolExecutor(1) as threads:
+
+        class Far(MemoryEventStore):
+            waits = True
+
+            def recent(self, user_id: str, timeout_s: float = math.inf) -> Sequence[UserEvent]:
+                with waiting():
+                    threads.submit(be_busy)
+                    assert is_busy.wait(WAIT_S)
+                return super().recent(user_id)
+
+        pipeline.events = Far()
+        with places.working():
+            found = pipeline.resolve_visitor("loyal")
+    assert found.asked is not None
+    assert found.resolving_s > 0.3
+    assert found.asked.ended_s - found.asked.began_s < found.resolving_s - 0.29
+    assert pipeline.costs.usual(["history"]) < found.resolving_s - 0.29
 
 
 def test_without_the_store_answers_go_on_and_say_so(bundle: Bundle, served: Any, refused: Any) -> None:

@@ -26,7 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from engine import shared_events, workers
 from engine.client import visitor
 from engine.event_store import LocalEventStore, MemoryEventStore
-from engine.events import Recorded, StoreUnavailableError, UserEvent
+from engine.events import Recorded, StoreBusyError, StoreUnavailableError, UserEvent
 from engine.shared_events import MARKS_BYTES, EventServer, SharedEventStore
 from engine.workers import WORKER, ListenError, Worker
 from protos.trirank.v1 import recommender_pb2 as pb
@@ -99,15 +99,20 @@ def test_one_batch_of_many_may_fail(tmp_path: Path) -> None:
         def record(self, events: Sequence[UserEvent]) -> Future[Recorded]:
             if events[0].user_id == "bad":
                 raise StoreUnavailableError("not this one")
+            if events[0].user_id == "late":
+                raise StoreBusyError("too many")
             return super().record(events)
 
     server = EventServer(Choosy(), tmp_path / "events")
     store = SharedEventStore(tmp_path / "events", timeout_s=WAIT_S)
-    good, bad = ([UserEvent("e", name, "x")] for name in ("good", "bad"))
-    outcomes = store._commit([good, bad, good])
-    assert [str(outcome) for outcome in outcomes] == [
-        str(Recorded(1, 0)), "not this one", str(Recorded(0, 1))
-    ]  # fmt: skip
+    good, bad, late = ([UserEvent("e", name, "x")] for name in ("good", "bad", "late"))
+    outcomes = store._commit([good, bad, good, late])
+    assert [repr(outcome) for outcome in outcomes] == [
+        repr(Recorded(1, 0)),
+        "StoreUnavailableError('not this one')",
+        repr(Recorded(0, 1)),
+        "StoreBusyError('too many')",
+    ]
     with pytest.raises(StoreUnavailableError, match="not this one"):
         store.record(bad).result(WAIT_S)
     store.close()
