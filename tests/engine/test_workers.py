@@ -178,7 +178,7 @@ def test_a_store_that_others_record_in_is_always_asked(tmp_path: Path) -> None:
     owned = OfMany()
     server, store = EventServer(owned, tmp_path / "events"), SharedEventStore(tmp_path / "events")
     assert store.recent("ann") == []
-    owned.record([UserEvent("1", "ann", "x")])  # as another machine does
+    owned.record([UserEvent("1", "ann", "x")]).result(WAIT_S)  # as another machine does
     assert [event.event_id for event in store.recent("ann")] == ["1"]
     store.close()
     server.close()
