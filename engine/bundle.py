@@ -403,9 +403,11 @@ def bundles_to_serve(path: str | Path) -> list[Path]:
     if name is None:
         return found[::-1]
     # A name begins with its time, so that what is gone has its place among those there are.
-    last = names.index(name) + 1 if name in names else bisect_left(names, name[:15], key=lambda one: one[:15])
-    if not BUNDLE_NAME.fullmatch(name):
-        last = 0
+    if name in names:
+        last = names.index(name) + 1
+    else:
+        is_gone = BUNDLE_NAME.fullmatch(name)
+        last = bisect_left(names, name[:15], key=lambda one: one[:15]) if is_gone else 0
     if not last:
         raise BundleError(f"{path / PIN} names {name!r}; expected one of {', '.join(names)}")
     return found[:last][::-1]
@@ -414,10 +416,10 @@ def bundles_to_serve(path: str | Path) -> list[Path]:
 def pinned_but_gone(path: str | Path) -> str | None:
     """Return the name of the pinned bundle of a directory that does not have it any more; else None."""
     path = Path(path)
-    if (path / MANIFEST).is_file():
-        return None
     name = pinned(path)
-    return None if name is None or name in [bundle.name for bundle in bundles_in(path)] else name
+    if name is None or (path / MANIFEST).is_file() or (path / name / MANIFEST).is_file():
+        return None
+    return name
 
 
 def pinned(root: str | Path) -> str | None:

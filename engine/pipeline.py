@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from engine import workplaces
 from engine.bundle import Bundle
 from engine.deadline import Budget, StageCosts
 from engine.event_store import merge as merge_events
@@ -39,7 +40,6 @@ from engine.policies import Arrangement, Filtered, explanation, exposure_of, ite
 from engine.sources import check_sources, choice, is_number, sources_from_config
 from engine.telemetry import LimitedLog
 from engine.trace import StageTiming, Trace, VisitorKind
-from engine.workplaces import returning_s
 from ranking.context import Encoded
 from ranking.transitions import TransitionBonus
 from reranking.constraints import DropSeen
@@ -342,14 +342,14 @@ class RecommendationPipeline:
         Where the event store does not answer, fails, or would take more time than there is, the visitor is
         made without it and marked degraded.
         """
-        begin, returning_before_s = time.perf_counter(), returning_s()
+        begin, own_begin = time.perf_counter(), workplaces.clock()
         stored = history = self.bundle.users.get(user_id)
         asked, is_degraded = None, False
         if user_id and self.events is not None:
             merged = self._with_recent(stored, self.events, user_id, budget or Budget(None))
             is_degraded = merged is None
             history = merged or stored
-            end = time.perf_counter() - (returning_s() - returning_before_s)
+            end = begin + workplaces.clock() - own_begin
             asked = StageTiming("history", begin, end, len(stored), len(history))
         history, num_unknown = merge_events(history, events, self.bundle.catalog)
         user_row = self.bundle.users.row(user_id)
@@ -371,7 +371,7 @@ class RecommendationPipeline:
             seldom.warning("history was skipped: too little time")
             self.costs.ease("history")
             return None
-        begin, returning_before_s = time.perf_counter(), returning_s()
+        begin = workplaces.clock()
         try:
             recent = events.recent(user_id, budget.allowance("history", later_s))
             return merge_events(history, recent, self.bundle.catalog)[0]
@@ -381,8 +381,7 @@ class RecommendationPipeline:
             seldom.exception("history failed; the answer is made without it", error)
             return None
         finally:  # what failed late would again
-            took_s = time.perf_counter() - begin - (returning_s() - returning_before_s)
-            self.costs.observe("history", took_s, 1)
+            self.costs.observe("history", workplaces.clock() - begin, 1)
 
     def query(
         self,

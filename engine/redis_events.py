@@ -39,7 +39,7 @@ KEY = "trirank:events:{user_id}"
 DAY_MS = 86_400_000
 RECORDING_TIMEOUT_S = 0.25  # at least, of an answer that may be for 500 events and more
 DELIVERY_TIMEOUT_S = 1.0  # at least, of an answer that nobody waits for
-EVENTS_AT_ONCE = 500  # of a delivery's round trip, about
+EVENTS_AT_ONCE = 500  # of a round trip, about
 SEGMENT_BYTES = 1 << 20  # of undelivered events, that are sent again where their delivery was cut short
 CLOSE_S = 5.0  # for the thread that delivers; a name server may keep it for longer
 # What an error begins with that is not of one key; others are classes of their own in redis-py.

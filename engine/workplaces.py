@@ -87,6 +87,6 @@ def waiting_s() -> float:
     return _of_thread.waiting_s
 
 
-def returning_s() -> float:
-    """Return how much of that went to getting its place again."""
-    return _of_thread.returning_s
+def clock() -> float:
+    """Return time.perf_counter(), standing still while this thread waits to have its place again."""
+    return time.perf_counter() - _of_thread.returning_s

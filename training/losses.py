@@ -55,6 +55,22 @@ def sampled_softmax_loss(
     return loss
 
 
+def negatives_by_popularity(degrees: Tensor, popularity: float, count: int) -> tuple[Tensor, Tensor]:
+    """Draw negatives as often as they occur in training, to a power; what never occurs is not drawn.
+
+    Args:
+        degrees: [N] float32, how often each occurs.
+        popularity: the power.
+        count: M.
+
+    Returns:
+        [M] int64 places in `degrees`, and [M] float32 for sampled_softmax_loss's log_expected_count.
+    """
+    weights = degrees.pow(popularity) * (degrees > 0)
+    drawn = torch.multinomial(weights, count, replacement=True)
+    return drawn, (count * weights[drawn] / weights.sum()).log()
+
+
 class _SharedNegatives(torch.autograd.Function):
     """The sum behind sampled_softmax_loss, with the gradient worked out in the forward pass."""
 

@@ -21,7 +21,7 @@ from training.content import start_vectors
 from training.data.modules import QuestionBatch, RankingData
 from training.data.sequences import SequenceBatch
 from training.encoder_checks import check_sequence_encoder
-from training.losses import sampled_softmax_loss
+from training.losses import negatives_by_popularity, sampled_softmax_loss
 from training.metrics import mean_accuracy
 from training.stages import check_numbers, check_vectors
 
@@ -125,7 +125,7 @@ class RankingModule(L.LightningModule):
         self.schedule, self.popularity = schedule, popularity
         self.heads = tuple(heads or ())
         self._possible: Tensor | None = None  # [N] rows, worked out at the first step,
-        self._weights: Tensor | None = None  # [N] how often each is drawn, likewise
+        self._degrees: Tensor | None = None  # [N] how often each occurs, likewise
 
     @property
     def data(self) -> RankingData:
@@ -241,11 +241,10 @@ class RankingModule(L.LightningModule):
         """Return `num_negatives` rows, and the logarithm of how often each was to be expected."""
         if not self.popularity:
             return possible[torch.randint(len(possible), (self.num_negatives,), device=possible.device)], None
-        if self._weights is None or self._weights.device != possible.device:
-            counts = torch.from_numpy(self.data.split.train.item_counts()).to(possible.device)[possible]
-            self._weights = counts.float().pow(self.popularity) * (counts > 0)
-        drawn = torch.multinomial(self._weights, self.num_negatives, replacement=True)
-        expected = (self.num_negatives * self._weights[drawn] / self._weights.sum()).log()
+        if self._degrees is None or self._degrees.device != possible.device:
+            counts = torch.from_numpy(self.data.split.train.item_counts())
+            self._degrees = counts.to(possible.device)[possible].float()
+        drawn, expected = negatives_by_popularity(self._degrees, self.popularity, self.num_negatives)
         return possible[drawn], expected
 
     def _of_every_head(self, states: Tensor, targets: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:

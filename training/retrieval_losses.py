@@ -19,6 +19,7 @@ from training.losses import (
     alignment_loss,
     bpr_loss,
     cosine_contrastive_loss,
+    negatives_by_popularity,
     sampled_softmax_loss,
     ultragcn_loss,
     uniformity_loss,
@@ -88,9 +89,7 @@ class SampledSoftmax(RetrievalLoss):
         if not self.popularity:
             negatives = batch.uniform(self.num_negatives)
             return sampled_softmax_loss(batch.states, batch.item_vectors, batch.items, negatives)
-        weights = batch.item_degrees.pow(self.popularity) * (batch.item_degrees > 0)
-        negatives = torch.multinomial(weights, self.num_negatives, replacement=True)
-        expected = (self.num_negatives * weights[negatives] / weights.sum()).log()
+        negatives, expected = negatives_by_popularity(batch.item_degrees, self.popularity, self.num_negatives)
         return sampled_softmax_loss(batch.states, batch.item_vectors, batch.items, negatives, expected)
 
 

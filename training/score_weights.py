@@ -83,9 +83,7 @@ def best_weights(
     pairs = [*product(graph_weights, transition_weights), ALONE]
     by_weight = {weight: weighted(queries, items, dim, weight, examples) for weight in {*graph_weights, 0.0}}
     sums = dict.fromkeys(pairs, 0.0)
-    size = max(1, SCORES_AT_ONCE // len(transitions))
-    for start in range(0, len(holdout), size):
-        asked = np.arange(start, min(start + size, len(holdout)))
+    for asked in _asked_at_once(holdout, len(transitions)):
         questions = holdout.take(asked)
         histories = [history for _, history, _ in questions]
         targets = [target for _, _, target in questions]
@@ -114,11 +112,7 @@ def choose_context_strength(ranker: HybridRanker, split: Split) -> float:
     if ranker.context_fusion is None:
         return 1.0
     holdout = questions_of(split)
-    size = max(1, SCORES_AT_ONCE // (ranker.num_items + 1))
-    parts = [
-        holdout.take(np.arange(start, min(start + size, len(holdout))))
-        for start in range(0, len(holdout), size)
-    ]
+    parts = [holdout.take(asked) for asked in _asked_at_once(holdout, ranker.num_items + 1)]
     found: dict[float, float] = {}
     for strength in CONTEXT_STRENGTHS:
         ranker.context_fusion.strength = strength
@@ -136,6 +130,12 @@ def choose_context_strength(ranker: HybridRanker, split: Split) -> float:
         )
     ranker.context_fusion.strength = best = max(found, key=lambda strength: (found[strength], strength))
     return best
+
+
+def _asked_at_once(holdout: Holdout, num_scores: int) -> list[NDArray[np.int64]]:
+    """Return which questions are scored together, where each has so many scores."""
+    size = max(1, SCORES_AT_ONCE // num_scores)
+    return [np.arange(start, min(start + size, len(holdout))) for start in range(0, len(holdout), size)]
 
 
 def questions_of(split: Split) -> Holdout:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -245,6 +247,29 @@ def fill_bundle(
         "metrics": {},
         "shapes": {},
     }
+
+
+class Held:
+    """A method whose calls wait until they may go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> None:
+        self.num_calls = 0
+        self.begun, self.may_end = threading.Event(), threading.Event()
+        method = getattr(owner, name)
+
+        def held(*words: Any) -> Any:
+            self.num_calls += 1
+            self.begun.set()
+            assert self.may_end.wait(60)
+            return method(*words)
+
+        monkeypatch.setattr(owner, name, held)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Callable[[object, str], Held]:
+    """Hold the calls of an object's method."""
+    return functools.partial(Held, monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -185,27 +185,18 @@ def test_lines_are_changed_as_lists_would_be(drawn: list[tuple[str, str, int]], 
         assert recent.timed(now, 3).timestamp == max(3, expected[-1].timestamp)
 
 
-def test_many_threads_share_flushes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_threads_share_flushes(tmp_path: Path, held: Any) -> None:
     """While one flush is under way all that arrives waits for the next one, which serves it all."""
     target = store(tmp_path)
-    begun, may_end, num_flushes = threading.Event(), threading.Event(), [0]
-    append = target._log.append
-
-    def slow_append(payloads: Sequence[bytes]) -> None:
-        num_flushes[0] += 1
-        begun.set()
-        assert may_end.wait(WAIT_S)
-        append(payloads)
-
-    monkeypatch.setattr(target._log, "append", slow_append)
+    flush = held(target._log, "append")
     first = target.record([UserEvent("first", "u", "x")])
-    assert begun.wait(WAIT_S)
+    assert flush.begun.wait(WAIT_S)
     futures = [target.record([UserEvent(f"e{number}", "u", "x")]) for number in range(100)]
     assert not first.done()
     assert target.recent("u") == ()  # what is not safe is not seen
-    may_end.set()
+    flush.may_end.set()
     assert [future.result(WAIT_S) for future in futures] == [Recorded(1, 0)] * 100
-    assert num_flushes[0] == 2
+    assert flush.num_calls == 2
     assert ids(target.recent("u")) == ["first", *(f"e{number}" for number in range(100))]
     target.close()
 

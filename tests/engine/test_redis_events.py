@@ -456,35 +456,26 @@ def test_a_redis_that_is_slow_stopped_and_restarted_under_load(tmp_path: Path) -
 
 
 def test_what_comes_while_redis_is_slow_shares_a_round_trip(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server, tmp_path: Path, held: Any
 ) -> None:
     """Of a batch that Redis refuses, another's events wait for nothing."""
     client = redis.Redis(port=server.port)
     client.flushall()
     client.set("trirank:events:theirs", "somebody else's")
     store = RedisEventStore(server.url, tmp_path, timeout_s=WAIT_S, retry_s=WAIT_S)
-    begun, may_end, trips = threading.Event(), threading.Event(), [0]
-    sent = store._sent
-
-    def slowly(batches: Any, client: Any) -> Any:
-        trips[0] += 1
-        begun.set()
-        assert may_end.wait(WAIT_S)
-        return sent(batches, client)
-
-    monkeypatch.setattr(store, "_sent", slowly)
+    trip = held(store, "_sent")
     first = store.record([UserEvent("first", "u", "x")])
-    assert begun.wait(WAIT_S)
+    assert trip.begun.wait(WAIT_S)
     batches = [[UserEvent(f"e{n}", user, "x") for user in ("u", f"u{n}")] for n in range(100)]
     futures = [store.record(events) for events in batches]
     refused = store.record([UserEvent("e", "theirs", "x"), UserEvent("e", "ours", "x")])
-    may_end.set()
+    trip.may_end.set()
     assert [future.result(WAIT_S) for future in (first, *futures)] == [
         Recorded(1, 0),
         *[Recorded(2, 0)] * 100,
     ]
     assert refused.result(WAIT_S) == Recorded(2, 0, is_delayed=True)
-    assert trips[0] == 2
+    assert trip.num_calls == 2
     assert ids(store.recent("u")) == ["first", *(f"e{n}" for n in range(100))]
     store.close()
 

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -63,32 +62,21 @@ def test_a_store_through_a_socket(tmp_path: Path) -> None:
     server.close()
 
 
-def test_what_several_processes_record_meanwhile_shares_a_flush(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_several_processes_record_meanwhile_shares_a_flush(tmp_path: Path, held: Any) -> None:
     owned = LocalEventStore(tmp_path / "log")
     server = EventServer(owned, tmp_path / "events")
     stores = [SharedEventStore(tmp_path / "events", timeout_s=WAIT_S) for _ in range(2)]
-    begun, may_end, num_flushes = threading.Event(), threading.Event(), [0]
-    append = owned._log.append
-
-    def slow_append(payloads: Sequence[bytes]) -> None:
-        num_flushes[0] += 1
-        begun.set()
-        assert may_end.wait(WAIT_S)
-        append(payloads)
-
-    monkeypatch.setattr(owned._log, "append", slow_append)
+    flush = held(owned._log, "append")
     futures = [store.record([UserEvent("first", f"u{n}", "x")]) for n, store in enumerate(stores)]
-    assert begun.wait(WAIT_S)
+    assert flush.begun.wait(WAIT_S)
     futures += [
         store.record([UserEvent(f"e{number}", f"u{n}", "x")])
         for number in range(50)
         for n, store in enumerate(stores)
     ]
-    may_end.set()
+    flush.may_end.set()
     assert [future.result(WAIT_S) for future in futures] == [Recorded(1, 0)] * 102
-    assert num_flushes[0] <= 20  # not one for each of 102; how they are grouped is a matter of luck
+    assert flush.num_calls <= 20  # not one for each of 102; how they are grouped is a matter of luck
     assert len(owned.recent("u0")) == len(owned.recent("u1")) == 51
     for store in (*stores, server, owned):
         store.close()
