@@ -1,4 +1,4 @@
-"""What is known of each item, by row; the only place that knows the shop's own item ids."""
+"""What is known of each item, by row; the only place that turns the shop's own item ids into rows."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from engine.ids import rows_by_id, strings
 
-# The columns of catalog.parquet: those of a data set's items.parquet, and how often training saw each item.
-# Only item_id has to be there.
+# The columns of catalog.parquet: those of a data set's items.parquet, and how many users training saw with
+# each item. Only item_id has to be there.
 CATALOG_SCHEMA: dict[str, pl.DataType] = {
     "item_id": pl.String(),
     "title": pl.String(),
@@ -45,7 +45,7 @@ class Catalog:
         available_from: [I+1] int64, the data set's clock; 0 where unknown.
         available_until: [I+1] int64, the same clock: from then on not on sale any more; 0 where unknown.
         stock: [I+1] int64, pieces; -1 where unknown.
-        popularity: [I+1] int64, training events of each item.
+        popularity: [I+1] int64, training users of each item, by events that do not say "not this".
         having: "category" (any level of the path), "brand", "seller_id" or "attribute" -> value -> the rows
             that have it, int32.
         names: "brand" or "seller_id" -> what each number of `codes` stands for; "" at 0.

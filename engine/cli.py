@@ -48,7 +48,9 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; return its exit code: 0 done, 2 wrong input, 3 server not reached, 130 interrupted."""
+    """Run a command; return its exit code: 0 done, 1 failed on the way, 2 wrong input, 3 server not reached,
+    130 interrupted.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())

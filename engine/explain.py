@@ -36,7 +36,9 @@ NUM_ITEMS = 50
 
 
 def main(argv: list[str]) -> int:
-    """Run `trirank explain`; return 0 done, 2 what was asked for is wrong, 3 the server does not answer."""
+    """Run `trirank explain`; return 0 done, 1 the server failed, 2 what was asked for is wrong, 3 the server
+    does not answer.
+    """
     parser = ArgumentParser(prog="trirank explain", description=__doc__)
     add_recommend_arguments(parser)
     parser.add_argument(

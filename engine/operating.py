@@ -1,7 +1,7 @@
 """The commands of those who run a server: serve, key, rollback.
 
-Each takes its arguments and returns an exit code: 0 done, 2 what was asked for is wrong. Results go to
-stdout, all else to stderr.
+Each takes its arguments and returns an exit code: 0 done, 2 what was asked for is wrong; `serve` ends with 1
+where a worker does not come back from its request. Results go to stdout, all else to stderr.
 """
 
 from __future__ import annotations

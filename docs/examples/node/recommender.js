@@ -54,8 +54,9 @@ export class Recommender {
   }
 
   /**
-   * The ids for a page, best first; `fallback` where the recommender cannot answer in time. A request that is
-   * wrong (INVALID_ARGUMENT, UNAUTHENTICATED, ...) is a mistake in the storefront and is thrown.
+   * The ids for a page, best first; `fallback` where the recommender cannot answer in time. All else is thrown:
+   * a request that is wrong (INVALID_ARGUMENT, UNAUTHENTICATED, ...), which is a mistake in the storefront, and
+   * a failure that nobody foresaw (INTERNAL, UNKNOWN), which waiting does not mend.
    */
   async page(visitor, { limit = 10, fallback = [], ...request } = {}) {
     try {

@@ -10,7 +10,7 @@
 //   TRIRANK_CERT, TRIRANK_KEY     PEM files of our own, for one that wants to see a certificate (--tls_client_ca)
 //
 // Exit codes: 0 answered, or the fallback shown, as it is where a certificate is not trusted; 2 the request,
-// the API key or one of the files is wrong.
+// the API key or one of the files is wrong, or the server failed in a way that nobody foresaw (INTERNAL).
 
 import { Recommender } from "./recommender.js";
 
