@@ -8,7 +8,10 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch_geometric.data import HeteroData
 
@@ -139,6 +142,9 @@ def start_from_spectrum(embeddings: Tensor, graph: HeteroData, std: float) -> No
     """Put the leading singular vectors of the normalized event matrix into embeddings, times their values.
 
     Training would have to find them first, and they take seconds. Columns beyond the rank stay as they are.
+    So do nodes of small connected components: each component has a singular value of 1, the largest there is,
+    and a vector that is zero outside. Some hundred users with an item each that nobody else has would take
+    all columns, and have vectors many times as long as all others.
 
     Args:
         embeddings: [N, D], users first; changed in place.
@@ -146,8 +152,22 @@ def start_from_spectrum(embeddings: Tensor, graph: HeteroData, std: float) -> No
         std: root mean square that the columns get.
     """
     num_users, num_items = int(graph["user"].num_nodes), int(graph["item"].num_nodes)
-    events = normalized_interactions(graph[USER_ITEM].edge_index, num_users, num_items)
-    rank = min(embeddings.shape[1], num_users - 1, num_items - 1)
-    users, values, items = truncated_svd(events, rank)
-    vectors = torch.cat([users, items]) * values
-    embeddings[:, :rank] = vectors * (std / vectors.square().mean().sqrt().clamp(min=1e-12))
+    edges = _without_small_components(graph[USER_ITEM].edge_index, num_users, num_items)
+    user, item = torch.unique(edges[0]), torch.unique(edges[1])
+    rank = min(embeddings.shape[1], len(user) - 1, len(item) - 1)
+    if rank < 1:
+        return
+    users, values, items = truncated_svd(normalized_interactions(edges, num_users, num_items), rank)
+    inside = torch.cat([user, item + num_users])
+    vectors = (torch.cat([users, items]) * values)[inside]
+    embeddings[inside, :rank] = vectors * (std / vectors.square().mean().sqrt().clamp(min=1e-12))
+
+
+def _without_small_components(edge_index: Tensor, num_users: int, num_items: int) -> Tensor:
+    """Return the edges, [2, E], of the connected components that have a hundredth of them or more."""
+    user, item = edge_index.cpu().numpy()
+    num_nodes = num_users + num_items
+    graph = coo_matrix((np.ones(len(user), np.bool_), (user, item + num_users)), (num_nodes, num_nodes))
+    component = connected_components(graph, directed=False)[1][user]
+    is_large = np.bincount(component, minlength=1)[component] >= len(user) / 100
+    return edge_index[:, torch.from_numpy(is_large).to(edge_index.device)]

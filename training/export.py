@@ -455,8 +455,15 @@ def verify_bundle(bundle: Bundle, ranker: HybridRanker | None, data: SplitData) 
         Visitor(data.split.train.history(int(data.split.train.users[0]))),
     ):
         answer = pipeline.recommend(visitor, pipeline.default_limit)
-        if answer.trace.degraded_stages or not len(answer.items):
-            raise ValueError(f"the pipeline fails on this bundle, in {answer.trace.degraded_stages}")
+        if answer.trace.degraded_stages:
+            failed = ", ".join(answer.trace.degraded_stages)
+            raise ValueError(f"the pipeline fails on this bundle, in {failed}")
+        if not len(answer.items):
+            raise ValueError(
+                "the bundle recommends nothing: the hard filters of the default policy let no item through, "
+                "such as in_stock where no item has stock; mend the items, or give other pipeline.policies "
+                "with --resume, which trains nothing again"
+            )
 
     if ranker is None or bundle.scorer is None or bundle.ranker_index is None:
         return

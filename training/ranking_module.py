@@ -25,7 +25,7 @@ from training.losses import negatives_by_popularity, sampled_softmax_loss
 from training.metrics import mean_accuracy
 from training.stages import check_numbers, check_vectors
 
-# Above this the softmax over the whole catalog costs more than it brings, and negatives are sampled.
+# With more items that have events the softmax over all costs more than it brings: negatives are sampled.
 FULL_SOFTMAX_ITEMS = 50_000
 RANKING_EPOCHS = 24  # by default: how long the learning rate takes to fall to zero
 
@@ -68,8 +68,8 @@ class RankingModule(L.LightningModule):
         content_as: "start": the id embeddings start at what is known of the items (training.content's
             start_vectors), and nothing is added to the ranker. "input": a learned projection of it is part of
             an item's vector, so that new items need nothing else.
-        loss: "full": softmax over the catalog; "sampled": over negatives that a batch shares; "auto": full
-            up to 50,000 items.
+        loss: "full": softmax over all items that training has events of; "sampled": over negatives that a
+            batch shares; "auto": full up to 50,000 such items.
         num_negatives: of the sampled loss.
         popularity: draw the negatives as often as items occur in training, to this power, and correct the
             logits for it; 0 draws uniformly and corrects nothing (see retrieval_losses.SampledSoftmax).
@@ -224,16 +224,13 @@ class RankingModule(L.LightningModule):
         if self.heads:
             states, targets = self._of_every_head(states, targets, batch.target_kinds[known])
         possible = self._possible_rows(targets.device)
-        full = self.loss == "full" or (self.loss == "auto" and self.data.num_items <= FULL_SOFTMAX_ITEMS)
-        if full:
-            loss = sampled_softmax_loss(states, self.ranker.item_vectors(), targets, possible)
-        else:
-            drawn, expected = self._negatives(possible)
-            # Vectors of these items alone are made: a catalog may have millions.
-            rows, place = torch.unique(torch.cat([targets, drawn]), return_inverse=True)
-            loss = sampled_softmax_loss(
-                states, self.ranker.vectors(rows), place[: len(targets)], place[len(targets) :], expected
-            )
+        full = self.loss == "full" or (self.loss == "auto" and len(possible) <= FULL_SOFTMAX_ITEMS)
+        negatives, expected = (possible, None) if full else self._negatives(possible)
+        # Vectors of these items alone are made: a catalog may have millions.
+        rows, place = torch.unique(torch.cat([targets, negatives]), return_inverse=True)
+        loss = sampled_softmax_loss(
+            states, self.ranker.vectors(rows), place[: len(targets)], place[len(targets) :], expected
+        )
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(targets))
         return loss
 
@@ -263,11 +260,13 @@ class RankingModule(L.LightningModule):
         """Return the rows that a target is told apart from.
 
         An item that training never saw is no negative: nothing says that it was not wanted, and what is
-        known of it would be learned to be unwanted. Without content nothing is known, and it is to stay below
-        the others.
+        known of it would be learned to be unwanted. Where the ranker takes no content nothing is known, all
+        such items have one vector, and the first of them stands for all: they are to stay below the others.
         """
         if self._possible is None or self._possible.device != device:
-            possible = self.ranker.has_id[1:-1] | (self.ranker.content_projection is None)
+            possible = self.ranker.has_id[1:-1].clone()
+            if self.ranker.content_projection is None and not possible.all():
+                possible[(~possible).nonzero()[0]] = True
             self._possible = (possible.nonzero().squeeze(1) + 1).to(device)
         return self._possible
 

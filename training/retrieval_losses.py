@@ -59,8 +59,9 @@ class EdgeBatch:
         return embedding(self.items, self.item_vectors)
 
     def uniform(self, count: int) -> Tensor:
-        """Draw items from the whole catalog: [count] int64 rows."""
-        return torch.randint(1, len(self.item_vectors), (count,), device=self.items.device)
+        """Draw from the items that have edges, as many of each: [count] int64 rows."""
+        rows = self.item_degrees.nonzero().squeeze(1)
+        return rows[torch.randint(len(rows), (count,), device=rows.device)]
 
 
 class RetrievalLoss(ABC):

@@ -1,5 +1,6 @@
 """What the ranker's module decides by the data."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -10,14 +11,15 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from torch import Tensor
 
 import training.ranking_module
 from ranking.dropout import Dropout
 from ranking.encoders.sasrec import SASRec
-from ranking.ranker import HybridRanker
 from training.data.dataset import DatasetInfo, write_info
 from training.data.modules import RankingData
 from training.data.simulator import ShopConfig, write_dataset
+from training.losses import sampled_softmax_loss
 from training.ranking_module import RankingModule, dropout_for
 
 
@@ -79,31 +81,19 @@ def cycle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fitted(
-    cycle: Path, loss: Literal["auto", "full", "sampled"], num_epochs: int, popularity: float = 0.0
-) -> tuple[float, dict[str, int]]:
-    """Return NDCG@10 on validation after some epochs, and how often a step asked for vectors of items."""
+    directory: Path, loss: Literal["auto", "full", "sampled"], num_epochs: int, popularity: float = 0.0
+) -> tuple[float, set[int]]:
+    """Return NDCG@10 on validation after some epochs, and how many negatives the steps had."""
     L.seed_everything(0)
-    asked = {"item_vectors": 0, "vectors": 0}
-    in_training = {"now": False}
+    nums: set[int] = set()
 
-    def counting(name: str) -> object:
-        method = getattr(HybridRanker, name)
+    def counted(
+        states: Tensor, vectors: Tensor, targets: Tensor, negatives: Tensor, expected: Tensor | None
+    ) -> Tensor:
+        nums.add(len(negatives))
+        return sampled_softmax_loss(states, vectors, targets, negatives, expected)
 
-        def counted(self: HybridRanker, *arguments: object) -> object:
-            asked[name] += in_training["now"]
-            return method(self, *arguments)
-
-        return counted
-
-    class Module(RankingModule):
-        def _loss_of(self, batch):  # type: ignore[no-untyped-def]
-            in_training["now"] = True
-            try:
-                return super()._loss_of(batch)
-            finally:
-                in_training["now"] = False
-
-    module = Module(
+    module = RankingModule(
         lambda *sizes: SASRec(*sizes, dim=16),
         loss=loss,
         num_negatives=16,
@@ -113,16 +103,16 @@ def fitted(
     )
     silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = L.Trainer(max_epochs=num_epochs, accelerator="cpu", enable_model_summary=False, **silent)
-    with mock.patch.multiple(HybridRanker, **{name: counting(name) for name in asked}):
-        trainer.fit(module, datamodule=RankingData(cycle, batch_size=16))
-    return float(trainer.callback_metrics["val_ndcg@10"]), asked
+    with mock.patch.object(training.ranking_module, "sampled_softmax_loss", counted):
+        trainer.fit(module, datamodule=RankingData(directory, batch_size=16))
+    return float(trainer.callback_metrics["val_ndcg@10"]), nums
 
 
 @pytest.mark.parametrize("loss", ["full", "sampled"])
 def test_what_comes_next_is_learned_with_either_loss(cycle: Path, loss: Literal["full", "sampled"]) -> None:
-    ndcg, asked = fitted(cycle, loss, num_epochs=10)
+    ndcg, nums = fitted(cycle, loss, num_epochs=10)
     assert ndcg > 0.8  # by chance .08
-    assert (asked["item_vectors"] == 0) == (loss == "sampled")
+    assert nums == {NUM_ITEMS if loss == "full" else 16}
 
 
 def test_negatives_by_popularity(cycle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,9 +181,20 @@ def test_each_head_learns_its_own_kind_of_event(tmp_path: Path) -> None:
 def test_catalogs_too_large_for_the_whole_softmax_are_sampled(
     cycle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, asked = fitted(cycle, "auto", num_epochs=1)
-    assert asked["item_vectors"] > 0
+    assert fitted(cycle, "auto", num_epochs=1)[1] == {NUM_ITEMS}
     monkeypatch.setattr(training.ranking_module, "FULL_SOFTMAX_ITEMS", NUM_ITEMS - 1)
-    _, asked = fitted(cycle, "auto", num_epochs=1)
-    assert asked["item_vectors"] == 0
-    assert asked["vectors"] > 0
+    assert fitted(cycle, "auto", num_epochs=1)[1] == {16}
+
+
+def test_items_without_events_are_one_negative_together(
+    cycle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have one vector, so one of them says all; and a catalog is as large as what is sold of it."""
+    for name in ("events.parquet", "dataset.json"):
+        shutil.copy(cycle / name, tmp_path)
+    names = [f"i{item}" for item in range(NUM_ITEMS)] + [f"unsold {item}" for item in range(1000)]
+    pl.DataFrame({"item_id": names}).write_parquet(tmp_path / "items.parquet")
+    monkeypatch.setattr(training.ranking_module, "FULL_SOFTMAX_ITEMS", NUM_ITEMS + 1)
+    ndcg, nums = fitted(tmp_path, "auto", num_epochs=10)
+    assert nums == {NUM_ITEMS + 1}
+    assert ndcg > 0.8  # so they do not come first either

@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ EXAMPLES = {"table": table.EXAMPLES}
 # Text that an event log may hold beside the event.
 ITEM_FACTS = ("title", "description", "category", "brand", "seller_id")
 MOMENTS = ("available_from", "available_until")  # of the item table, on the clock of the events
+UNKNOWN_EVENT_TYPE = "unknown event_type"
 REJECTED = pl.col("reason").is_not_null()
 MAX_TIMESTAMP_MS = 253_402_300_799_999  # the end of the year 9999; beyond it the unit was wrong
 
@@ -101,9 +103,10 @@ def import_source(
             repeats=repeats,
             **_counts(directory),
         )
+        _note_event_types(directory, notes)
         _judge_rejected(directory, info, max_rejected, out)
         say("writing items")
-        items = _items(source, seen, notes)
+        items = _items(source, seen, max_rejected, notes)
         items.write_parquet(directory / "items.parquet")
         info = write_info(directory, dataclasses.replace(info, num_items=items.height))
         if out.exists():
@@ -144,7 +147,7 @@ def _write_events(source: Source, directory: Path, scratch: Path, notes: list[st
     event = _event(schema, unit, source)
     # Without these an event is still one: what cannot be read is left out, and counted.
     optional = [name for name, kind in source.context.items() if kind == "numeric"]
-    optional += ["rating"] if "rating" in event else []
+    optional += [name for name in ("price", "rating") if name in event]
     unreadable = pl.struct(_is_unreadable(name).alias(name) for name in optional) if optional else None
     facts = {name: _blank_to_null(name, schema[name]) for name in ITEM_FACTS if name in schema}
     raw = pl.struct(_as_text(name, dtype) for name, dtype in schema.items() if name != "malformed")
@@ -177,6 +180,10 @@ def _write_events(source: Source, directory: Path, scratch: Path, notes: list[st
     if source.time == "order":
         place = pl.int_range(pl.len(), dtype=pl.Int64).over("user_id")
         events = events.with_columns(timestamp=place)
+    else:
+        late = accepted.select((pl.col("timestamp") > time.time() * 1000).sum())
+        number = late.collect(engine="streaming").item()
+        _note(notes, number, "events are of days to come; the newest event is what counts as now")
     events.sink_parquet(directory / "events.parquet", engine="streaming")
 
     known = [*facts, *(["price"] if "price" in event else [])]
@@ -223,9 +230,7 @@ def _reason(schema: pl.Schema) -> pl.Expr:
     if "timestamp" in schema:
         reasons["unreadable timestamp"] = event.field("timestamp").is_null()
     if "event_type" in schema:
-        reasons["unknown event_type"] = event.field("event_type").is_null()
-    if "price" in schema:
-        reasons["invalid price"] = _is_unreadable("price")
+        reasons[UNKNOWN_EVENT_TYPE] = event.field("event_type").is_null()
     return pl.coalesce(*(pl.when(broken).then(pl.lit(reason)) for reason, broken in reasons.items()))
 
 
@@ -318,6 +323,21 @@ def _tally(frame: pl.LazyFrame, column: str) -> dict[str, int]:
     return {str(value): int(number) for value, number in counts.iter_rows()}
 
 
+def _note_event_types(directory: Path, notes: list[str]) -> None:
+    """Name the event types that are not known: a shop must not lose all its purchases for a word."""
+    rejected = pl.scan_parquet(directory / "rejected.parquet")
+    if "event_type" not in rejected.collect_schema():
+        return
+    unknown = _tally(rejected.filter(pl.col("reason") == UNKNOWN_EVENT_TYPE), "event_type")
+    if unknown:
+        top = list(unknown.items())[:5]
+        mapping = json.dumps({name: "purchase" for name, _ in top[:1]})
+        notes.append(
+            f"event types that are not known: {', '.join(f'{name!r} ({number:,})' for name, number in top)}; "
+            f"say which of {', '.join(EVENT_TYPES)} they are, as in --event_types '{mapping}'"
+        )
+
+
 def _judge_rejected(directory: Path, info: DatasetInfo, max_rejected: float, out: Path) -> None:
     total = info.num_events + info.num_rejected
     if total == 0:
@@ -338,16 +358,17 @@ def _judge_rejected(directory: Path, info: DatasetInfo, max_rejected: float, out
 # --- items ----------------------------------------------------------------------------------------
 
 
-def _items(source: Source, seen: pl.DataFrame, notes: list[str]) -> pl.DataFrame:
+def _items(source: Source, seen: pl.DataFrame, max_rejected: float, notes: list[str]) -> pl.DataFrame:
     """Return ITEM_SCHEMA: the item table in its order, then the other items in the order of first appearance.
 
     A fact of the item table goes before the one in the event log.
     """
-    known = (
-        seen.select("item_id").clear() if source.items is None else _item_table(source.items, source, notes)
-    )
+    known = seen.select("item_id").clear()
+    if source.items is not None:
+        known = _item_table(source.items, source, max_rejected, notes)
     if "category" in seen.columns:
-        seen = seen.with_columns(category=_path(pl.col("category"), seen.schema["category"], source))
+        path = _parts(pl.col("category"), seen.schema["category"], source.category_separator)
+        seen = seen.with_columns(category=path)
     added = seen.select("item_id").join(known, on="item_id", how="anti", maintain_order="left")
     if source.items is not None:
         _note(notes, added.height, "items of the events are not in the item table; added with their id")
@@ -365,11 +386,20 @@ def _note(notes: list[str], number: int, what: str) -> None:
         notes.append(f"{number:,} {what}")
 
 
-def _item_table(items: pl.LazyFrame, source: Source, notes: list[str]) -> pl.DataFrame:
-    """Return the source's item table in the types of ITEM_SCHEMA, each item once; count what was dropped."""
+def _item_table(items: pl.LazyFrame, source: Source, max_rejected: float, notes: list[str]) -> pl.DataFrame:
+    """Return the source's item table in the types of ITEM_SCHEMA, each item once; count what was dropped.
+
+    Raises ValueError where more than `max_rejected` of the rows cannot be taken apart.
+    """
     rows = items.collect(engine="streaming")
     table = rows.filter(~pl.col("malformed").fill_null(True)) if "malformed" in rows.columns else rows
     _note(notes, rows.height - table.height, "rows of the item table dropped: wrong number of fields")
+    if (num_malformed := rows.height - table.height) > max_rejected * rows.height:
+        raise ValueError(
+            f"{num_malformed:,} of {rows.height:,} rows of the item table have a wrong number of fields, "
+            f"more than max_rejected {max_rejected:.1%}; expected one line an item, without line breaks in "
+            "quotes, or Parquet"
+        )
     rows, table = table, table.filter(~_blank("item_id"))
     _note(notes, rows.height - table.height, "rows of the item table dropped: missing item_id")
     rows, table = table, table.unique("item_id", keep="last", maintain_order=True)
@@ -387,7 +417,8 @@ def _item_table(items: pl.LazyFrame, source: Source, notes: list[str]) -> pl.Dat
         elif name == "stock":
             facts[name] = _amount(name).round().cast(pl.Int64)
         elif name in ("category", "attributes"):
-            facts[name] = _path(pl.col(name), table.schema[name], source)
+            separator = source.category_separator if name == "category" else source.attribute_separator
+            facts[name] = _parts(pl.col(name), table.schema[name], separator)
         elif name in ITEM_FACTS:
             facts[name] = _blank_to_null(name)
     typed = table.select("item_id", **facts)
@@ -404,9 +435,9 @@ def _moment(texts: pl.Series, unit: TimeUnit) -> pl.Expr:
     return milliseconds(pl.col(texts.name), unit)
 
 
-def _path(column: pl.Expr, dtype: pl.DataType, source: Source) -> pl.Expr:
+def _parts(column: pl.Expr, dtype: pl.DataType, separator: str) -> pl.Expr:
     """Return List(String) without blank parts; null where none is left."""
-    parts = column if isinstance(dtype, pl.List) else column.str.split(source.category_separator)
+    parts = column if isinstance(dtype, pl.List) else column.str.split(separator)
     parts = parts.list.eval(pl.element().filter(pl.element().str.strip_chars() != ""))
     return pl.when(parts.list.len() > 0).then(parts)
 

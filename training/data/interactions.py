@@ -14,6 +14,9 @@ from engine.history import EVENT_TYPES, NEGATIVE_EVENT, History
 from ranking.context import HOUR_MS, KeyKind
 from training.data.dataset import Dataset, DatasetError
 
+# The share of a user's rows that may stand before an older one where the order of rows is that of time.
+IN_ORDER = 0.1
+
 
 @dataclass(frozen=True)
 class ContextColumn:
@@ -41,7 +44,8 @@ class ContextColumn:
 class Interactions:
     """Events grouped by user, each user's oldest first.
 
-    All arrays have length N. Events of one user at the same time keep the order of the event log.
+    All arrays have length N. What a user did at one time stands in the order of the event log, where that is
+    one of time (see _ordered).
     """
 
     users: NDArray[np.int32]  # user rows 1..U, ascending
@@ -160,6 +164,7 @@ def _load_event_log(dataset: Dataset) -> EventLog:
         .join(users.with_row_index("user", offset=1).lazy(), on="user_id", how="left", maintain_order="left")
         .join(items.with_row_index("item", offset=1).lazy(), on="item_id", how="left", maintain_order="left")
         .drop("user_id", "item_id")
+        .with_row_index("row")
         .sort("user", "timestamp", maintain_order=True)
         .collect()
     )
@@ -170,6 +175,7 @@ def _load_event_log(dataset: Dataset) -> EventLog:
             raise DatasetError(f"{missing} events of {dataset.directory} have no {name}")
     if missing := columns["item"].null_count():
         raise DatasetError(f"{missing} events of {dataset.directory} name an item that items.parquet lacks")
+    columns = _ordered(columns)
     return EventLog(
         events=Interactions(
             columns["user"].cast(pl.Int32).to_numpy(),
@@ -184,6 +190,33 @@ def _load_event_log(dataset: Dataset) -> EventLog:
         item_ids=items["item_id"].to_list(),
         is_test=columns["is_test"].to_numpy() if has_split else None,
     )
+
+
+def _ordered(columns: pl.DataFrame) -> pl.DataFrame:
+    """Put in order what a user did at one time; the rest is in order already, as `row` is within one time.
+
+    A log that grows has the rows of each user in the order of time, and so those of one time: view, cart and
+    purchase of one second. One that is written newest first has them the other way round. But one that is
+    sorted by item, as dumps are that know the day alone, says nothing of them, and its order would be learned
+    as if it did: the next item is the one further down the catalog. There chance decides, the same each time.
+    """
+    users, rows = columns["user"].to_numpy(), columns["row"].to_numpy().astype(np.int64)
+    same_user = np.diff(users) == 0
+    same_time = same_user & (np.diff(columns["timestamp"].to_numpy()) == 0)
+    if not same_time.any():
+        return columns
+    first = np.flatnonzero(np.concatenate([[True], ~same_time]))  # of what a user did at one time
+    backwards = (np.diff(rows[first]) < 0)[np.diff(users[first]) == 0]
+    share = float(backwards.mean()) if len(backwards) else 0.0
+    if share < IN_ORDER:
+        return columns
+    if share > 1 - IN_ORDER:
+        return columns.sort("user", "timestamp", pl.col("row"), descending=[False, False, True])
+    items = columns["item"].to_numpy().astype(np.int64)
+    pairs = users * (items.max() + 1) + items  # of one item's events the order is kept
+    pair = np.unique(pairs, return_inverse=True)[1]
+    drawn = np.random.default_rng(0).permutation(pair.max() + 1)[pair]
+    return columns.sort("user", "timestamp", pl.Series(drawn), maintain_order=True)
 
 
 def _context(dataset: Dataset, columns: pl.DataFrame) -> dict[str, ContextColumn]:

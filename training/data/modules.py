@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from retrieval.graph_matrix import USER_ITEM
 from training.data.context import context_table, encoded_context
 from training.data.graph import build_graph
 from training.data.sequences import (
+    MAX_WINDOWS,
     SequenceBatch,
     equal_share,
     make_sequences,
@@ -190,6 +192,12 @@ class RankingData(_StageData):
         self.sequences = make_sequences(
             split.train, self.history_length, repeats=split.repeats, context=self.context
         )
+        if left_out := self.sequences.num_left_out:
+            print(
+                f"the ranker does not learn from {left_out:,} events of users who have more than "
+                f"{MAX_WINDOWS * self.history_length:,}: of these it takes the newest",
+                file=sys.stderr,
+            )
         self.num_items = split.train.num_items
         self.event_types = split.train.wanted_types
         # An event that says "not this" is one too: the item was there to be chosen, or not.

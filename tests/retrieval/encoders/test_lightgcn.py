@@ -133,6 +133,21 @@ def test_a_spectral_start_knows_the_communities_before_any_training():
     assert scores[same].min() > scores[~same].max()
 
 
+def test_users_with_an_item_of_their_own_do_not_take_the_spectral_start():
+    """Each is a component, with the largest singular value there is; they are more than dimensions."""
+    users, items = np.divmod(np.arange(24 * 20), 20)
+    together = np.stack([users, items])[:, (users + items) % 2 == 0] + 1
+    alone = np.stack([np.arange(25, 40), np.arange(21, 36)])
+    graph = bipartite(torch.from_numpy(np.concatenate([together, alone], 1)), 39, 35)
+    model = LightGCN(graph, dim=4, init_std=0.3)
+    lengths = model.embedding.weight.detach().norm(dim=1)
+    assert lengths.max() < 3 * lengths[1:].median()
+    with torch.no_grad():
+        scores = (model(graph)["user"] @ model(graph)["item"].T)[1:25, 1:21].numpy()
+    same = (np.indices(scores.shape).sum(0) % 2) == 0
+    assert scores[same].min() > scores[~same].max()
+
+
 def test_a_spectral_start_of_more_dimensions_than_the_graph_has():
     model = LightGCN(random_graph(), dim=64)
     assert model.embedding.weight.isfinite().all()

@@ -221,7 +221,7 @@ def test_table_of_several_files_with_items(tmp_path):
         "id,price,margin,available_from\nb,3,0.5,2024-01-01\nb,nan,7,\n,1,,\nc,-1,,\nd,1\n",
     )
     out = tmp_path / "out"
-    options = ["--items", str(items), "--item_columns.item_id", "id"]
+    options = ["--items", str(items), "--item_columns.item_id", "id", "--max_rejected", "0.2"]
     assert main(["table", str(tmp_path / "p*.csv"), "--out", str(out), *options]) == 0
     _, events, rows = load(out)
     assert [(e["user_id"], e["item_id"], e["timestamp"]) for e in events] == [("1", "a", 0), ("1", "b", 1)]
@@ -271,7 +271,7 @@ def test_what_is_said_of_the_moment(tmp_path, capsys):
 
 def test_what_is_dropped_from_the_item_table_is_counted(tmp_path, capsys):
     items = write(tmp_path / "items.csv", "item_id,price\nb,3\nb,nan\n,1\nc,-1\nd\n")
-    import_table(tmp_path, "user_id,item_id\n1,a\n", "--items", str(items))
+    import_table(tmp_path, "user_id,item_id\n1,a\n", "--items", str(items), "--max_rejected", "0.2")
     err = capsys.readouterr().err
     for line in (
         "1 rows of the item table dropped: wrong number of fields",
@@ -281,6 +281,39 @@ def test_what_is_dropped_from_the_item_table_is_counted(tmp_path, capsys):
         "1 items of the events are not in the item table",
     ):
         assert line in err
+
+
+def test_an_item_table_that_falls_apart_is_an_error(tmp_path, capsys):
+    items = write(tmp_path / "items.csv", 'item_id,title\nb,"two\nlines"\nc,one\n')
+    log = write(tmp_path / "log.csv", "user_id,item_id\n1,a\n")
+    out = tmp_path / "out"
+    assert main(["table", str(log), "--out", str(out), "--items", str(items)]) == 2
+    assert "2 of 3 rows of the item table have a wrong number of fields" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_attributes_of_the_item_table(tmp_path):
+    items = write(tmp_path / "items.csv", "item_id,facts\na,red;;cotton\nb,\n")
+    options = ["--items", str(items), "--item_columns.attributes", "facts", "--attribute_separator", ";"]
+    out = import_table(tmp_path, "user_id,item_id\n1,a\n", *options)
+    assert [(item["item_id"], item["attributes"]) for item in load(out)[2]] == [
+        ("a", ["red", "cotton"]),
+        ("b", None),
+    ]
+
+
+def test_event_types_that_are_not_known_are_named(tmp_path, capsys):
+    text = "user_id,item_id,event_type\n" + "u,a,view\n" * 8 + "u,a,order\n" * 2
+    import_table(tmp_path, text, "--max_rejected", "0.2")
+    assert (
+        "event types that are not known: 'order' (2); say which of interaction, view, "
+        in capsys.readouterr().err
+    )
+
+
+def test_events_of_days_to_come_are_counted(tmp_path, capsys):
+    import_table(tmp_path, "user_id,item_id,timestamp\nu,a,2024-01-01\nu,b,2990-01-01\n")
+    assert "1 events are of days to come" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -317,10 +350,6 @@ BAD = {
     "u1,i1,2024-02-30,view,1\n": "unreadable timestamp",
     "u1,i1,2024-01-01,stare,1\n": "unknown event_type",
     "u1,i1,2024-01-01,,1\n": "unknown event_type",
-    "u1,i1,2024-01-01,view,-1\n": "invalid price",
-    "u1,i1,2024-01-01,view,nan\n": "invalid price",
-    "u1,i1,2024-01-01,view,inf\n": "invalid price",
-    "u1,i1,2024-01-01,view,1 EUR\n": "invalid price",
     "u1,i1,2024-01-01,view\n": "wrong number of fields",
     "u1,i1,2024-01-01,view,1,\n": "wrong number of fields",
     'u1,i1,2024-01-01,view,"1\n': "wrong number of fields",
@@ -354,18 +383,22 @@ def test_blank_optional_fields_are_no_fault(tmp_path):
 
 
 def test_numbers_that_nothing_hangs_on_are_left_out_and_counted(tmp_path, capsys):
-    text = "user_id,item_id,rating,basket\nu,a,4.5,2\nu,b,good,many\nu,c,,lots\nu,d,bad,\n,e,bad,many\n"
+    text = (
+        "user_id,item_id,rating,basket,price\nu,a,4.5,2,1\nu,b,good,many,$1\nu,c,,lots,-1\nu,d,bad,,nan\n"
+        ",e,bad,many,inf\n"
+    )
     out = import_table(tmp_path, text, "--max_rejected", "0.2", "--context", '{"basket": "numeric"}')
-    assert [(e["rating"], e["basket"]) for e in load(out)[1]] == [
-        (4.5, 2),
-        (None, None),
-        (None, None),
-        (None, None),
+    assert [(e["rating"], e["basket"], e["price"]) for e in load(out)[1]] == [
+        (4.5, 2, 1),
+        (None, None, None),
+        (None, None, None),
+        (None, None, None),
     ]
     assert reasons(out) == [("missing user_id", 5)]
     shown = capsys.readouterr().err
     assert "2 values of rating in the events cannot be used; left out" in shown
     assert "2 values of basket in the events cannot be used; left out" in shown
+    assert "3 values of price in the events cannot be used; left out" in shown
 
 
 @pytest.mark.parametrize("first", ["user_id,item_id", "user_id,item_id,price"])

@@ -1,6 +1,7 @@
 """Interactions and the event log, on logs small enough to read."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -95,11 +96,11 @@ def test_load_event_log(tmp_path):
     dataset = write_dataset(
         tmp_path,
         [
-            ("zoe", "b", 20),
-            ("adam", "a", 10, "purchase"),
             ("zoe", "c", 10),
             ("adam", "b", 5),
             ("zoe", "a", 10, "remove_from_cart"),  # at the time of another event, and behind it in the file
+            ("adam", "a", 10, "purchase"),
+            ("zoe", "b", 20),
         ],
         ["c", "b", "never seen", "a"],
     )
@@ -125,6 +126,65 @@ def test_events_at_one_time_keep_the_order_of_the_file(tmp_path):
     events = load_event_log(dataset).events
     for user, parity in ((1, order[0] % 2), (2, 1 - order[0] % 2)):
         assert (events.history(user).items - 1).tolist() == [n for n in order if n % 2 == parity]
+
+
+def days(num_users, num_days, per_day):
+    """Return events (user, item, day) of users who touch so many items of 50 a day, in the order of time."""
+    rng = np.random.default_rng(0)
+    return [
+        (f"u{user}", f"i{item}", day)
+        for day in range(num_days)
+        for user in range(num_users)
+        for item in rng.choice(50, per_day, replace=False)
+    ]
+
+
+def items_in_order(tmp_path, events, names):
+    loaded = load_event_log(write_dataset(tmp_path, events, names))
+    return {
+        loaded.user_ids[user - 1]: [loaded.item_ids[item - 1] for item in loaded.events.history(user).items]
+        for user in range(1, loaded.events.num_users + 1)
+    }
+
+
+@pytest.mark.parametrize("written", [list, lambda events: events[::-1]], ids=["oldest first", "newest first"])
+def test_a_log_in_the_order_of_time_tells_what_came_first_on_a_day(tmp_path, written):
+    events = days(20, 5, 3)
+    expected = {}
+    for user, item, _ in events:
+        expected.setdefault(user, []).append(item)
+    assert items_in_order(tmp_path, written(events), [f"i{n}" for n in range(50)]) == expected
+
+
+def test_a_log_sorted_by_item_does_not(tmp_path):
+    """Else the next item of a day would always be the one further down the catalog."""
+    names = [f"i{n}" for n in range(50)]
+    events = sorted(days(200, 5, 3), key=lambda event: int(event[1][1:]))
+    found = items_in_order(tmp_path, events, names)
+    assert found == items_in_order(tmp_path, events, names)
+    # The three items of each day of each user: does the next stand further down?
+    steps = [
+        names.index(after) > names.index(before)
+        for items in found.values()
+        for place, (before, after) in enumerate(itertools.pairwise(items))
+        if place % 3 < 2
+    ]
+    assert len(steps) > 500
+    assert 0.45 < np.mean(steps) < 0.55
+
+
+def test_what_happened_to_one_item_at_one_time_stays_in_order(tmp_path):
+    """View, cart and purchase of one moment, in a log that is sorted by item."""
+    kinds = ["view", "cart", "purchase"]
+    times = np.random.default_rng(0).integers(3, size=(20, 20))
+    events = [
+        (f"u{user}", f"i{item}", int(times[user, item]), kind)
+        for item in range(20)
+        for user in range(20)
+        for kind in kinds
+    ]
+    loaded = load_event_log(write_dataset(tmp_path, events, [f"i{n}" for n in range(20)])).events
+    assert loaded.event_types.tolist() == [EVENT_CODE[kind] for kind in kinds] * 400
 
 
 def test_a_split_of_the_data_set_is_carried_along(tmp_path):

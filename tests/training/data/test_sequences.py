@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from engine.history import EVENT_CODE, NEGATIVE_EVENT, without_repeats
 from training.data.interactions import Interactions
-from training.data.sequences import equal_share, make_sequences, sequence_batches, targets_per_item
+from training.data.sequences import (
+    MAX_WINDOWS,
+    equal_share,
+    make_sequences,
+    sequence_batches,
+    targets_per_item,
+)
 
 VIEW = EVENT_CODE["view"]
 LENGTH = 4  # T of the worked-out windows
@@ -50,6 +56,16 @@ def predictions(found):
                 if target:
                     result.append(([item for item in history[:place] if item], target))
     return result
+
+
+def test_a_machine_is_not_most_of_what_is_learned():
+    num_events = 10 * LENGTH * MAX_WINDOWS
+    events = interactions([[1, 2], [1 + n % 2 for n in range(num_events)], [3, 4]])
+    sequences = make_sequences(events, LENGTH, repeats=True)
+    assert np.bincount(sequences.users).tolist() == [0, 1, MAX_WINDOWS, 1]
+    newest = sequences.ends[sequences.users == 2].max()
+    assert newest == 2 + num_events  # what is left out is the oldest
+    assert sequences.num_left_out == num_events - LENGTH * MAX_WINDOWS
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ class Source:
     row could not be taken apart).
 
     `items` has the names of ITEM_SCHEMA, String or, for `category` and `attributes`, List(String), and
-    `malformed` as above. A `category` that is text is split at `category_separator`.
+    `malformed` as above. A `category` that is text is split at `category_separator`, `attributes` at
+    `attribute_separator`.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Source:
     default_event_type: str = "interaction"  # where events have no column `event_type`
     context: Mapping[str, ColumnKind] = field(default_factory=dict)  # DatasetInfo.context
     category_separator: str = "."
+    attribute_separator: str = "|"
 
 
 def existing(path: Path) -> Path | None:

@@ -70,6 +70,7 @@ class ItemColumns:
         category: Its category path; see --category_separator.
         brand: Its brand.
         seller_id: Who sells it.
+        attributes: What else is said of it, such as "color:red|cotton"; see --attribute_separator.
         price: Its price.
         margin: Share of the price, 0 to 1.
         available_from: When it came on sale, in the unit of --time_unit.
@@ -83,6 +84,7 @@ class ItemColumns:
     category: str | None = None
     brand: str | None = None
     seller_id: str | None = None
+    attributes: str | None = None
     price: str | None = None
     margin: str | None = None
     available_from: str | None = None
@@ -105,6 +107,7 @@ def read(
     event_types: dict[str, str] | None = None,
     default_event_type: str = "interaction",
     category_separator: str = ".",
+    attribute_separator: str = "|",
     items: Path | None = None,
     item_columns: ItemColumns = ALL_DEFAULT_ITEMS,
     context: dict[str, ColumnKind] | None = None,
@@ -122,6 +125,7 @@ def read(
         event_types: The source's event types in our words, e.g. '{"buy": "purchase"}'.
         default_event_type: The event type of all rows where no column holds one.
         category_separator: What stands between the levels of a category path.
+        attribute_separator: What stands between the attributes of an item.
         items: Item table (CSV, TSV or Parquet); its facts go before those in the event log.
         item_columns: Which column of the item table is what.
         context: Columns that say something of the moment, which the ranker is to know, e.g.
@@ -155,6 +159,7 @@ def read(
         default_event_type=default_event_type,
         context=context,
         category_separator=category_separator,
+        attribute_separator=attribute_separator,
     )
 
 
