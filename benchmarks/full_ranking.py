@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from engine.history import History
+from engine.history import History, not_asked_for
 from retrieval.fold_in import event_weights
 from training.data.interactions import Interactions
 from training.data.splits import Holdout
@@ -32,7 +32,7 @@ def question_metrics(
         scores: the model; it is asked some questions at a time, in any order.
         holdout: the questions.
         names: metrics of training/metrics.py with their cutoff, such as "recall@10".
-        repeats: whether items of the history take part in the ranking.
+        repeats: whether users return to items that they know.
 
     Raises:
         ValueError: there are no questions.
@@ -48,8 +48,7 @@ def question_metrics(
         table = scores(asked)
         table[:, 0] = -np.inf
         for question, row, (_, history, target) in zip(questions, table, asked, strict=True):
-            if not repeats:
-                row[history.items] = -np.inf
+            row[not_asked_for(history.items, repeats)] = -np.inf
             places = places_by_score(row, target)
             for name, metric, cutoff in parsed:
                 found[name][question] = metric(places, cutoff)

@@ -267,8 +267,10 @@ class Experiment:
 
     def with_weights(self, answers: Answers, weights: ScoreWeights) -> Scores:
         """Return scores with the graph's own and with transitions of what the protocol has learned from."""
-        known = split_as_trained(self.data, self.protocol).train
-        transitions = training_transitions(known, self.num_neighbours) if weights.transitions else None
+        known = split_as_trained(self.data, self.protocol)
+        transitions = None
+        if weights.transitions:
+            transitions = training_transitions(known.train, self.num_neighbours, known.repeats)
 
         vectors = answers.weighted(weights.graph)
 

@@ -95,9 +95,8 @@ def rank_all(bundle: Bundle, holdout: Holdout, repeats: bool) -> Ranked:
         questions = Questions(holdout, np.arange(start, min(start + BLOCK, len(holdout))), repeats)
         found = ranking_scores(bundle, questions)
         found[:, 0] = -np.inf
-        if not repeats:
-            for row, history in zip(found, questions.histories, strict=True):
-                row[history] = found[:, 1:].min()  # last, and finite: a rule needs numbers
+        for row, items in zip(found, questions.not_asked_for, strict=True):
+            row[items] = found[:, 1:].min()  # last, and finite: a rule needs numbers
         top = np.argpartition(-found, length - 1, axis=1)[:, :length]
         best = np.take_along_axis(found, top, axis=1)
         order = np.argsort(-best, axis=1, kind="stable")

@@ -29,7 +29,7 @@ from benchmarks.reranking_latency import NOW_MS, simulated_funnel, simulated_sho
 from engine.arguments import ArgumentParser
 from engine.bundle import Bundle, resolve_bundle
 from engine.deadline import Budget
-from engine.history import EVENT_CODE, EVENT_TYPES, History
+from engine.history import EVENT_CODE, EVENT_TYPES, History, not_asked_for
 from engine.pipeline import Filters, RecommendationPipeline, Visitor
 from ranking.context import ContextTable
 from reranking.families import Filter
@@ -311,8 +311,7 @@ def check_pipeline(bundle: Bundle, num_requests: int, seed: int = 0) -> dict[str
         eligible[excluded] = False
         bought = history.event_types == EVENT_CODE["purchase"]
         seen = np.zeros(facts.num_items + 1, np.bool_)
-        if not pipeline.has_repeats:
-            seen[history.items] = True
+        seen[not_asked_for(history.items, pipeline.has_repeats)] = True
         funnel = Funnel(
             rows=np.flatnonzero(eligible).astype(np.int32),
             scores=np.zeros(0, np.float32),

@@ -4,7 +4,7 @@ Recall of the held-out items among 500 and 1,000 candidates, of each source alon
 the bundle's quotas, or by others (--quotas '{"sequence": 0.8, "popular": 0.2}'); and the funnel: how much of
 the ranker's full-ranking NDCG@10 is left in the slate when 500 candidates reach the ranker and the rules are
 off.
-Items of the history take no part, unless repeats are normal.
+Items of the history take no part; where repeats are normal, that of the last event alone.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rich.table import Table
 
 from engine.arguments import ArgumentParser
 from engine.bundle import Bundle, resolve_bundle
+from engine.history import not_asked_for
 from engine.pipeline import RecommendationPipeline, Visitor
 from retrieval.sources import Candidates, merge
 from training.evaluate import evaluate, load_questions, protocol_of, served_with
@@ -50,8 +51,7 @@ def measure(
         query = pipeline.query(Visitor(history, user_row=int(holdout.users[question])), now, context)
         allowed = np.ones(bundle.catalog.num_items + 1, np.bool_)
         allowed[0] = False
-        if not split.repeats:
-            allowed[history.items] = False
+        allowed[not_asked_for(history.items, split.repeats)] = False
         parts = [source.find(query, allowed, max(CUTOFFS)) for source in pipeline.sources]
         for cutoff in CUTOFFS:
             first = [Candidates(p.rows[:cutoff], p.scores[:cutoff], p.source) for p in parts]

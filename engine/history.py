@@ -50,6 +50,14 @@ def without_repeats(items: NDArray[np.int32]) -> NDArray[np.int32]:
     return items[is_first]
 
 
+def not_asked_for(items: NDArray[np.int32], repeats: bool) -> NDArray[np.int32]:
+    """Return the items of a history [H] that take no part in a ranking.
+
+    All of them; where users return to what they know, that of the last event alone: they are there already.
+    """
+    return items[-1:] if repeats else items
+
+
 def left_padded(histories: Sequence[NDArray[np.int32]], length: int) -> NDArray[np.int64]:
     """Return histories as a ranker takes them: [B, T] item rows, newest last, padded on the left with 0.
 

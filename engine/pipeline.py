@@ -34,6 +34,7 @@ from engine.history import (
     NEGATIVE_EVENT,
     History,
     left_padded,
+    not_asked_for,
 )
 from engine.item_list import ItemList, Ranked
 from engine.policies import Arrangement, Filtered, explanation, exposure_of, item_facts
@@ -442,10 +443,10 @@ class RecommendationPipeline:
         return eligible & allowed
 
     def _seen(self, visitor: Visitor, policy: Policy) -> NDArray[np.int32]:
-        """Return the rows of what the visitor has seen; none where the policy does not mind."""
-        if self.has_repeats or not any(isinstance(rule, DropSeen) for rule in policy.rules):
+        """Return the rows of what is not shown as it was seen; none where the policy does not mind."""
+        if not any(isinstance(rule, DropSeen) for rule in policy.rules):
             return NO_ROWS
-        return visitor.history.items
+        return not_asked_for(visitor.history.items, self.has_repeats)
 
     def _retrieve(
         self,

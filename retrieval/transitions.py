@@ -16,17 +16,27 @@ from numpy.typing import NDArray
 from retrieval.sparse import SparseRows, strongest
 
 WINDOW = 3  # events behind one that count as coming after it
+PRIOR_EVENTS = 10  # of an item, that the rate of returns to all items counts beside its own
 LAST_EVENTS = 20  # of a history that are asked what comes after them
 
 
 def item_transitions(
-    users: NDArray[np.int32], items: NDArray[np.int32], num_items: int, k: int, window: int = WINDOW
+    users: NDArray[np.int32],
+    items: NDArray[np.int32],
+    num_items: int,
+    k: int,
+    window: int = WINDOW,
+    *,
+    repeats: bool = False,
 ) -> SparseRows:
     """Return what comes after each item, [I+1, I+1]: the k likeliest of each row, likeliest first.
 
     The d-th event after one counts 1 / d, up to the window. A row is divided by the sum of all its counts, so
-    that it holds probabilities, which sum to 1 where k leaves none out. An item does not follow itself. Row 0
-    is empty.
+    that it holds probabilities, which sum to 1 where k leaves none out. Row 0 is empty.
+
+    An item does not follow itself, unless `repeats`: then it does as often as its own counts say, and as
+    PRIOR_EVENTS more of which as many return as events of all histories do to something that is there already
+    (a beta prior). So what a visitor has come back to is likely to be come back to, whichever item it is.
 
     Args:
         users: [E] int32, 1..U: the events of one after those of the other,
@@ -34,21 +44,36 @@ def item_transitions(
         num_items: I.
         k: most items that a row keeps.
         window: at least 1.
+        repeats: whether users return to items that they know.
     """
     size = num_items + 1
+    own, total = np.zeros(size), np.zeros(size)
     pairs, counts = [np.zeros(0, np.int64)], [np.zeros(0)]
     for distance in range(1, window + 1):
         before, after = items[:-distance].astype(np.int64), items[distance:]
-        is_pair = (users[:-distance] == users[distance:]) & (before != after)
+        same_user = users[:-distance] == users[distance:]
+        total += np.bincount(before[same_user], minlength=size) / distance
+        own += np.bincount(before[same_user & (before == after)], minlength=size) / distance
+        is_pair = same_user & (before != after)
         pairs.append(before[is_pair] * size + after[is_pair])
         counts.append(np.full(len(pairs[-1]), 1.0 / distance))
     distinct, place = np.unique(np.concatenate(pairs), return_inverse=True)
     sums = np.bincount(place, np.concatenate(counts), minlength=len(distinct)).astype(np.float64)
     whole = SparseRows.from_entries(distinct // size, distinct % size, sums, size, size)
+    returns = np.zeros(size)
+    if repeats and len(items):
+        is_return = np.ones(len(items), np.bool_)
+        is_return[np.unique(users.astype(np.int64) * size + items, return_index=True)[1]] = False
+        returns = (own + PRIOR_EVENTS * is_return.mean()) / (total + PRIOR_EVENTS)
+        returns[np.bincount(items, minlength=size) == 0] = 0.0
     rows = []
     for item in range(size):
         columns, values = whole.row(item)
-        rows.append(strongest(columns, values / max(float(values.sum()), 1e-9), k))
+        values = values / max(float(values.sum()), 1e-9) * np.float32(1 - returns[item])
+        if returns[item]:
+            columns = np.append(columns, np.int32(item))
+            values = np.append(values, np.float32(returns[item]))
+        rows.append(strongest(columns, values, k))
     return SparseRows.from_rows(rows, size)
 
 
@@ -58,8 +83,8 @@ def next_items(
     """Return the items that may come next after a history, ascending [N], and how likely each is [N].
 
     The mean of what comes after each of the last events, the n-th last of weight 1 / n; who looks at an item
-    and then buys it has done one thing. What `item_transitions` left out is missing, so the numbers sum to 1
-    at most.
+    and then buys it has done one thing. The item of the last event is none that comes next. What is missing,
+    by this or as `item_transitions` left it out, is no other's, so the numbers sum to 1 at most.
 
     Args:
         transitions: of item_transitions, of events without immediate repeats.
@@ -68,4 +93,6 @@ def next_items(
     is_repeat = history[1:] == history[:-1]
     last = np.delete(history, np.flatnonzero(is_repeat))[::-1][:LAST_EVENTS]
     weights = 1.0 / np.arange(1, len(last) + 1)
-    return transitions.weighted_sum(last, weights / max(float(weights.sum()), 1.0))
+    found, probabilities = transitions.weighted_sum(last, weights / max(float(weights.sum()), 1.0))
+    is_other = found != (last[0] if len(last) else 0)
+    return found[is_other], probabilities[is_other]

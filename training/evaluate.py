@@ -23,7 +23,7 @@ from rich.table import Table
 
 from engine.arguments import ArgumentParser
 from engine.bundle import Bundle, resolve_bundle
-from engine.history import left_padded
+from engine.history import left_padded, not_asked_for
 from engine.item_list import largest
 from engine.pipeline import (
     RecommendationPipeline,
@@ -69,7 +69,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return the metrics of every stage, as `trirank evaluate --json` writes them.
 
-    Items of a user's history take no part in a ranking, unless the data set says that repeats are normal.
+    Items of a user's history take no part in a ranking; where the data set says that repeats are normal, that
+    of the last event alone.
     Metrics are means over users; ties count by their expectation (training/metrics.py).
 
     Args:
@@ -128,7 +129,7 @@ def evaluate(
                             some = metrics.Places(places.first[inside], places.width[inside])
                             totals_of[slice_name].append(metrics.accuracy(some, cutoffs))
                 lists += map(_List, answers.lists, questions.targets, questions.times)
-                progress.advance(task, len(questions.histories))
+                progress.advance(task, len(questions.users))
             results[name] = _mean_of_each(totals) | _list_metrics(lists, bundle, num_trained)
             for slice_name, found in totals_of.items():
                 by_slice[slice_name][name] = _mean_of_each(found) or None
@@ -210,7 +211,7 @@ class Questions:
     Args:
         holdout: all questions.
         rows: which of them.
-        repeats: whether items of the history take part in the ranking.
+        repeats: whether users return to items that they know.
     """
 
     def __init__(self, holdout: Holdout, rows: NDArray[np.int64], repeats: bool) -> None:
@@ -221,9 +222,8 @@ class Questions:
         self.contexts = [holdout.events.context_at(int(end)) for end in self.ends]
         self.users = holdout.users[rows]
         self.visitor_histories = [holdout.history(int(q)) for q in rows]
-        self.histories = [history.items for history in self.visitor_histories]  # what is not asked for
+        self.not_asked_for = [not_asked_for(history.items, repeats) for history in self.visitor_histories]
         self.targets = [holdout.target(int(q)) for q in rows]
-        self.repeats = repeats
 
 
 class _Answers:
@@ -243,7 +243,7 @@ def _blocks(holdout: Holdout, num_items: int, repeats: bool) -> Iterator[Questio
 
 def _popularity_scores(bundle: Bundle, questions: Questions) -> NDArray[np.float32]:
     popularity = bundle.catalog.popularity.astype(np.float32)
-    return np.repeat(popularity[None], len(questions.histories), axis=0)
+    return np.repeat(popularity[None], len(questions.users), axis=0)
 
 
 def retrieval_scores(bundle: Bundle, questions: Questions) -> NDArray[np.float32]:
@@ -251,7 +251,7 @@ def retrieval_scores(bundle: Bundle, questions: Questions) -> NDArray[np.float32
 
     A visitor without one is served what is popular, and so it is here.
     """
-    queries = np.zeros((len(questions.histories), bundle.index.dim), np.float32)
+    queries = np.zeros((len(questions.users), bundle.index.dim), np.float32)
     nothing = np.ones(len(queries), bool)
     for place, history in enumerate(questions.visitor_histories):
         found = query_vector(bundle, Visitor(history))
@@ -290,9 +290,8 @@ def ranking_scores(bundle: Bundle, questions: Questions) -> NDArray[np.float32]:
 
 def _ranked(questions: Questions, scores: NDArray[np.float32]) -> _Answers:
     scores[:, 0] = -np.inf
-    if not questions.repeats:
-        for row, history in zip(scores, questions.histories, strict=True):
-            row[history] = -np.inf
+    for row, items in zip(scores, questions.not_asked_for, strict=True):
+        row[items] = -np.inf
     places = [
         metrics.places_by_score(row, target) for row, target in zip(scores, questions.targets, strict=True)
     ]

@@ -388,7 +388,7 @@ def export_bundle(
             directory / "sources.safetensors",
         )
         if ranker is not None:
-            transitions = training_transitions(train, pipeline["num_neighbours"])
+            transitions = training_transitions(train, pipeline["num_neighbours"], data.split.repeats)
             save_file(
                 {
                     "transition_offsets": transitions.offsets,

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.history import not_asked_for
+
 FloatArray = NDArray[np.floating]
 
 
@@ -252,16 +254,15 @@ def mean_accuracy(
     """Return the mean of every accuracy metric over some questions, all items ranked.
 
     Args:
-        scores: [Q, I+1]; changed in place: padding and, unless `repeats`, each history's items become -inf.
+        scores: [Q, I+1]; changed in place: padding and what is not_asked_for become -inf.
         histories: Q arrays of item rows.
         targets: Q arrays of item rows.
         cutoffs: the K of the metrics.
-        repeats: whether items of the history take part in the ranking.
+        repeats: whether users return to items that they know.
     """
     scores[:, 0] = -np.inf
     results = []
     for row, history, target in zip(scores, histories, targets, strict=True):
-        if not repeats:
-            row[history] = -np.inf
+        row[not_asked_for(history, repeats)] = -np.inf
         results.append(accuracy(places_by_score(row, target), cutoffs))
     return {key: float(np.mean([r[key] for r in results])) for key in results[0]} if results else {}

@@ -23,8 +23,8 @@ from training.data.splits import Holdout, Split
 from training.metrics import mean_accuracy
 from training.transitions import bonuses, training_transitions
 
-GRAPH_WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
-TRANSITION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
+GRAPH_WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+TRANSITION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 CONTEXT_STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ALONE = (0.0, 0.0)  # the weights of a ranker without either
 MAX_QUESTIONS = 5000
@@ -79,7 +79,7 @@ def best_weights(
         graph_weights: to choose from.
         transition_weights: to choose from.
     """
-    transitions = training_transitions(split.train, k)
+    transitions = training_transitions(split.train, k, split.repeats)
     pairs = [*product(graph_weights, transition_weights), ALONE]
     by_weight = {weight: weighted(queries, items, dim, weight, examples) for weight in {*graph_weights, 0.0}}
     sums = dict.fromkeys(pairs, 0.0)

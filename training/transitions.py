@@ -14,14 +14,19 @@ from retrieval.transitions import item_transitions, next_items
 from training.data.interactions import Interactions
 
 
-def training_transitions(train: Interactions, k: int) -> SparseRows:
+def training_transitions(train: Interactions, k: int, repeats: bool) -> SparseRows:
     """Return what comes after each item in the training histories, [I+1, I+1]: the k likeliest of each row.
 
     Events that say "not this" are left out, and so are immediate repeats.
+
+    Args:
+        train: the training events.
+        k: most items that a row keeps.
+        repeats: whether users return to items that they know.
     """
     wanted = train.take(train.event_types != NEGATIVE_EVENT)
     wanted = wanted.take(wanted.is_next_item)
-    return item_transitions(wanted.users, wanted.items, train.num_items, k)
+    return item_transitions(wanted.users, wanted.items, train.num_items, k, repeats=repeats)
 
 
 def bonuses(transitions: SparseRows, histories: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from retrieval.transitions import LAST_EVENTS, item_transitions, next_items
+from retrieval.transitions import LAST_EVENTS, PRIOR_EVENTS, item_transitions, next_items
 
 USERS, ITEMS = np.array([1, 1, 1, 1, 2, 2], np.int32), np.array([1, 2, 3, 1, 1, 2], np.int32)
 
@@ -21,9 +21,25 @@ def test_worked_out():
     assert item_transitions(USERS, ITEMS, 4, k=1).row(1)[1].tolist() == pytest.approx([0.8])
 
     items, probabilities = next_items(transitions, np.array([1, 2], np.int32))
-    assert items.tolist() == [1, 2, 3]
-    assert probabilities.tolist() == pytest.approx([2 / 9, 0.8 / 3, 4 / 9 + 0.2 / 3])
-    assert probabilities.sum() == pytest.approx(1)
+    assert items.tolist() == [1, 3]  # not 2: there the visitor is
+    assert probabilities.tolist() == pytest.approx([2 / 9, 4 / 9 + 0.2 / 3])
+
+
+def test_returns():
+    transitions = item_transitions(USERS, ITEMS, 4, k=10, repeats=True)
+    rows = [dict(zip(*(part.tolist() for part in transitions.row(item)), strict=True)) for item in range(5)]
+    # One event of six returns. Item 1 has itself behind it once, three events later: 1/3 of 17/6.
+    itself = (1 / 3 + PRIOR_EVENTS / 6) / (17 / 6 + PRIOR_EVENTS)
+    assert rows[1] == pytest.approx({2: 0.8 * (1 - itself), 3: 0.2 * (1 - itself), 1: itself})
+    itself = (PRIOR_EVENTS / 6) / (3 / 2 + PRIOR_EVENTS)
+    assert rows[2] == pytest.approx({3: 2 / 3 * (1 - itself), 1: 1 / 3 * (1 - itself), 2: itself})
+    assert rows[0] == rows[4] == {}
+
+    found = dict(zip(*(part.tolist() for part in next_items(transitions, np.array([2, 3]))), strict=True))
+    assert 3 not in found  # there the visitor is
+    assert found[2] == pytest.approx(itself / 3)
+    # What nobody else has come back to is come back to, too.
+    assert rows[3].keys() == {1, 3}
 
 
 @pytest.mark.parametrize(("k", "window"), [(2, 1), (100, 1), (3, 3), (100, 9)])

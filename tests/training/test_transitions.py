@@ -13,7 +13,7 @@ def test_what_is_added() -> None:
     items = np.array([1, 2, 3, 2, 3, 4, 2, 4, 3, 1], np.int32)
     users = np.repeat(np.array([1, 2, 3], np.int32), [3, 4, 3])
     log = Interactions(users, items, np.zeros(10, np.uint8), np.arange(10), 3, 4)
-    table = training_transitions(log, 10)
+    table = training_transitions(log, 10, repeats=False)
     histories = [np.array([1, 2], np.int32), np.zeros(0, np.int32)]
     added = bonuses(table, histories)
     assert added.shape == (2, 5)
@@ -27,5 +27,5 @@ def test_what_is_added() -> None:
 def test_events_that_say_not_this_are_no_steps() -> None:
     kinds = np.array([0, NEGATIVE_EVENT, 0, 0], np.uint8)
     log = Interactions(np.ones(4, np.int32), np.array([1, 2, 3, 3], np.int32), kinds, np.arange(4), 1, 3)
-    table = training_transitions(log, 10)
+    table = training_transitions(log, 10, repeats=False)
     assert [table.row(item)[0].tolist() for item in range(4)] == [[], [3], [], []]

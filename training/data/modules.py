@@ -31,6 +31,9 @@ from training.data.sequences import (
 from training.data.splits import Holdout, Split, SplitOptions, load_split, questions_at_once
 from training.stages import check_numbers
 
+# Of the ranker, at least, where batches need not be smaller than RankingData lets them be for it.
+STEPS_AN_EPOCH = 150
+
 
 class _StageData(L.LightningDataModule):
     """What the stages share: the split, and questions for validation and test."""
@@ -139,8 +142,10 @@ class RankingData(_StageData):
     Args:
         directory: a data set directory (`trirank import`, `trirank simulate`).
         split: how to cut it.
-        batch_size: most histories of a step.
-        max_tokens: most events of a step, padding included; long histories get smaller batches.
+        batch_size: most histories of a step. None: 128, and as few as 32 where an epoch would have fewer than
+            STEPS_AN_EPOCH steps.
+        max_tokens: most events of a step, padding included; long histories get smaller batches. None: 4096,
+            and as few as 512, likewise.
         history_length: newest events that the ranker sees. None: as many as 95% of the users have,
             at least 50 and at most 200.
         context: keys of the context that the ranker takes (DatasetInfo.context, and hour and weekday where
@@ -153,8 +158,8 @@ class RankingData(_StageData):
         self,
         directory: Path,
         split: SplitOptions = SplitOptions(),  # noqa: B008 (frozen)
-        batch_size: int = 128,
-        max_tokens: int = 4096,
+        batch_size: int | None = None,
+        max_tokens: int | None = None,
         history_length: int | None = None,
         context: list[str] | None = None,
         max_validation_users: int = 10_000,
@@ -170,7 +175,7 @@ class RankingData(_StageData):
         check_numbers("ranking.data.", 1, numbers)
         check_numbers("ranking.", 1, {"num_folds": num_folds})
         self.num_folds = num_folds
-        self.batch_size, self.max_tokens, self._history_length = batch_size, max_tokens, history_length
+        self._batch_size, self._max_tokens, self._history_length = batch_size, max_tokens, history_length
         self._context_names = context
 
     @property
@@ -205,6 +210,17 @@ class RankingData(_StageData):
             np.bincount(split.train.items, minlength=split.train.num_items + 1) > 0
         )
         self.targets_per_item = targets_per_item(split.train, split.repeats)
+
+    @property
+    def batch_size(self) -> int:
+        """The most histories of a step."""
+        return self._batch_size or int(np.clip(len(self.sequences) // STEPS_AN_EPOCH, 32, 128))
+
+    @property
+    def max_tokens(self) -> int:
+        """The most events of a step, padding included."""
+        num_tokens = int((self.sequences.ends - self.sequences.starts).sum())
+        return self._max_tokens or int(np.clip(num_tokens // STEPS_AN_EPOCH, 512, 4096))
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Yield SequenceBatch."""

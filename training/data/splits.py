@@ -185,7 +185,7 @@ def _global_time(events: Interactions, repeats: bool, fraction: float) -> Split:
         inside = (events.timestamps >= start) & target
         if end is not None:
             inside &= events.timestamps < end
-        return _asked(events, inside, events.timestamps < start)
+        return _asked(events, inside, events.timestamps < start, repeats)
 
     return Split(
         "global-time",
@@ -212,7 +212,7 @@ def _given(
     target = _may_be_target(events, repeats)
 
     def holdout(which: int) -> Holdout:
-        return _asked(events, (part == which) & target, part < which)
+        return _asked(events, (part == which) & target, part < which, repeats)
 
     # Validation was drawn from anywhere in the past, so the layout is not the order of time, even where the
     # events have times: a sequence model would learn from what came after its questions.
@@ -232,8 +232,17 @@ def questions_at_once(num_items: int) -> int:
     return int(np.clip(20_000_000 // (num_items + 1), 1, 256))
 
 
-def _asked(events: Interactions, wanted: NDArray[np.bool_], known: NDArray[np.bool_]) -> Holdout:
-    """Return a question for each user who has a wanted event, with the known ones as history: a prefix."""
+def _asked(
+    events: Interactions, wanted: NDArray[np.bool_], known: NDArray[np.bool_], repeats: bool
+) -> Holdout:
+    """Return a question for each user who has a wanted event, with the known ones as history: a prefix.
+
+    The item of the last known event is not asked for, see engine.history.not_asked_for.
+    """
+    if repeats:
+        num_known = np.bincount(events.users[known], minlength=events.num_users + 1)
+        last = np.append(events.items, 0)[np.where(num_known, events.offsets[:-1] + num_known - 1, -1)]
+        wanted = wanted & (events.items != last[events.users])
     users, first = np.unique(events.users[wanted], return_index=True)
     ends = events.offsets[users] + np.bincount(events.users[known], minlength=events.num_users + 1)[users]
     targets = np.split(events.items[wanted], first[1:]) if len(users) else []

@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import lightning as L
+import numpy as np
+import polars as pl
 import pytest
 import torch
 
-from training.data.modules import RankingData, RetrievalData
+from training.data.dataset import DatasetInfo, write_info
+from training.data.modules import STEPS_AN_EPOCH, RankingData, RetrievalData
 from training.data.simulator import ShopConfig, write_dataset
 
 
@@ -73,3 +76,27 @@ def test_a_resumed_fit_goes_on_with_the_batches_it_would_have_had(
     loader = data.train_dataloader()
     first, second = ([b if isinstance(b, torch.Tensor) else b.targets for b in loader] for _ in range(2))
     assert not same(first, second)
+
+
+@pytest.mark.parametrize(("num_users", "length"), [(40, 5), (3000, 5), (40, 900)])
+def test_batches_shrink_until_an_epoch_has_steps_enough(tmp_path: Path, num_users: int, length: int) -> None:
+    rows = [(f"u{user}", f"i{(user + place) % 1000}") for user in range(num_users) for place in range(length)]
+    pl.DataFrame(
+        {
+            "user_id": [user for user, _ in rows],
+            "item_id": [item for _, item in rows],
+            "timestamp": np.arange(len(rows)),
+            "event_type": ["view"] * len(rows),
+        }
+    ).write_parquet(tmp_path / "events.parquet")
+    pl.DataFrame({"item_id": [f"i{item}" for item in range(1000)]}).write_parquet(tmp_path / "items.parquet")
+    write_info(tmp_path, DatasetInfo(name="shop", source={}, time="order"))
+    data = RankingData(tmp_path)
+    data.setup("fit")
+    assert 32 <= data.batch_size <= 128
+    assert 512 <= data.max_tokens <= 4096
+    num_steps = sum(1 for _ in data.train_dataloader())
+    # Never fewer than can be had with the smallest batches.
+    smallest = RankingData(tmp_path, batch_size=32, max_tokens=512)
+    smallest.setup("fit")
+    assert num_steps >= min(STEPS_AN_EPOCH, sum(1 for _ in smallest.train_dataloader()))
