@@ -39,7 +39,7 @@ from engine.telemetry import read_request_id
 from engine.tls import client_credentials
 from protos.trirank.v1 import recommender_pb2 as pb
 
-NO_PACKAGE = "the HTTP gateway needs a package more: pip install 'trirank[http]'"
+NO_PACKAGE = "the HTTP gateway needs a package more, that of the extra http: pip install aiohttp"
 try:
     from aiohttp import web
 except ModuleNotFoundError as error:

@@ -45,7 +45,7 @@ CLOSE_S = 5.0  # for the thread that delivers; a name server may keep it for lon
 # What an error begins with that is not of one key; others are classes of their own in redis-py.
 OF_REDIS = ("MISCONF", "BUSY", "NOREPLICAS", "CLUSTERDOWN", "MASTERDOWN", "OOM", "READONLY", "NOPERM")
 REFUSED = "refused.jsonl"  # beside the log: what Redis will never take
-NO_PACKAGE = "Redis needs a package more: pip install 'trirank[redis]'"
+NO_PACKAGE = "Redis needs a package more, that of the extra redis: pip install redis"
 
 # KEYS: the user's hash. ARGV: events to keep, ms to keep them, now in ms, then id, type, item and time of
 # each event. Fields: "n" how many events there ever were, "t" the newest time, and of each event

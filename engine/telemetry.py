@@ -87,7 +87,7 @@ class Metrics:
             ["key", "code"],
             **options,
         )
-        self.in_flight = Gauge("in_flight", "Requests being worked on", **options)
+        self.in_flight = Gauge("in_flight", "Requests let in and not answered yet", **options)
         self.stuck_workers = Gauge("stuck_workers", "Workers that do not come back from a request", **options)
         self.concurrency_limit = Gauge("concurrency_limit", "Requests that may be at once, now", **options)
         self.events = Counter(

@@ -41,6 +41,8 @@ MAX_TOKENS = 128
 TEXTS_AT_ONCE = 64
 TEXTS_A_FILE = 8192  # of the cache: what an interruption loses at most
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # of a hub's repository: no pickles
+# Scripts that put no spaces between words.
+SPACELESS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 
 
 @dataclass(kw_only=True)
@@ -166,13 +168,12 @@ def _unit_scale(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 def content_features(items: pl.DataFrame) -> SparseRows:
     """Return what each item is described by, as TF-IDF [I+1, F]: words of the title, category, brand, ..."""
     row = pl.int_range(1, pl.len() + 1, dtype=pl.Int32).alias("row")
-    words = r"\w+"
     values = {
-        "title": pl.col("title").str.to_lowercase().str.extract_all(words),
+        "title": _words("title"),
         "category": pl.col("category"),
         "brand": pl.concat_list("brand"),
         "attributes": pl.col("attributes"),
-        "description": pl.col("description").str.to_lowercase().str.extract_all(words),
+        "description": _words("description"),
     }
     described = [
         items.select(row, value.alias("value"))
@@ -188,6 +189,15 @@ def content_features(items: pl.DataFrame) -> SparseRows:
     features = pl.concat(described)
     codes = features["feature"].rank("dense").cast(pl.Int32).to_numpy() - 1
     return tfidf(features["row"].to_numpy(), codes, items.height, int(codes.max(initial=-1)) + 1)
+
+
+def _words(column: str) -> pl.Expr:
+    """Return the words of a text, and of what is written without spaces the pairs of neighbouring letters."""
+    text = pl.col(column).str.to_lowercase()
+    # Pairs that begin at the first, the third, ... letter of a run, then those at the second, the fourth, ...
+    behind_first = text.str.replace_all(rf"(^|[^{SPACELESS}])[{SPACELESS}]", "$1")
+    pairs = (part.str.extract_all(rf"[{SPACELESS}]{{1,2}}") for part in (text, behind_first))
+    return pl.concat_list(text.str.extract_all(rf"[\w--[{SPACELESS}]]+"), *pairs)
 
 
 def content_embedding(features: SparseRows, dim: int = CONTENT_DIM) -> NDArray[np.float32]:

@@ -491,4 +491,4 @@ def test_without_its_package_it_says_what_to_install() -> None:
         assert done.returncode == code
         assert NO_PACKAGE in done.stderr.splitlines()[-1]
         assert ("Traceback" in done.stderr) == (code == 1)  # an importer's own mistake
-    assert "pip install 'trirank[http]'" in NO_PACKAGE
+    assert "pip install aiohttp" in NO_PACKAGE

@@ -13,6 +13,7 @@ from training import content
 from training.content import (
     ContentOptions,
     TextEncoder,
+    content_features,
     encoded,
     item_content,
     item_texts,
@@ -195,6 +196,21 @@ def test_content_is_text_and_price(encoder, model, tmp_path):
     np.testing.assert_allclose(without_prices, found[:, :num_texts], atol=1e-6)
     similarities = text_vectors(ITEMS, options, tmp_path)
     assert similarities[1] @ similarities[5] > similarities[1] @ similarities[2]
+
+
+def test_words_of_a_script_without_spaces():
+    """A title is no word of its own there: what shares letters in a row is alike."""
+    titles = ["无线蓝牙耳机", "蓝牙耳机降噪", "牛皮钱包", "男士牛皮钱包", "Bluetooth-Headset 蓝牙"]
+    features = content_features(pl.DataFrame({"item_id": list("abcde"), "title": titles}))
+    table = np.zeros((len(features), features.num_columns))
+    for row in range(len(features)):
+        columns, values = features.row(row)
+        table[row, columns] = values
+    alike = table[1:] @ table[1:].T
+    assert alike[0, 1] > 0.3
+    assert alike[2, 3] > 0.3
+    assert alike[0, 4] > 0
+    assert alike[[0, 1]][:, [2, 3]].max() == 0
 
 
 def test_nothing_to_tell(tmp_path):
