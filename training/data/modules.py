@@ -25,6 +25,7 @@ from training.data.sequences import (
     SequenceBatch,
     equal_share,
     make_sequences,
+    num_batches,
     sequence_batches,
     targets_per_item,
 )
@@ -142,10 +143,10 @@ class RankingData(_StageData):
     Args:
         directory: a data set directory (`trirank import`, `trirank simulate`).
         split: how to cut it.
-        batch_size: most histories of a step. None: 128, and as few as 32 where an epoch would have fewer than
-            STEPS_AN_EPOCH steps.
+        batch_size: most histories of a step. None: 128, or where an epoch would have fewer steps than
+            STEPS_AN_EPOCH as many fewer, but 32 at least.
         max_tokens: most events of a step, padding included; long histories get smaller batches. None: 4096,
-            and as few as 512, likewise.
+            or fewer likewise, but 512 at least.
         history_length: newest events that the ranker sees. None: as many as 95% of the users have,
             at least 50 and at most 200.
         context: keys of the context that the ranker takes (DatasetInfo.context, and hour and weekday where
@@ -214,13 +215,16 @@ class RankingData(_StageData):
     @property
     def batch_size(self) -> int:
         """The most histories of a step."""
-        return self._batch_size or int(np.clip(len(self.sequences) // STEPS_AN_EPOCH, 32, 128))
+        return self._batch_size or max(32, round(128 * self._share_of_steps))
 
     @property
     def max_tokens(self) -> int:
         """The most events of a step, padding included."""
-        num_tokens = int((self.sequences.ends - self.sequences.starts).sum())
-        return self._max_tokens or int(np.clip(num_tokens // STEPS_AN_EPOCH, 512, 4096))
+        return self._max_tokens or max(512, round(4096 * self._share_of_steps))
+
+    @property
+    def _share_of_steps(self) -> float:
+        return min(1.0, num_batches(self.sequences, 128, 4096) / STEPS_AN_EPOCH)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Yield SequenceBatch."""

@@ -141,6 +141,21 @@ class SequenceBatch:
     fold: int  # that all its users are of, see training/cross_fit.py
 
 
+def num_batches(sequences: Sequences, batch_size: int, max_tokens: int) -> int:
+    """Return how many batches sequence_batches makes of all windows, in one fold."""
+    length = np.sort(sequences.ends - sequences.starts)
+    return sum(1 for _ in _parts(length, int(length.max(initial=1)), batch_size, max_tokens))
+
+
+def _parts(length: NDArray[np.int64], most: int, batch_size: int, max_tokens: int) -> Iterator[slice]:
+    """Cut windows of these lengths, ascending, into batches, from the longest: its length sets the size."""
+    position = len(length)
+    while position > 0:
+        size = max(1, min(batch_size, max_tokens // padded_length(int(length[position - 1]), most)))
+        yield slice(max(0, position - size), position)
+        position -= size
+
+
 def sequence_batches(
     sequences: Sequences,
     batch_size: int,
@@ -170,12 +185,7 @@ def sequence_batches(
     batches: list[NDArray[np.int64]] = []
     for fold in range(num_folds):
         of_fold = order[folds[order] == fold]
-        position = len(of_fold)
-        while position > 0:  # from the longest, so that a batch's size follows from its first window
-            longest = padded_length(int(length[of_fold[position - 1]]), most)
-            size = max(1, min(batch_size, max_tokens // longest))
-            batches.append(of_fold[max(0, position - size) : position])
-            position -= size
+        batches += [of_fold[part] for part in _parts(length[of_fold], most, batch_size, max_tokens)]
     if rng is not None:
         rng.shuffle(batches)
     for batch in equal_share(batches, rank, world_size):
