@@ -3,8 +3,9 @@
 A share of the items is withheld from training entirely: both stages learn from the training events of all
 other items, and validation, which chooses the epochs, asks for other items alone. Then the questions of a
 part whose target is withheld are asked, and only the withheld items are ranked: recall@10 is the share of
-questions whose target is among the first ten of them, the items of the history left out unless repeats are
-normal. Histories are whole: who has touched a withheld item before has it in the history.
+questions whose target is among the first ten of them, the items of the history left out, or where repeats
+are normal that of the last event. Histories are whole: who has touched a withheld item before has it in the
+history.
 
     chance            ten drawn at random
     text similarity   cosine of an item's text vector with the mean of those of the history

@@ -1,10 +1,10 @@
 """Stage two's quality table: `python -m benchmarks.quality ranking --data data/beauty --bundles bundles`.
 
 Bundles, through what they serve; the rows of `benchmarks.quality fusion`; baselines and peers, which are
-fitted here; and what others published. All items are ranked but those of the user's history, unless repeats
-are normal. There is one table for each protocol: strict has learned from `train`, refit from train and
-validation. Both ask the test questions with whole histories. Baselines have fixed settings; nothing here is
-chosen on test.
+fitted here; and what others published. All items are ranked but those of the user's history, or where
+repeats are normal that of the last event. There is one table for each protocol: strict has learned from
+`train`, refit from train and validation. Both ask the test questions with whole histories. Baselines have
+fixed settings; nothing here is chosen on test.
 """
 
 from __future__ import annotations

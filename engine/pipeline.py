@@ -157,7 +157,7 @@ class RecommendationPipeline:
         self.num_candidates: int = settings["num_candidates"]
         self.num_ranked: int = settings["num_ranked"]
         self.default_limit: int = settings["default_limit"]
-        # Where people return to the same items (groceries, sessions), no item counts as seen.
+        # Where people return to the same items (groceries, sessions), the last one alone counts as seen.
         self.has_repeats: bool = bundle.manifest["data"].get("repeats", False)
         self.has_clock = bundle.manifest["data"]["time"] == "unix"
         # What the ranker knows of the moment, beside what the policy asks for.

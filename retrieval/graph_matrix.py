@@ -164,10 +164,15 @@ def start_from_spectrum(embeddings: Tensor, graph: HeteroData, std: float) -> No
 
 
 def _without_small_components(edge_index: Tensor, num_users: int, num_items: int) -> Tensor:
-    """Return the edges, [2, E], of the connected components that have a hundredth of them or more."""
+    """Return the edges, [2, E], of the connected components that have a hundredth of them or more.
+
+    All edges, where the others have most of them.
+    """
     user, item = edge_index.cpu().numpy()
     num_nodes = num_users + num_items
     graph = coo_matrix((np.ones(len(user), np.bool_), (user, item + num_users)), (num_nodes, num_nodes))
     component = connected_components(graph, directed=False)[1][user]
     is_large = np.bincount(component, minlength=1)[component] >= len(user) / 100
+    if is_large.mean() < 0.5:  # many of like size: none of them stands out
+        return edge_index
     return edge_index[:, torch.from_numpy(is_large).to(edge_index.device)]

@@ -32,11 +32,11 @@ def item_transitions(
     """Return what comes after each item, [I+1, I+1]: the k likeliest of each row, likeliest first.
 
     The d-th event after one counts 1 / d, up to the window. A row is divided by the sum of all its counts, so
-    that it holds probabilities, which sum to 1 where k leaves none out. Row 0 is empty.
+    that it holds probabilities, which sum to 1 where k leaves none out and something follows. Row 0 is empty.
 
     An item does not follow itself, unless `repeats`: then it does as often as its own counts say, and as
-    PRIOR_EVENTS more of which as many return as events of all histories do to something that is there already
-    (a beta prior). So what a visitor has come back to is likely to be come back to, whichever item it is.
+    PRIOR_EVENTS more of which as many return as a user's events do to something that is there already (a beta
+    prior). So what a visitor has come back to is likely to be come back to, whichever item it is.
 
     Args:
         users: [E] int32, 1..U: the events of one after those of the other,
@@ -59,22 +59,24 @@ def item_transitions(
         counts.append(np.full(len(pairs[-1]), 1.0 / distance))
     distinct, place = np.unique(np.concatenate(pairs), return_inverse=True)
     sums = np.bincount(place, np.concatenate(counts), minlength=len(distinct)).astype(np.float64)
-    whole = SparseRows.from_entries(distinct // size, distinct % size, sums, size, size)
-    returns = np.zeros(size)
+    rows, columns = distinct // size, distinct % size
+    values = sums / np.maximum(np.bincount(rows, sums, minlength=size), 1e-9)[rows]
     if repeats and len(items):
-        is_return = np.ones(len(items), np.bool_)
-        is_return[np.unique(users.astype(np.int64) * size + items, return_index=True)[1]] = False
-        returns = (own + PRIOR_EVENTS * is_return.mean()) / (total + PRIOR_EVENTS)
-        returns[np.bincount(items, minlength=size) == 0] = 0.0
-    rows = []
-    for item in range(size):
-        columns, values = whole.row(item)
-        values = values / max(float(values.sum()), 1e-9) * np.float32(1 - returns[item])
-        if returns[item]:
-            columns = np.append(columns, np.int32(item))
-            values = np.append(values, np.float32(returns[item]))
-        rows.append(strongest(columns, values, k))
-    return SparseRows.from_rows(rows, size)
+        returns = (own + PRIOR_EVENTS * _return_rate(users, items, size)) / (total + PRIOR_EVENTS)
+        there = np.unique(items[items > 0]).astype(np.int64)
+        values = np.append(values * (1 - returns[rows]), returns[there])
+        rows, columns = np.append(rows, there), np.append(columns, there)
+    whole = SparseRows.from_entries(rows, columns, values, size, size)
+    return SparseRows.from_rows([strongest(*whole.row(item), k) for item in range(size)], size)
+
+
+def _return_rate(users: NDArray[np.int32], items: NDArray[np.int32], size: int) -> float:
+    """Return the share of a user's events that are with an item that was there already: the users' mean."""
+    is_return = np.ones(len(items), np.bool_)
+    is_return[np.unique(users.astype(np.int64) * size + items, return_index=True)[1]] = False
+    num_events = np.bincount(users)
+    shares = np.bincount(users, is_return)[num_events > 0] / num_events[num_events > 0]
+    return float(shares.mean())
 
 
 def next_items(

@@ -42,7 +42,9 @@ TEXTS_AT_ONCE = 64
 TEXTS_A_FILE = 8192  # of the cache: what an interruption loses at most
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # of a hub's repository: no pickles
 # Scripts that put no spaces between words.
-SPACELESS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+SPACELESS = "".join(
+    rf"\p{{scx:{name}}}" for name in ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar")
+)
 
 
 @dataclass(kw_only=True)
@@ -192,7 +194,7 @@ def content_features(items: pl.DataFrame) -> SparseRows:
 
 
 def _words(column: str) -> pl.Expr:
-    """Return the words of a text, and of what is written without spaces the pairs of neighbouring letters."""
+    """Return the words of a text; of a run without spaces the pairs of its letters, and the last letter."""
     text = pl.col(column).str.to_lowercase()
     # Pairs that begin at the first, the third, ... letter of a run, then those at the second, the fourth, ...
     behind_first = text.str.replace_all(rf"(^|[^{SPACELESS}])[{SPACELESS}]", "$1")

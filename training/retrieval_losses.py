@@ -79,7 +79,7 @@ class SampledSoftmax(RetrievalLoss):
     Args:
         num_negatives: M.
         popularity: draw negatives as often as they occur in training, to this power, and correct the logits
-            for it; 0 draws uniformly and corrects nothing: the softmax of a catalog of M items.
+            for it; 0 draws all that have edges as often and corrects nothing: the softmax of M items.
     """
 
     num_negatives: int = 2048

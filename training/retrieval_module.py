@@ -36,7 +36,7 @@ class RetrievalModule(L.LightningModule):
     Args:
         encoder: makes the GraphEncoder from the graph; in YAML a class path and its keywords.
         loss: of training/retrieval_losses.py; in YAML a class path and its keywords. None: SampledSoftmax,
-            each edge against negatives drawn uniformly from the catalog.
+            each edge against negatives drawn uniformly from the items that have edges.
         learning_rate: of Adam.
         l2: weight of the regulariser on the initial embeddings of a batch's users and items.
         schedule: "linear" lets the learning rate fall to zero over the epochs; "constant" does not. The last

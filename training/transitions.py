@@ -11,13 +11,14 @@ from engine.history import NEGATIVE_EVENT
 from ranking.transitions import transition_gain
 from retrieval.sparse import SparseRows
 from retrieval.transitions import item_transitions, next_items
-from training.data.interactions import Interactions
+from training.data.interactions import MAX_EVENTS, Interactions
 
 
 def training_transitions(train: Interactions, k: int, repeats: bool) -> SparseRows:
     """Return what comes after each item in the training histories, [I+1, I+1]: the k likeliest of each row.
 
-    Events that say "not this" are left out, and so are immediate repeats.
+    Events that say "not this" are left out, and so are immediate repeats, and a user's oldest beyond
+    MAX_EVENTS.
 
     Args:
         train: the training events.
@@ -26,6 +27,7 @@ def training_transitions(train: Interactions, k: int, repeats: bool) -> SparseRo
     """
     wanted = train.take(train.event_types != NEGATIVE_EVENT)
     wanted = wanted.take(wanted.is_next_item)
+    wanted = wanted.take(wanted.is_of_newest(MAX_EVENTS))
     return item_transitions(wanted.users, wanted.items, train.num_items, k, repeats=repeats)
 
 

@@ -28,10 +28,10 @@ def test_worked_out():
 def test_returns():
     transitions = item_transitions(USERS, ITEMS, 4, k=10, repeats=True)
     rows = [dict(zip(*(part.tolist() for part in transitions.row(item)), strict=True)) for item in range(5)]
-    # One event of six returns. Item 1 has itself behind it once, three events later: 1/3 of 17/6.
-    itself = (1 / 3 + PRIOR_EVENTS / 6) / (17 / 6 + PRIOR_EVENTS)
+    # One event of user 1's four returns, none of user 2's. Item 1 has itself behind it three events later.
+    itself = (1 / 3 + PRIOR_EVENTS / 8) / (17 / 6 + PRIOR_EVENTS)
     assert rows[1] == pytest.approx({2: 0.8 * (1 - itself), 3: 0.2 * (1 - itself), 1: itself})
-    itself = (PRIOR_EVENTS / 6) / (3 / 2 + PRIOR_EVENTS)
+    itself = (PRIOR_EVENTS / 8) / (3 / 2 + PRIOR_EVENTS)
     assert rows[2] == pytest.approx({3: 2 / 3 * (1 - itself), 1: 1 / 3 * (1 - itself), 2: itself})
     assert rows[0] == rows[4] == {}
 
@@ -40,6 +40,14 @@ def test_returns():
     assert found[2] == pytest.approx(itself / 3)
     # What nobody else has come back to is come back to, too.
     assert rows[3].keys() == {1, 3}
+
+
+def test_a_machine_does_not_set_the_rate_of_returns():
+    users = np.repeat(np.arange(1, 102), [10] * 100 + [5000]).astype(np.int32)
+    items = np.concatenate([np.tile(np.arange(1, 11), 100), np.tile([20, 21], 2500)]).astype(np.int32)
+    transitions = item_transitions(users, items, 30, k=10, repeats=True)
+    columns, values = transitions.row(3)
+    assert values[columns == 3].sum() < 0.01
 
 
 @pytest.mark.parametrize(("k", "window"), [(2, 1), (100, 1), (3, 3), (100, 9)])

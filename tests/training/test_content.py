@@ -198,6 +198,11 @@ def test_content_is_text_and_price(encoder, model, tmp_path):
     assert similarities[1] @ similarities[5] > similarities[1] @ similarities[2]
 
 
+def words_of(title: str) -> list[str]:
+    words: list[str] = pl.DataFrame({"title": [title]}).select(content._words("title"))["title"][0].to_list()
+    return words
+
+
 def test_words_of_a_script_without_spaces():
     """A title is no word of its own there: what shares letters in a row is alike."""
     titles = ["无线蓝牙耳机", "蓝牙耳机降噪", "牛皮钱包", "男士牛皮钱包", "Bluetooth-Headset 蓝牙"]
@@ -211,6 +216,9 @@ def test_words_of_a_script_without_spaces():
     assert alike[2, 3] > 0.3
     assert alike[0, 4] > 0
     assert alike[[0, 1]][:, [2, 3]].max() == 0
+    # The mark of a long vowel is a letter like the others.
+    assert words_of("コーヒー豆") == ["コー", "ヒー", "豆", "ーヒ", "ー豆"]
+    assert words_of("Headset-2 наушники") == ["headset", "2", "наушники"]
 
 
 def test_nothing_to_tell(tmp_path):

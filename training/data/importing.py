@@ -49,6 +49,7 @@ ITEM_FACTS = ("title", "description", "category", "brand", "seller_id")
 MOMENTS = ("available_from", "available_until")  # of the item table, on the clock of the events
 UNKNOWN_EVENT_TYPE = "unknown event_type"
 REJECTED = pl.col("reason").is_not_null()
+DAY_MS = 86_400_000
 MAX_TIMESTAMP_MS = 253_402_300_799_999  # the end of the year 9999; beyond it the unit was wrong
 
 # Times without an offset are UTC; a closing " UTC" or "Z" and the "T" in the middle are taken away first.
@@ -103,8 +104,9 @@ def import_source(
             repeats=repeats,
             **_counts(directory),
         )
-        _note_event_types(directory, notes)
-        _judge_rejected(directory, info, max_rejected, out)
+        unknown = _unknown_event_types(directory)
+        notes += [unknown] if unknown else []
+        _judge_rejected(directory, info, max_rejected, out, unknown)
         say("writing items")
         items = _items(source, seen, max_rejected, notes)
         items.write_parquet(directory / "items.parquet")
@@ -181,7 +183,8 @@ def _write_events(source: Source, directory: Path, scratch: Path, notes: list[st
         place = pl.int_range(pl.len(), dtype=pl.Int64).over("user_id")
         events = events.with_columns(timestamp=place)
     else:
-        late = accepted.select((pl.col("timestamp") > time.time() * 1000).sum())
+        tomorrow = time.time() * 1000 + DAY_MS  # times without an offset may be those of another zone
+        late = accepted.select((pl.col("timestamp") > tomorrow).sum())
         number = late.collect(engine="streaming").item()
         _note(notes, number, "events are of days to come; the newest event is what counts as now")
     events.sink_parquet(directory / "events.parquet", engine="streaming")
@@ -323,22 +326,26 @@ def _tally(frame: pl.LazyFrame, column: str) -> dict[str, int]:
     return {str(value): int(number) for value, number in counts.iter_rows()}
 
 
-def _note_event_types(directory: Path, notes: list[str]) -> None:
-    """Name the event types that are not known: a shop must not lose all its purchases for a word."""
+def _unknown_event_types(directory: Path) -> str:
+    """Return what to say of event types that are not known: no shop is to lose its purchases for a word."""
     rejected = pl.scan_parquet(directory / "rejected.parquet")
     if "event_type" not in rejected.collect_schema():
-        return
-    unknown = _tally(rejected.filter(pl.col("reason") == UNKNOWN_EVENT_TYPE), "event_type")
-    if unknown:
-        top = list(unknown.items())[:5]
-        mapping = json.dumps({name: "purchase" for name, _ in top[:1]})
-        notes.append(
-            f"event types that are not known: {', '.join(f'{name!r} ({number:,})' for name, number in top)}; "
-            f"say which of {', '.join(EVENT_TYPES)} they are, as in --event_types '{mapping}'"
-        )
+        return ""
+    unknown = _tally(
+        rejected.filter((pl.col("reason") == UNKNOWN_EVENT_TYPE) & ~_blank("event_type")), "event_type"
+    )
+    if not unknown:
+        return ""
+    top = list(unknown.items())[:5]
+    return (
+        f"event types that are not known: {', '.join(f'{name!r} ({number:,})' for name, number in top)}; say "
+        f'which of {", ".join(EVENT_TYPES)} they are, as in --event_types \'{{"buy": "purchase"}}\''
+    )
 
 
-def _judge_rejected(directory: Path, info: DatasetInfo, max_rejected: float, out: Path) -> None:
+def _judge_rejected(
+    directory: Path, info: DatasetInfo, max_rejected: float, out: Path, unknown_event_types: str
+) -> None:
     total = info.num_events + info.num_rejected
     if total == 0:
         raise ValueError(f"{', '.join(info.source['files'])}: no events at all")
@@ -352,6 +359,7 @@ def _judge_rejected(directory: Path, info: DatasetInfo, max_rejected: float, out
             f"{info.num_rejected:,} of {total:,} rows ({info.num_rejected / total:.1%}) are rejected, "
             f"more than max_rejected {max_rejected:.1%}: {top}. "
             f"Nothing was imported; the rejected rows are in {kept}"
+            + (f". There are {unknown_event_types}" if unknown_event_types else "")
         )
 
 
@@ -396,9 +404,9 @@ def _item_table(items: pl.LazyFrame, source: Source, max_rejected: float, notes:
     _note(notes, rows.height - table.height, "rows of the item table dropped: wrong number of fields")
     if (num_malformed := rows.height - table.height) > max_rejected * rows.height:
         raise ValueError(
-            f"{num_malformed:,} of {rows.height:,} rows of the item table have a wrong number of fields, "
-            f"more than max_rejected {max_rejected:.1%}; expected one line an item, without line breaks in "
-            "quotes, or Parquet"
+            f"{num_malformed:,} of {rows.height:,} rows of the item table have a wrong number of "
+            f"fields, more than max_rejected {max_rejected:.1%}; expected one line an item with as many "
+            "fields as the header, quoted where they hold a separator, and without line breaks; or Parquet"
         )
     rows, table = table, table.filter(~_blank("item_id"))
     _note(notes, rows.height - table.height, "rows of the item table dropped: missing item_id")

@@ -14,8 +14,9 @@ from engine.history import EVENT_TYPES, NEGATIVE_EVENT, History
 from ranking.context import HOUR_MS, KeyKind
 from training.data.dataset import Dataset, DatasetError
 
-# The share of a user's rows that may stand before an older one where the order of rows is that of time.
-IN_ORDER = 0.1
+RARE = 0.1  # the share that is taken for noise where a log is judged by the order of its rows
+MIN_TIES = 20  # neighbours of one time, that say in what order they stand
+MAX_EVENTS = 5000  # of a user that are learned from in order: who has more is a machine
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,12 @@ class Interactions:
             self.num_items,
             {name: column.take(where) for name, column in self.context.items()},
         )
+
+    def is_of_newest(self, count: int) -> NDArray[np.bool_]:
+        """Return which events are among the newest of their user, so many at most: [N]."""
+        from_end = self.offsets[self.users.astype(np.int64) + 1] - np.arange(len(self))
+        newest: NDArray[np.bool_] = from_end <= count
+        return newest
 
     @property
     def wanted_types(self) -> tuple[str, ...]:
@@ -163,7 +170,7 @@ def _load_event_log(dataset: Dataset) -> EventLog:
         )
         .join(users.with_row_index("user", offset=1).lazy(), on="user_id", how="left", maintain_order="left")
         .join(items.with_row_index("item", offset=1).lazy(), on="item_id", how="left", maintain_order="left")
-        .drop("user_id", "item_id")
+        .drop("user_id")
         .with_row_index("row")
         .sort("user", "timestamp", maintain_order=True)
         .collect()
@@ -195,10 +202,10 @@ def _load_event_log(dataset: Dataset) -> EventLog:
 def _ordered(columns: pl.DataFrame) -> pl.DataFrame:
     """Put in order what a user did at one time; the rest is in order already, as `row` is within one time.
 
-    A log that grows has the rows of each user in the order of time, and so those of one time: view, cart and
-    purchase of one second. One that is written newest first has them the other way round. But one that is
-    sorted by item, as dumps are that know the day alone, says nothing of them, and its order would be learned
-    as if it did: the next item is the one further down the catalog. There chance decides, the same each time.
+    A log that grows has what was done in one second in the order in which it was done. One that is not in the
+    order of time says nothing of it, nor does one whose rows of one time stand in the order of the items, as
+    in dumps that know the day alone; and what such an order says would be learned: the next item is the one
+    further down the list. There chance decides, the same each time; events of one item keep their order.
     """
     users, rows = columns["user"].to_numpy(), columns["row"].to_numpy().astype(np.int64)
     same_user = np.diff(users) == 0
@@ -207,16 +214,25 @@ def _ordered(columns: pl.DataFrame) -> pl.DataFrame:
         return columns
     first = np.flatnonzero(np.concatenate([[True], ~same_time]))  # of what a user did at one time
     backwards = (np.diff(rows[first]) < 0)[np.diff(users[first]) == 0]
-    share = float(backwards.mean()) if len(backwards) else 0.0
-    if share < IN_ORDER:
+    in_order_of_time = not len(backwards) or backwards.mean() < RARE
+    if in_order_of_time and not any(
+        _stand_in_order(columns["item_id"].cast(dtype, strict=False), same_time)
+        for dtype in (pl.String, pl.Float64)
+    ):
         return columns
-    if share > 1 - IN_ORDER:
-        return columns.sort("user", "timestamp", pl.col("row"), descending=[False, False, True])
     items = columns["item"].to_numpy().astype(np.int64)
-    pairs = users * (items.max() + 1) + items  # of one item's events the order is kept
+    pairs = users * (items.max() + 1) + items
     pair = np.unique(pairs, return_inverse=True)[1]
     drawn = np.random.default_rng(0).permutation(pair.max() + 1)[pair]
     return columns.sort("user", "timestamp", pl.Series(drawn), maintain_order=True)
+
+
+def _stand_in_order(ids: pl.Series, beside: NDArray[np.bool_]) -> bool:
+    """Return whether neighbours, where they are `beside` each other, rise nearly always, or nearly never."""
+    following = ids.shift(-1)
+    compared = beside & (following != ids).fill_null(False).to_numpy()[:-1]
+    rises = (following > ids).fill_null(False).to_numpy()[:-1][compared]
+    return len(rises) >= MIN_TIES and not RARE <= rises.mean() <= 1 - RARE
 
 
 def _context(dataset: Dataset, columns: pl.DataFrame) -> dict[str, ContextColumn]:

@@ -20,8 +20,8 @@ from ranking.context import ContextTable, Encoded
 from retrieval.graph_matrix import USER_ITEM
 from training.data.context import context_table, encoded_context
 from training.data.graph import build_graph
+from training.data.interactions import MAX_EVENTS
 from training.data.sequences import (
-    MAX_WINDOWS,
     SequenceBatch,
     equal_share,
     make_sequences,
@@ -201,7 +201,7 @@ class RankingData(_StageData):
         if left_out := self.sequences.num_left_out:
             print(
                 f"the ranker does not learn from {left_out:,} events of users who have more than "
-                f"{MAX_WINDOWS * self.history_length:,}: of these it takes the newest",
+                f"{MAX_EVENTS:,}: of these it takes the newest",
                 file=sys.stderr,
             )
         self.num_items = split.train.num_items
@@ -224,7 +224,8 @@ class RankingData(_StageData):
 
     @property
     def _share_of_steps(self) -> float:
-        return min(1.0, num_batches(self.sequences, 128, 4096) / STEPS_AN_EPOCH)
+        wanted = STEPS_AN_EPOCH * _share()[1]  # each process has its share of the batches
+        return min(1.0, num_batches(self.sequences, 128, 4096) / wanted)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Yield SequenceBatch."""

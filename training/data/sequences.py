@@ -17,9 +17,8 @@ from torch import Tensor
 from engine.history import NEGATIVE_EVENT
 from ranking.context import ContextTable, Encoded
 from training.data.context import encoded_context
-from training.data.interactions import Interactions
+from training.data.interactions import MAX_EVENTS, Interactions
 
-MAX_WINDOWS = 50  # of one user
 NO_CONTEXT = ContextTable()
 T = TypeVar("T")
 
@@ -29,8 +28,8 @@ class Sequences:
     """Windows of histories, ragged: item n of a window is the input of the one place behind it.
 
     A user's events are cut from the end backwards into windows of `history_length` targets, so that every
-    event is learned from once, however long the history: up to MAX_WINDOWS, past which somebody is a machine,
-    whose events would be most of what is learned. Every window has something to predict.
+    event is learned from once, however long the history; but for a user's oldest beyond MAX_EVENTS. Every
+    window has something to predict.
     """
 
     # [N] item rows; the first of a window is only input, unless has_start: the start token predicts it then
@@ -43,7 +42,7 @@ class Sequences:
     context: Encoded  # [N, K] of the moment of each event
     # [N] which kinds of events the user has with the item, here or later: 1 << code, added up
     kinds: NDArray[np.uint8]
-    num_left_out: int = 0  # events, of users with more than MAX_WINDOWS
+    num_left_out: int = 0  # events of users with more than MAX_EVENTS
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -67,13 +66,14 @@ def make_sequences(
     kinds = _kinds(events, repeats)[kept]
     target = _may_be_predicted(events, repeats)[kept]
     events = events.take(kept)
+    num_events = len(events)
+    newest = events.is_of_newest(MAX_EVENTS)
+    kinds, target, events = kinds[newest], target[newest], events.take(newest)
     starts: list[int] = []
     ends: list[int] = []
     has_start: list[bool] = []
-    num_left_out = 0
     for first, end in zip(events.offsets[1:-1].tolist(), events.offsets[2:].tolist(), strict=True):
-        most = len(starts) + MAX_WINDOWS
-        while end > first and len(starts) < most:
+        while end > first:
             begins = end - first <= history_length
             # A window that begins mid-history has one more place: its first item is input alone.
             start = first if begins else end - history_length - 1
@@ -83,7 +83,6 @@ def make_sequences(
                 ends.append(end)
                 has_start.append(begins)
             end = first if begins else start + 1
-        num_left_out += max(0, end - first)
     return Sequences(
         events.items,
         target,
@@ -93,7 +92,7 @@ def make_sequences(
         np.asarray(has_start, bool),
         encoded_context(context, events),
         kinds,
-        num_left_out,
+        num_events - len(events),
     )
 
 
@@ -104,7 +103,8 @@ def targets_per_item(train: Interactions, repeats: bool) -> float:
     repeats are not normal all of it, counts once.
     """
     events = train.take(train.event_types != NEGATIVE_EVENT)
-    targets = events.items[events.is_next_item & _may_be_predicted(events, repeats)]
+    is_target = events.is_next_item & _may_be_predicted(events, repeats) & events.is_of_newest(MAX_EVENTS)
+    targets = events.items[is_target]
     return len(targets) / max(1, len(np.unique(targets)))
 
 

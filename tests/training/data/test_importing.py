@@ -304,6 +304,9 @@ def test_attributes_of_the_item_table(tmp_path):
 
 def test_event_types_that_are_not_known_are_named(tmp_path, capsys):
     text = "user_id,item_id,event_type\n" + "u,a,view\n" * 8 + "u,a,order\n" * 2
+    assert main(["table", str(write(tmp_path / "log.csv", text)), "--out", str(tmp_path / "no")]) == 2
+    assert "more than max_rejected 1.0%: unknown event_type (2)" in (said := capsys.readouterr().err)
+    assert "event types that are not known: 'order' (2); say which of interaction, view, " in said
     import_table(tmp_path, text, "--max_rejected", "0.2")
     assert (
         "event types that are not known: 'order' (2); say which of interaction, view, "

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.history import EVENT_CODE, NEGATIVE_EVENT, without_repeats
-from training.data.interactions import Interactions
+from training.data.interactions import MAX_EVENTS, Interactions
 from training.data.sequences import (
-    MAX_WINDOWS,
     equal_share,
     make_sequences,
     sequence_batches,
@@ -59,13 +58,13 @@ def predictions(found):
 
 
 def test_a_machine_is_not_most_of_what_is_learned():
-    num_events = 10 * LENGTH * MAX_WINDOWS
-    events = interactions([[1, 2], [1 + n % 2 for n in range(num_events)], [3, 4]])
+    machine = [1 + n % 2 for n in range(MAX_EVENTS + 1000)] + [9]
+    events = interactions([[1, 2], machine, [3, 4]])
     sequences = make_sequences(events, LENGTH, repeats=True)
-    assert np.bincount(sequences.users).tolist() == [0, 1, MAX_WINDOWS, 1]
-    newest = sequences.ends[sequences.users == 2].max()
-    assert newest == 2 + num_events  # what is left out is the oldest
-    assert sequences.num_left_out == num_events - LENGTH * MAX_WINDOWS
+    assert len(sequences.items) == 2 + MAX_EVENTS + 2
+    assert sequences.num_left_out == 1001
+    assert 9 in sequences.items  # what is left out is the oldest
+    assert targets_per_item(events, repeats=True) == pytest.approx((4 + MAX_EVENTS) / 5)
 
 
 @pytest.mark.parametrize(
