@@ -23,7 +23,7 @@ from training.data.splits import Holdout, Split
 from training.metrics import mean_accuracy
 from training.transitions import bonuses, training_transitions
 
-GRAPH_WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+GRAPH_WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
 TRANSITION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 CONTEXT_STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ALONE = (0.0, 0.0)  # the weights of a ranker without either
