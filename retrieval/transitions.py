@@ -47,22 +47,21 @@ def item_transitions(
         repeats: whether users return to items that they know.
     """
     size = num_items + 1
-    own, total = np.zeros(size), np.zeros(size)
     pairs, counts = [np.zeros(0, np.int64)], [np.zeros(0)]
     for distance in range(1, window + 1):
-        before, after = items[:-distance].astype(np.int64), items[distance:]
         same_user = users[:-distance] == users[distance:]
-        total += np.bincount(before[same_user], minlength=size) / distance
-        own += np.bincount(before[same_user & (before == after)], minlength=size) / distance
-        is_pair = same_user & (before != after)
-        pairs.append(before[is_pair] * size + after[is_pair])
+        pairs.append(items[:-distance][same_user].astype(np.int64) * size + items[distance:][same_user])
         counts.append(np.full(len(pairs[-1]), 1.0 / distance))
     distinct, place = np.unique(np.concatenate(pairs), return_inverse=True)
     sums = np.bincount(place, np.concatenate(counts), minlength=len(distinct)).astype(np.float64)
     rows, columns = distinct // size, distinct % size
-    values = sums / np.maximum(np.bincount(rows, sums, minlength=size), 1e-9)[rows]
+    itself = rows == columns
+    own = np.bincount(rows[itself], sums[itself], minlength=size)
+    rows, columns, sums = rows[~itself], columns[~itself], sums[~itself]
+    others = np.bincount(rows, sums, minlength=size)
+    values = sums / others[rows]
     if repeats and len(items):
-        returns = (own + PRIOR_EVENTS * _return_rate(users, items, size)) / (total + PRIOR_EVENTS)
+        returns = (own + PRIOR_EVENTS * _return_rate(users, items, size)) / (own + others + PRIOR_EVENTS)
         there = np.unique(items[items > 0]).astype(np.int64)
         values = np.append(values * (1 - returns[rows]), returns[there])
         rows, columns = np.append(rows, there), np.append(columns, there)

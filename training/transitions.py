@@ -11,7 +11,7 @@ from engine.history import NEGATIVE_EVENT
 from ranking.transitions import transition_gain
 from retrieval.sparse import SparseRows
 from retrieval.transitions import item_transitions, next_items
-from training.data.interactions import MAX_EVENTS, Interactions
+from training.data.interactions import Interactions
 
 
 def training_transitions(train: Interactions, k: int, repeats: bool) -> SparseRows:
@@ -26,8 +26,7 @@ def training_transitions(train: Interactions, k: int, repeats: bool) -> SparseRo
         repeats: whether users return to items that they know.
     """
     wanted = train.take(train.event_types != NEGATIVE_EVENT)
-    wanted = wanted.take(wanted.is_next_item)
-    wanted = wanted.take(wanted.is_of_newest(MAX_EVENTS))
+    wanted = wanted.take(wanted.is_learned_in_order)
     return item_transitions(wanted.users, wanted.items, train.num_items, k, repeats=repeats)
 
 

@@ -30,6 +30,7 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from engine.arguments import ArgumentParser
+from ranking.context import HOUR_MS
 from training.data.dataset import EVENT_TYPES, ITEM_SCHEMA, DatasetInfo, write_info
 from training.data.formats import lightgcn, pairs, recbole, s3rec, table
 from training.data.formats.source import Source, TimeUnit
@@ -49,7 +50,6 @@ ITEM_FACTS = ("title", "description", "category", "brand", "seller_id")
 MOMENTS = ("available_from", "available_until")  # of the item table, on the clock of the events
 UNKNOWN_EVENT_TYPE = "unknown event_type"
 REJECTED = pl.col("reason").is_not_null()
-DAY_MS = 86_400_000
 MAX_TIMESTAMP_MS = 253_402_300_799_999  # the end of the year 9999; beyond it the unit was wrong
 
 # Times without an offset are UTC; a closing " UTC" or "Z" and the "T" in the middle are taken away first.
@@ -183,7 +183,7 @@ def _write_events(source: Source, directory: Path, scratch: Path, notes: list[st
         place = pl.int_range(pl.len(), dtype=pl.Int64).over("user_id")
         events = events.with_columns(timestamp=place)
     else:
-        tomorrow = time.time() * 1000 + DAY_MS  # times without an offset may be those of another zone
+        tomorrow = time.time() * 1000 + 24 * HOUR_MS  # times without an offset may be those of another zone
         late = accepted.select((pl.col("timestamp") > tomorrow).sum())
         number = late.collect(engine="streaming").item()
         _note(notes, number, "events are of days to come; the newest event is what counts as now")

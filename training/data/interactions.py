@@ -78,12 +78,6 @@ class Interactions:
             {name: column.take(where) for name, column in self.context.items()},
         )
 
-    def is_of_newest(self, count: int) -> NDArray[np.bool_]:
-        """Return which events are among the newest of their user, so many at most: [N]."""
-        from_end = self.offsets[self.users.astype(np.int64) + 1] - np.arange(len(self))
-        newest: NDArray[np.bool_] = from_end <= count
-        return newest
-
     @property
     def wanted_types(self) -> tuple[str, ...]:
         """The event types that there are, less the one that says "not this"."""
@@ -115,6 +109,16 @@ class Interactions:
         """[N]: False where the event repeats the item of the user's event just before it."""
         same = (self.users[1:] == self.users[:-1]) & (self.items[1:] == self.items[:-1])
         return np.concatenate([np.ones(min(1, len(self)), bool), ~same])
+
+    @cached_property
+    def is_learned_in_order(self) -> NDArray[np.bool_]:
+        """[N]: is_next_item, less a user's oldest beyond MAX_EVENTS of those."""
+        kept = np.flatnonzero(self.is_next_item)
+        users = self.users[kept]
+        num_from_end = np.searchsorted(users, users, side="right") - np.arange(len(kept))
+        learned = np.zeros(len(self), np.bool_)
+        learned[kept[num_from_end <= MAX_EVENTS]] = True
+        return learned
 
     @cached_property
     def edges(self) -> Interactions:
@@ -170,7 +174,7 @@ def _load_event_log(dataset: Dataset) -> EventLog:
         )
         .join(users.with_row_index("user", offset=1).lazy(), on="user_id", how="left", maintain_order="left")
         .join(items.with_row_index("item", offset=1).lazy(), on="item_id", how="left", maintain_order="left")
-        .drop("user_id")
+        .drop("user_id", "item_id")
         .with_row_index("row")
         .sort("user", "timestamp", maintain_order=True)
         .collect()
@@ -182,7 +186,7 @@ def _load_event_log(dataset: Dataset) -> EventLog:
             raise DatasetError(f"{missing} events of {dataset.directory} have no {name}")
     if missing := columns["item"].null_count():
         raise DatasetError(f"{missing} events of {dataset.directory} name an item that items.parquet lacks")
-    columns = _ordered(columns)
+    columns = _ordered(columns, items["item_id"])
     return EventLog(
         events=Interactions(
             columns["user"].cast(pl.Int32).to_numpy(),
@@ -199,7 +203,7 @@ def _load_event_log(dataset: Dataset) -> EventLog:
     )
 
 
-def _ordered(columns: pl.DataFrame) -> pl.DataFrame:
+def _ordered(columns: pl.DataFrame, item_ids: pl.Series) -> pl.DataFrame:
     """Put in order what a user did at one time; the rest is in order already, as `row` is within one time.
 
     A log that grows has what was done in one second in the order in which it was done. One that is not in the
@@ -207,7 +211,8 @@ def _ordered(columns: pl.DataFrame) -> pl.DataFrame:
     in dumps that know the day alone; and what such an order says would be learned: the next item is the one
     further down the list. There chance decides, the same each time; events of one item keep their order.
     """
-    users, rows = columns["user"].to_numpy(), columns["row"].to_numpy().astype(np.int64)
+    users, items = columns["user"].to_numpy(), columns["item"].to_numpy().astype(np.int64)
+    rows = columns["row"].to_numpy().astype(np.int64)
     same_user = np.diff(users) == 0
     same_time = same_user & (np.diff(columns["timestamp"].to_numpy()) == 0)
     if not same_time.any():
@@ -215,24 +220,21 @@ def _ordered(columns: pl.DataFrame) -> pl.DataFrame:
     first = np.flatnonzero(np.concatenate([[True], ~same_time]))  # of what a user did at one time
     backwards = (np.diff(rows[first]) < 0)[np.diff(users[first]) == 0]
     in_order_of_time = not len(backwards) or backwards.mean() < RARE
-    if in_order_of_time and not any(
-        _stand_in_order(columns["item_id"].cast(dtype, strict=False), same_time)
-        for dtype in (pl.String, pl.Float64)
-    ):
+    ids = item_ids, item_ids.cast(pl.Float64, strict=False)  # as text, and as numbers where they are
+    if in_order_of_time and not any(_stand_in_order(each, items, same_time) for each in ids):
         return columns
-    items = columns["item"].to_numpy().astype(np.int64)
     pairs = users * (items.max() + 1) + items
     pair = np.unique(pairs, return_inverse=True)[1]
     drawn = np.random.default_rng(0).permutation(pair.max() + 1)[pair]
     return columns.sort("user", "timestamp", pl.Series(drawn), maintain_order=True)
 
 
-def _stand_in_order(ids: pl.Series, beside: NDArray[np.bool_]) -> bool:
-    """Return whether neighbours, where they are `beside` each other, rise nearly always, or nearly never."""
-    following = ids.shift(-1)
-    compared = beside & (following != ids).fill_null(False).to_numpy()[:-1]
-    rises = (following > ids).fill_null(False).to_numpy()[:-1][compared]
-    return len(rises) >= MIN_TIES and not RARE <= rises.mean() <= 1 - RARE
+def _stand_in_order(ids: pl.Series, items: NDArray[np.int64], beside: NDArray[np.bool_]) -> bool:
+    """Return whether ids of neighbours that are `beside` each other rise nearly always, or nearly never."""
+    places = np.append(np.nan, ids.rank("dense").cast(pl.Float64).fill_null(np.nan).to_numpy())[items]
+    steps = np.diff(places)[beside]
+    steps = steps[np.isfinite(steps) & (steps != 0)]
+    return len(steps) >= MIN_TIES and not RARE <= np.mean(steps > 0) <= 1 - RARE
 
 
 def _context(dataset: Dataset, columns: pl.DataFrame) -> dict[str, ContextColumn]:

@@ -211,21 +211,10 @@ class RankingData(_StageData):
             np.bincount(split.train.items, minlength=split.train.num_items + 1) > 0
         )
         self.targets_per_item = targets_per_item(split.train, split.repeats)
-
-    @property
-    def batch_size(self) -> int:
-        """The most histories of a step."""
-        return self._batch_size or max(32, round(128 * self._share_of_steps))
-
-    @property
-    def max_tokens(self) -> int:
-        """The most events of a step, padding included."""
-        return self._max_tokens or max(512, round(4096 * self._share_of_steps))
-
-    @property
-    def _share_of_steps(self) -> float:
         wanted = STEPS_AN_EPOCH * _share()[1]  # each process has its share of the batches
-        return min(1.0, num_batches(self.sequences, 128, 4096) / wanted)
+        share = min(1.0, num_batches(self.sequences, 128, 4096) / wanted)
+        self.batch_size = self._batch_size or max(32, round(128 * share))
+        self.max_tokens = self._max_tokens or max(512, round(4096 * share))
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Yield SequenceBatch."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.history import NEGATIVE_EVENT
 from ranking.context import ContextTable, Encoded
 from training.data.context import encoded_context
-from training.data.interactions import MAX_EVENTS, Interactions
+from training.data.interactions import Interactions
 
 NO_CONTEXT = ContextTable()
 T = TypeVar("T")
@@ -62,13 +62,11 @@ def make_sequences(
     the history and is not predicted, unless `repeats`. `context` says which keys of the context to keep.
     """
     events = events.take(events.event_types != NEGATIVE_EVENT)
-    kept = events.is_next_item
+    kept = events.is_learned_in_order
+    num_left_out = int(np.count_nonzero(events.is_next_item & ~kept))
     kinds = _kinds(events, repeats)[kept]
     target = _may_be_predicted(events, repeats)[kept]
     events = events.take(kept)
-    num_events = len(events)
-    newest = events.is_of_newest(MAX_EVENTS)
-    kinds, target, events = kinds[newest], target[newest], events.take(newest)
     starts: list[int] = []
     ends: list[int] = []
     has_start: list[bool] = []
@@ -92,7 +90,7 @@ def make_sequences(
         np.asarray(has_start, bool),
         encoded_context(context, events),
         kinds,
-        num_events - len(events),
+        num_left_out,
     )
 
 
@@ -103,8 +101,7 @@ def targets_per_item(train: Interactions, repeats: bool) -> float:
     repeats are not normal all of it, counts once.
     """
     events = train.take(train.event_types != NEGATIVE_EVENT)
-    is_target = events.is_next_item & _may_be_predicted(events, repeats) & events.is_of_newest(MAX_EVENTS)
-    targets = events.items[is_target]
+    targets = events.items[events.is_learned_in_order & _may_be_predicted(events, repeats)]
     return len(targets) / max(1, len(np.unique(targets)))
 
 

@@ -239,12 +239,12 @@ def _asked(
 
     The item of the last known event is not asked for, see engine.history.not_asked_for.
     """
+    num_known = np.bincount(events.users[known], minlength=events.num_users + 1)
     if repeats:
-        num_known = np.bincount(events.users[known], minlength=events.num_users + 1)
         last = np.append(events.items, 0)[np.where(num_known, events.offsets[:-1] + num_known - 1, -1)]
         wanted = wanted & (events.items != last[events.users])
     users, first = np.unique(events.users[wanted], return_index=True)
-    ends = events.offsets[users] + np.bincount(events.users[known], minlength=events.num_users + 1)[users]
+    ends = events.offsets[users] + num_known[users]
     targets = np.split(events.items[wanted], first[1:]) if len(users) else []
     return Holdout(events, users.astype(np.int32), ends, *_ragged([_distinct(items) for items in targets]))
 
