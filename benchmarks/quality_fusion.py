@@ -27,6 +27,7 @@ a fit from its last epoch. Every setting of `trirank train` can be given with --
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -47,7 +48,7 @@ from benchmarks.full_ranking import Scores, Vectors, question_metrics, recency
 from engine.arguments import ArgumentParser, nearest
 from ranking.ranker import HybridRanker
 from retrieval.fold_in import fold_in
-from training.answers import history_queries, question_queries
+from training.answers import queries_of_all_heads, question_queries
 from training.commit import source_commit
 from training.compression import weighted
 from training.data.interactions import Interactions
@@ -306,7 +307,7 @@ class Experiment:
     def _train(self, variant: str, seed: int) -> None:
         folder, split = self._folder(variant, seed), self.data.split
         _, settings = self._recipe()
-        content = self._content() if VARIANTS[variant].content else None
+        content = self.content if VARIANTS[variant].content else None
         chosen = chosen_before(folder) if (folder / "validation.safetensors").is_file() else None
         if chosen is None:
             _say(f"seed {seed}: {variant} on train; validation chooses the epochs")
@@ -354,17 +355,17 @@ class Experiment:
         if (file := self._graph(variant, seed, protocol)) is not None:
             add_graph_scores(ranker, load_file(file), 1.0, self.half_life)
 
-    def _content(self) -> Path:
-        """Return the file of what the items are; once for all seeds."""
+    def can_run(self, variant: str) -> bool:
+        """Return whether what a variant stands on is there: the catalog may say nothing of its items."""
+        return not VARIANTS[VARIANTS[variant].upon or variant].content or self.content is not None
+
+    @functools.cached_property
+    def content(self) -> Path | None:
+        """The file of what the items are, once for all seeds; None where nothing is known or wanted."""
         _, settings = self._recipe()
         folder = self.out / "runs"
-        folder.mkdir(exist_ok=True)
-        file = content_of(self.directory, settings().content, folder)
-        if file is None:
-            raise ValueError(
-                "variant content: the catalog says nothing of its items, or content.encoder is none"
-            )
-        return file
+        folder.mkdir(parents=True, exist_ok=True)
+        return content_of(self.directory, settings().content, folder)
 
     def _graph(self, variant: str, seed: int, protocol: Protocol) -> Path | None:
         """Return the file of the graph vectors that a variant's ranker stands on."""
@@ -381,7 +382,7 @@ class Experiment:
         chosen = chosen_of(folder / EMBEDDINGS)
         split = split_as_trained(self.data, protocol)
         _, settings = self._recipe()
-        num_folds = num_folds_of(settings().ranking, self.data.split, self._content())
+        num_folds = num_folds_of(settings().ranking, self.data.split, self.content)
         return fit_folds(self.directory, split, folder, settings, seed, True, chosen, num_folds)
 
     def _late_weight(self, seed: int) -> float:
@@ -487,7 +488,7 @@ def ranker_answers(ranker: HybridRanker, holdout: Holdout, known: Interactions) 
     )
     if ranker.graph_scores is None:
         return Answers(own)
-    return Answers(own, graph, history_queries(ranker, compressed_for(known)))
+    return Answers(own, graph, queries_of_all_heads(ranker, compressed_for(known)))
 
 
 def graph_answers(embeddings: Path, holdout: Holdout, half_life: float | None) -> Vectors:
@@ -665,6 +666,10 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"variant is {name!r}; expected some of {known}{nearest([name], VARIANTS)}")
         experiment = Experiment(options.data, options.out, options.protocol, settings)
         wanted = [name for name in VARIANTS if name in options.variants]
+        if without := [name for name in wanted if not experiment.can_run(name)]:
+            reason = "the catalog says nothing of its items, or content.encoder is none"
+            _say(f"left out, as {reason}: {', '.join(without)}")
+            wanted = [name for name in wanted if name not in without]
         for place, seed in enumerate(options.seeds):
             for number, name in enumerate(wanted):
                 done = experiment.row_file(name, seed).is_file()

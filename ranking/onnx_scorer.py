@@ -147,6 +147,8 @@ class OnnxScorer:
                     f"head_weights has shape {head_weights.shape}; expected {(len(history), len(self.heads))}"
                 )
             inputs["head_weights"] = np.ascontiguousarray(head_weights, np.float32)
+        if not len(history):  # onnxruntime fails, or ends the process, on some graphs
+            return np.zeros((0, self.dim), np.float32)
         (states,) = self._state.run(STATE_OUTPUTS, inputs)
         return states
 

@@ -38,7 +38,7 @@ from retrieval.fold_in import fold_in
 from retrieval.item_index import DEFAULT_K, EXACT_KINDS, TUNING_QUERIES, IndexOptions, ItemIndex
 from retrieval.neighbours import item_neighbours
 from retrieval.new_items import like_items
-from training.answers import history_queries
+from training.answers import history_queries, queries_of_all_heads
 from training.commit import source_commit
 from training.compression import compression
 from training.content import content_embedding, content_features
@@ -157,7 +157,7 @@ def compress(ranker: HybridRanker, histories: Sequence[NDArray[np.int32]]) -> No
     """
     if ranker.graph_scores is None:
         return
-    queries = history_queries(ranker, histories)
+    queries = queries_of_all_heads(ranker, histories)
     found = compression(queries, ranker.item_parts()[1:].numpy(), ranker.embedding.embedding_dim)
     ranker.compress(*map(torch.from_numpy, found))
 

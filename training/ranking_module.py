@@ -72,7 +72,8 @@ class RankingModule(L.LightningModule):
             batch shares; "auto": full up to 50,000 such items.
         num_negatives: of the sampled loss.
         popularity: draw the negatives as often as items occur in training, to this power, and correct the
-            logits for it; 0 draws uniformly and corrects nothing (see retrieval_losses.SampledSoftmax).
+            logits for it; 0 draws uniformly and corrects nothing (see retrieval_losses.SampledSoftmax). What
+            stands for the items without events counts as one of a single event. For the sampled loss alone.
         heads: kinds of events, such as [cart, purchase], that candidates are scored for as well. Beside them
             there is always "next", the next item whatever the event. What counts how much is for
             pipeline.head_weights and for each request to say.
@@ -112,6 +113,11 @@ class RankingModule(L.LightningModule):
         check_numbers("ranking.model.", 1, {"num_negatives": num_negatives})
         check_numbers("ranking.model.", 0, {"learning_rate": learning_rate}, above=True)
         check_numbers("ranking.model.", 0, {"popularity": popularity})
+        if popularity and loss != "sampled":
+            raise ValueError(
+                f"ranking.model.popularity is {popularity} with loss {loss}; expected loss sampled, "
+                "which always draws negatives"
+            )
         self.make_encoder, self.embeddings, self.content = encoder, embeddings, content
         self.folds = folds
         self.dropout, self.fine_tune_graph, self.content_as = dropout, fine_tune_graph, content_as
@@ -239,7 +245,7 @@ class RankingModule(L.LightningModule):
         if not self.popularity:
             return possible[torch.randint(len(possible), (self.num_negatives,), device=possible.device)], None
         if self._degrees is None or self._degrees.device != possible.device:
-            counts = torch.from_numpy(self.data.split.train.item_counts())
+            counts = torch.from_numpy(self.data.split.train.item_counts()).clamp(min=1)
             self._degrees = counts.to(possible.device)[possible].float()
         drawn, expected = negatives_by_popularity(self._degrees, self.popularity, self.num_negatives)
         return possible[drawn], expected

@@ -30,7 +30,7 @@ from engine.pipeline import check_settings
 from engine.policies import check_policies
 from ranking.ranker import NEXT, HybridRanker
 from retrieval.item_index import IndexOptions
-from training.answers import history_queries, question_queries
+from training.answers import queries_of_all_heads, question_queries
 from training.content import ContentOptions, encoder_name, write_content
 from training.cross_fit import fold_vectors, without_fold
 from training.data.context import context_table
@@ -418,7 +418,7 @@ def choose_weights(
         holdout,
         split,
         pipeline["num_neighbours"],
-        examples=history_queries(ranker, compressed_for(split.train)),
+        examples=queries_of_all_heads(ranker, compressed_for(split.train)),
         graph_weights=GRAPH_WEIGHTS if graph is None else (graph,),
         transition_weights=TRANSITION_WEIGHTS if transitions is None else (transitions,),
     )

@@ -272,9 +272,15 @@ def test_content_is_made_once_and_given_to_its_variant_alone(strict, directory):
     assert load_file(strict / "runs" / "content.safetensors")["content_vectors"].shape[0] == 51
     rows = {name: np.load(strict / f"{name}-seed0.npz")["ndcg@10"] for name in ("content", "cross-attention")}
     assert (rows["content"] != rows["cross-attention"]).any()
-    experiment = Experiment(directory, strict.parent / "none", "strict", [*TINY, "content.encoder=none"])
-    with pytest.raises(ValueError, match="variant content: the catalog says nothing"):
-        experiment.run("content", 0)
+
+
+def test_what_needs_content_is_left_out_where_there_is_none(directory, tmp_path, capsys):
+    options = ["--seeds", "0", "--variants", "graph", "content", "content-transitions", "attention"]
+    assert _run(directory, tmp_path, *options, "--options", *TINY, "content.encoder=none") == 0
+    out, err = capsys.readouterr()
+    assert "content.encoder is none: content, content-transitions\n" in err
+    assert "attention" in out
+    assert "content" not in out
 
 
 def test_wrong_input(directory, tmp_path, capsys):

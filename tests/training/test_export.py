@@ -13,6 +13,8 @@ from ranking.encoders.sasrec import SASRec
 from ranking.onnx_scorer import OnnxScorer
 from ranking.ranker import HybridRanker
 from retrieval.item_index import EXACT_KINDS, KINDS, IndexOptions, ItemIndex
+from training.answers import history_queries
+from training.compression import compression
 from training.content import content_embedding, content_features
 from training.data.dataset import ITEM_SCHEMA
 from training.data.interactions import Interactions
@@ -345,6 +347,36 @@ def test_heads_are_weighed_as_in_torch(tmp_path):
     assert np.abs(scorer.score(history, candidates)[0] - scores[0]).max() <= 1e-4  # the first head alone
     with pytest.raises(ValueError, match=r"head_weights has shape \(1, 3\); expected \(2, 3\)"):
         scorer.user_states(history, None, weights[:1])
+
+
+def test_compressed_scores_are_right_for_every_head():
+    """A head whose queries are unlike those of the next item would lose most of what it says."""
+    model = ranker(heads=("purchase",)).eval()
+    with torch.no_grad():
+        model.head_queries.turn.weight.normal_(std=0.5)
+    model.add_graph_scores(model.graph_vectors[:-1], 1.0, half_life=3)
+    given, asked = list(histories(300, 4)), list(histories(50, 3))
+    items = model.item_parts()[1:].detach().numpy()
+
+    def lost(pair, queries):
+        both = queries @ items.T
+        found = queries @ pair[0] @ (items @ pair[1]).T
+        difference = found - both
+        return (difference - difference.mean(axis=1, keepdims=True)).std() / both.std()
+
+    queries = history_queries(model, asked, head=1)
+    next_alone = compression(history_queries(model, given), items, DIM)
+    compress(model, given)
+    of_all = model.compress_queries.numpy(), model.compress_items.numpy()
+    assert lost(of_all, queries) < 0.5 * lost(next_alone, queries)
+
+
+@pytest.mark.parametrize("options", [{}, {"heads": ("cart",)}, {"context": TABLE}])
+def test_nobody_asks(tmp_path, options):
+    export_ranker(ranker(**options), tmp_path)
+    scorer = scorer_of(tmp_path)
+    assert scorer.user_states(np.ones((0, 3), np.int64)).shape == (0, DIM)
+    assert scorer.score(np.ones((0, 3), np.int64), np.ones((0, 5), np.int64)).shape == (0, 5)
 
 
 def test_content_costs_serving_nothing(tmp_path):
