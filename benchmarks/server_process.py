@@ -21,7 +21,7 @@ def free_port() -> int:
 @contextmanager
 def running_server(bundle: Path, options: Sequence[str] = ()) -> Iterator[tuple[str, int]]:
     """Run `trirank serve` on a free port; yield its address and its process id."""
-    command = ["serve", str(bundle), "--address", "127.0.0.1:0", "--json", *options]
+    command = ["serve", str(bundle), "--address", "127.0.0.1:0", "--json", "--events", "memory", *options]
     server = subprocess.Popen(
         [sys.executable, "-m", "engine.cli", *command],
         stdout=subprocess.PIPE,

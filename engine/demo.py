@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve_and_ask(bundles: str, data: str) -> None:
-    command = ["serve", bundles, "--address", "127.0.0.1:0", "--json"]
+    command = ["serve", bundles, "--events", "memory", "--address", "127.0.0.1:0", "--json"]
     _echo(command)
     server = subprocess.Popen(_argv(command), stdout=subprocess.PIPE, text=True)
     try:

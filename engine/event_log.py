@@ -57,7 +57,9 @@ class EventLog:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
-            raise LogInUseError(f"{self.directory} is in use by another process") from error
+            raise LogInUseError(
+                f"{self.directory} is in use by another process; expected one of this server's own (--events)"
+            ) from error
         self._segment: int | None = None  # a file descriptor
         self._segment_path = self.directory
         self._segment_bytes = 0

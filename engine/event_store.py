@@ -14,7 +14,7 @@ import math
 import threading
 import time
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -28,6 +28,7 @@ from engine.event_log import EventLog
 from engine.events import Recorded, StoreUnavailableError, UserEvent
 from engine.group_commit import MAX_WAITING, GroupCommit
 from engine.history import EVENT_CODE, History
+from engine.memory import PAUSE_S
 from engine.telemetry import LimitedLog
 
 logger = logging.getLogger(__name__)
@@ -38,33 +39,51 @@ JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 USERS_MARK = b"{"  # a record of users begins with it; one of events does not
 USERS_RECORD_BYTES = 1 << 16
 COMPACT_AGAIN_S = 60.0  # after a compaction that failed
+USERS_AT_ONCE = 2000  # are copied in 0.6 ms; a million in a second, with the pauses
+MAX_BYTES = 512 << 20  # of all users' events and ids
 
 
 class RecentEvents:
     """The newest events of each user, in memory. One thread may add while others read.
 
-    A user has at most `max_per_user` events, all users have at most `max_events`: past that the oldest of the
-    user go, and the users who have done nothing for longest. An event id is known as long as its event stays.
+    A user has at most `max_per_user` events; all users have at most `max_events`, which with the users' ids
+    take at most `max_bytes`. Past that the oldest of the user go, and the users who have done nothing for
+    longest. An event id is known as long as its event stays.
 
     A user's events are one line of JSON (see `packed`), and are added to it as text. That takes a seventh of
     the memory that objects would, leaves nothing for the garbage collector to look at, and after a restart
     there is nothing to do but to find the ends of lines. Who reads pays: 1 us for each event of the one user.
     """
 
-    def __init__(self, max_per_user: int, max_events: int) -> None:
+    def __init__(self, max_per_user: int, max_events: int, max_bytes: int = MAX_BYTES) -> None:
         if not 1 <= max_per_user <= max_events:
             raise ValueError(f"max_per_user is {max_per_user}; expected 1 to max_events, {max_events}")
+        if max_bytes < 1:
+            raise ValueError(f"max_bytes is {max_bytes}; expected at least 1")
         self.num_events = 0
+        self.num_bytes = 0  # of the lines, and a byte for each character of the users' ids
         self._max_per_user = max_per_user
         self._max_events = max_events
+        self._max_bytes = max_bytes
         self._line_of: OrderedDict[str, bytes] = OrderedDict()  # longest idle first
 
-    def users(self) -> list[tuple[str, bytes]]:
-        """Return each user with what `packed` makes of the events; for the thread that adds.
+    def user_ids(self) -> list[str]:
+        """Return who has events."""
+        return list(self._line_of)
 
-        Loading them in this order makes an equal object.
+    def users(self) -> Iterator[tuple[str, bytes]]:
+        """Return each user with what `packed` makes of the events, as they are now; for the thread that adds.
+
+        Loading them in this order makes an equal object. They are copied in pieces, with a pause after each
+        in which others get the interpreter's lock, and a piece is freed once it has been read. The pieces are
+        arrays, as the garbage collector looks into lists.
         """
-        return list(self._line_of.items())
+        pieces: deque[tuple[NDArray[np.object_], NDArray[np.object_]]] = deque()
+        ids, lines = iter(self._line_of), iter(self._line_of.values())
+        for _ in range(0, len(self._line_of), USERS_AT_ONCE):
+            pieces.append((_next_of(ids), _next_of(lines)))
+            time.sleep(PAUSE_S)
+        return _emptied(pieces)
 
     def get(self, user_id: str) -> tuple[UserEvent, ...]:
         """Return the user's events by time; those of one time as they were added."""
@@ -106,11 +125,27 @@ class RecentEvents:
             self._keep(user_id, line, num_events)
 
     def _keep(self, user_id: str, line: bytes, num_more: int) -> None:
+        before = self._line_of.get(user_id)
         self._line_of[user_id] = line
         self._line_of.move_to_end(user_id)
         self.num_events += num_more
-        while self.num_events > self._max_events:
-            self.num_events -= num_packed(self._line_of.popitem(last=False)[1])
+        self.num_bytes += len(line) - (-len(user_id) if before is None else len(before))
+        while self.num_events > self._max_events or self.num_bytes > self._max_bytes:
+            idle, line = self._line_of.popitem(last=False)
+            self.num_events -= num_packed(line)
+            self.num_bytes -= len(idle) + len(line)
+
+
+def _next_of(things: Iterator[object]) -> NDArray[np.object_]:
+    return np.fromiter(itertools.islice(things, USERS_AT_ONCE), np.object_)
+
+
+def _emptied(
+    pieces: deque[tuple[NDArray[np.object_], NDArray[np.object_]]],
+) -> Iterator[tuple[str, bytes]]:
+    while pieces:
+        ids, lines = pieces.popleft()
+        yield from zip(ids, lines, strict=True)
 
 
 class MemoryEventStore:
@@ -123,10 +158,11 @@ class MemoryEventStore:
         *,
         max_per_user: int = 200,
         max_events: int = 1_000_000,
+        max_bytes: int = MAX_BYTES,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Begin with nothing; the arguments are those of LocalEventStore."""
-        self._recent = RecentEvents(max_per_user, max_events)
+        self._recent = RecentEvents(max_per_user, max_events, max_bytes)
         self._clock = clock
         self._group = GroupCommit("events", self._add)  # a back-fill takes long: not on the event loop
 
@@ -150,7 +186,7 @@ class MemoryEventStore:
 
     def user_ids(self) -> Iterable[str]:
         """See EventStore."""
-        return [user_id for user_id, _ in self._recent.users()]
+        return self._recent.user_ids()
 
     def close(self) -> None:
         """See EventStore."""
@@ -171,6 +207,7 @@ class LocalEventStore:
         *,
         max_per_user: int = 200,
         max_events: int = 1_000_000,
+        max_bytes: int = MAX_BYTES,
         max_waiting: int = MAX_WAITING,
         compact_bytes: int = 16 << 20,
         clock: Callable[[], float] = time.time,
@@ -182,6 +219,7 @@ class LocalEventStore:
             directory: of the log; made where it is missing.
             max_per_user: events of one user that are kept.
             max_events: events of all users that are kept.
+            max_bytes: that those events and their users' ids may take, as text; an event has up to 3 KB.
             max_waiting: events that may wait for the disk; more are refused at once.
             compact_bytes: the log is written anew, without what is not kept, when it has grown by this much:
                 what a restart has to read event by event.
@@ -192,7 +230,7 @@ class LocalEventStore:
             LogInUseError: another process has it open.
             OSError: the directory cannot be read and written.
         """
-        self._recent = RecentEvents(max_per_user, max_events)
+        self._recent = RecentEvents(max_per_user, max_events, max_bytes)
         self._log = EventLog(directory)
         self._clock = clock
         self._monotonic = monotonic
@@ -230,7 +268,7 @@ class LocalEventStore:
 
     def user_ids(self) -> Iterable[str]:
         """See EventStore; for before the first event is recorded."""
-        return [user_id for user_id, _ in self._recent.users()]
+        return self._recent.user_ids()
 
     def close(self) -> None:
         """See EventStore."""
@@ -288,7 +326,7 @@ class LocalEventStore:
         else:
             self._compaction = compaction  # started: close() and others may join it at any time
 
-    def _compact(self, number: int, users: Sequence[tuple[str, bytes]]) -> None:
+    def _compact(self, number: int, users: Iterable[tuple[str, bytes]]) -> None:
         try:
             self._log.replace_before(number, encode_users(users))
         except OSError:

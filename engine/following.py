@@ -42,7 +42,7 @@ POLL_S = 1.0  # how often files are looked at
 TRIAL_HISTORIES = (0, 1, 2, 5, 20, 100)  # events
 OPENING_SHARE = 0.15  # of a processor, that opening and trying out a bundle may use
 OPENING_TIMEOUT_S = 900.0  # a million items take a minute
-RETRY_S, MAX_RETRY_S = 5.0, 300.0  # until a bundle that could not be read is tried again, ever longer
+RETRY_S, MAX_RETRY_S = 5.0, 300.0  # until a bundle is tried again that was refused for what may pass
 WAIT_S, NUM_WAITS = 0.1, 100  # for requests of a bundle that was replaced
 
 
@@ -124,10 +124,10 @@ async def follow_keys(service: Service, keys: KeyFile, hangup: asyncio.Event, po
             logger.info("API keys of %s: %d", keys.path, len(service.keys))
 
 
-def _say_once(message: str, said: str) -> str:
+def _say_once(message: str, said: str, *, with_traceback: bool = False) -> str:
     """Log an error unless it was what was said last: what cannot be read is tried again every second."""
     if message != said:
-        logger.error("%s", message)
+        logger.error("%s", message, exc_info=with_traceback)
     return message
 
 
@@ -141,8 +141,8 @@ async def follow_bundles(
     """Serve whatever bundle of a directory is to be served (see bundle_to_serve), for ever.
 
     A bundle that is refused is tried again when a file of it, the choice or the policies change, or on
-    `hangup`; also after a while where it could not be read, which may pass. While a pin keeps a newer bundle
-    out, the log and the metrics say so.
+    `hangup`; also after a while where it could not be read, or there was no memory, which may pass. While a
+    pin keeps a newer bundle out, the log and the metrics say so.
     """
     refused: object = None
     said, again_at, wait_s = "", math.inf, 0.0
@@ -174,24 +174,27 @@ async def follow_bundles(
             before, parts = weakref.ref(replaced), leaves(replaced, without=replaced.events)
             del replaced
             await _free(before, parts)
-        except (ValueError, OSError, MemoryError) as error:  # such as a BundleError, a PolicyError
+        except Exception as error:  # noqa: BLE001  # whatever it is, the bundle that is served stays
             is_again = refused == (seen or str(error))
             if not is_again:
                 said = ""
                 service.metrics.bundle_swaps.labels("refused").inc()
-            said = _say_once(f"bundle {service.pipeline.bundle.version} stays: {error}", said)
+            is_foreseen = isinstance(error, (ValueError, OSError, MemoryError))  # such as a BundleError
+            message = f"bundle {service.pipeline.bundle.version} stays: {error}"
+            said = _say_once(message, said, with_traceback=not is_foreseen)
             refused = seen or str(error)
             wait_s = min(2 * wait_s, MAX_RETRY_S) if is_again else RETRY_S
             again_at = time.monotonic() + wait_s if _may_pass(error) else math.inf
-        except Exception:
-            logger.exception("bundle %s stays", service.pipeline.bundle.version)
-            service.metrics.bundle_swaps.labels("refused").inc()
-            refused, again_at = seen, math.inf
 
 
 def _may_pass(error: Exception) -> bool:
-    """Return whether a bundle that was refused for this may be good: it could not be read."""
-    return isinstance(error, (OSError, MemoryError)) or isinstance(error.__cause__, OSError)
+    """Return whether a bundle that was refused for this may be good: this machine was short of something.
+
+    It could not be read, there was no memory, or (RuntimeError) no thread could be started. What a library
+    says of a file it says in a RuntimeError too, but that is the cause of a BundleError.
+    """
+    short = (OSError, MemoryError)
+    return isinstance(error, (*short, RuntimeError)) or isinstance(error.__cause__, short)
 
 
 def _what_waits(service: Service, root: Path, said: str | None) -> str | None:
@@ -361,9 +364,15 @@ def log_policies(pipeline: RecommendationPipeline, source: str) -> None:
 
 async def _changes(changed: Callable[[], bool], hangup: asyncio.Event, poll_s: float) -> AsyncIterator[None]:
     """Yield whenever something has changed, and at once when `hangup` is set, for ever."""
+    said = ""
     while True:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(hangup.wait(), poll_s)
-        if hangup.is_set() or await _apart(changed):
+        try:
+            is_due = hangup.is_set() or await _apart(changed)
+        except Exception as error:  # noqa: BLE001  # such as no thread that could be started: it may pass
+            said = _say_once(f"files could not be looked at: {error}", said, with_traceback=True)
+            continue
+        if is_due:
             hangup.clear()
             yield

@@ -7,7 +7,8 @@ Every unary call of the service is a path, made from the descriptors as is the O
 change of the .proto needs no change here. Fields are spelled as in the .proto; 64-bit numbers are strings, as
 protobuf's JSON mapping has it. The gateway only translates: limits, keys and deadlines are the server's. As
 clients should, it asks all addresses of the server's name in turn, and comes back where the server says so.
-A caller who goes away takes the call along, unless it records events.
+A caller who goes away takes the call along, unless it records events. Large bodies are parsed in a thread,
+one at a time; where many wait for that, more are refused.
 
 Needs the extra `http`, aiohttp: HTTP/1.1 that may face a network, in one package, which PyTorch Geometric
 brings along anyway. Starlette would need uvicorn and h11; the standard library says of its own server that it
@@ -22,6 +23,7 @@ import json
 import logging
 import re
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -30,6 +32,7 @@ from typing import Any
 import grpc
 from google.protobuf import json_format, message_factory
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from engine.arguments import ArgumentParser
@@ -55,6 +58,12 @@ WRITES = {"RecordEvents"}
 GONE_S = 0.05  # how often a call that takes long is asked whether anybody waits for it
 DEFAULT_TIMEOUT_S = 5.0
 MAX_TIMEOUT_MS = 999_999
+# protobuf parses JSON in Python, 1 us a byte at worst: a body of LARGE_BYTES takes up to 40 ms, and one of
+# MAX_MESSAGE_BYTES 7 s and 300 MB, which is why no two of them are parsed at once.
+LARGE_BYTES = 32 << 10
+MAX_WAITING = 16  # large bodies that wait to be parsed
+RETRY_AFTER_S = 1.0  # for those that are refused
+SWITCH_INTERVAL_S = 0.0005  # of the interpreter's lock, which the thread that parses keeps as long
 REQUEST_ID = "x-request-id"
 # Passed on as metadata, beside the request's id.
 HEADERS = ("authorization", "x-api-key", "traceparent", "tracestate")
@@ -91,7 +100,8 @@ PARAMETERS: list[dict[str, Any]] = [
     {
         "name": "x-timeout-ms",
         "in": "header",
-        "description": "How long the answer may take; the server's stages share it.",
+        "description": "How long the answer may take, from the arrival of the request's headers on; what the "
+        "body leaves of it the server's stages share.",
         "schema": {
             "type": "integer",
             "minimum": 1,
@@ -142,11 +152,51 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 NAME = web.RequestKey("name", str)  # of a request
 
 
+class TooManyWaitError(RuntimeError):
+    """As many large bodies wait to be parsed as may."""
+
+
+class Parser:
+    """Parses bodies of JSON; large ones in a thread, one at a time, and other calls go on meanwhile."""
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Lock()
+        self._num_waiting = 0
+
+    async def parse(self, body: bytes, charset: str | None, message: Message) -> None:
+        """Read a body into a message.
+
+        Args:
+            body: of a request; an empty one is an empty message.
+            charset: that its header names.
+            message: gets the fields.
+
+        Raises:
+            ValueError: it is not JSON, not of that charset, or has other fields.
+            TooManyWaitError: it is large, and MAX_WAITING others wait.
+        """
+        if len(body) <= LARGE_BYTES:
+            _parse(body, charset, message)
+            return
+        if self._num_waiting >= MAX_WAITING:
+            raise TooManyWaitError(f"too many large requests wait; try again in {RETRY_AFTER_S:.2f} s")
+        self._num_waiting += 1
+        try:
+            await self._turn.acquire()
+        finally:
+            self._num_waiting -= 1
+        parsing = asyncio.create_task(asyncio.to_thread(_parse, body, charset, message))
+        parsing.add_done_callback(lambda _: self._turn.release())
+        # It goes on where nobody waits for it any more, and keeps its turn: threads cannot be ended.
+        await asyncio.shield(parsing)
+
+
 def gateway(channels: Sequence[grpc.aio.Channel]) -> web.Application:
     """Return the application that answers from the servers at the other end of channels, used in turn."""
     application = web.Application(client_max_size=MAX_MESSAGE_BYTES, middlewares=[_name_and_word])
     document = openapi()
     page = html_page(document)
+    parser = Parser()
 
     async def describe(request: web.Request) -> web.Response:
         return web.json_response(document)
@@ -168,7 +218,7 @@ def gateway(channels: Sequence[grpc.aio.Channel]) -> web.Application:
     application.router.add_get("/docs", show)
     application.router.add_get("/healthz", health)
     for method in SERVICE.methods:
-        application.router.add_post(path_of(method), _handler(channels, method))
+        application.router.add_post(path_of(method), _handler(channels, method, parser))
     return application
 
 
@@ -322,7 +372,7 @@ async def _name_and_word(request: web.Request, handler: Handler) -> web.StreamRe
     return response
 
 
-def _handler(channels: Sequence[grpc.aio.Channel], method: MethodDescriptor) -> Handler:
+def _handler(channels: Sequence[grpc.aio.Channel], method: MethodDescriptor, parser: Parser) -> Handler:
     request_class = message_factory.GetMessageClass(method.input_type)
     response_class = message_factory.GetMessageClass(method.output_type)
     asks = itertools.cycle(
@@ -337,17 +387,28 @@ def _handler(channels: Sequence[grpc.aio.Channel], method: MethodDescriptor) -> 
     )
 
     async def handle(request: web.Request) -> web.Response:
+        begin = time.monotonic()
+        message = request_class()
         try:
             timeout_s = _timeout_s(request)
-            message = json_format.Parse(await _text(request) or "{}", request_class())
+            async with asyncio.timeout(timeout_s):
+                await parser.parse(await _body(request), request.charset, message)
         except (json_format.ParseError, ValueError) as error:  # not JSON, not UTF-8, or not these fields
             return _refusal(400, "INVALID_ARGUMENT", str(error))
+        except TooManyWaitError as error:
+            retry_after_ms = str(round(RETRY_AFTER_S * 1000))
+            return _refusal(429, "RESOURCE_EXHAUSTED", str(error), [("retry-after-ms", retry_after_ms)])
+        except TimeoutError:
+            late = grpc.StatusCode.DEADLINE_EXCEEDED
+            words = f"the body was not read and parsed within {timeout_s * 1000:.0f} ms, the call's deadline"
+            return _refusal(HTTP_STATUS[late], late.name, words)
         metadata = [(name, request.headers[name]) for name in HEADERS if name in request.headers]
         metadata.append((REQUEST_ID, request[NAME]))
         for name, value in metadata:
             if not (value.isascii() and value.isprintable()):  # gRPC takes no other
                 return _refusal(400, "INVALID_ARGUMENT", f"{name} is not of printable ASCII characters")
-        call = next(asks)(message, timeout=timeout_s, metadata=metadata)
+        time_left_s = max(0.0, begin + timeout_s - time.monotonic())
+        call = next(asks)(message, timeout=time_left_s, metadata=metadata)
         try:
             response = await _answer(call, request, is_read=method.name not in WRITES)
         except asyncio.CancelledError:
@@ -386,14 +447,20 @@ async def _of(call: Any) -> Any:
     return await call
 
 
-async def _text(request: web.Request) -> str:
+async def _body(request: web.Request) -> bytes:
     try:
-        return await request.text()
-    except LookupError as error:
-        raise ValueError(f"charset is {request.charset!r}; expected utf-8") from error
+        return await request.read()
     except web.RequestPayloadError as error:
         encoding = request.headers.get("content-encoding", "none")
         raise ValueError(f"the body cannot be read; its content-encoding is {encoding[:20]!r}") from error
+
+
+def _parse(body: bytes, charset: str | None, message: Message) -> None:
+    try:
+        text = body.decode(charset or "utf-8")
+    except LookupError as error:
+        raise ValueError(f"charset is {charset!r}; expected utf-8") from error
+    json_format.Parse(text or "{}", message)
 
 
 def _timeout_s(request: web.Request) -> float:
@@ -489,6 +556,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     async def application() -> web.Application:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
+from google.protobuf.message import DecodeError, Message
 
 from engine.catalog import Catalog
 from engine.events import Recorded, UserEvent
@@ -28,10 +30,11 @@ MAX_OVERRIDES = 64
 MAX_EVENTS = 1_000  # of one RecordEvents call
 MAX_TIMESTAMP_MS = 253_402_300_799_999  # the end of the year 9999: later times are other units than ms
 MAX_CHARACTERS = 256  # of an id, a filter value, a context key or value
-MAX_MESSAGE_BYTES = 16 << 20  # a history of 100,000 events takes 3 to 5 MB
+MAX_MESSAGE_BYTES = 6 << 20  # a history of 100,000 events takes 3 to 5 MB
 
 
 VISITOR_KINDS = {kind: pb.VisitorKind.Value(f"VISITOR_KIND_{kind.name}") for kind in VisitorKind}
+Request = TypeVar("Request", bound=Message)
 Written = RepeatedCompositeFieldContainer[pb.ScoredItem]
 
 
@@ -43,6 +46,25 @@ class InvalidRequestError(ValueError):
         if len(shown) > 100:  # the message travels in a header, which has little room
             shown = shown[:100] + "..."
         super().__init__(f"{field} is {shown}; expected {allowed}")
+
+
+def read_request(kind: type[Request], data: bytes) -> Request:
+    """Return the request that bytes are.
+
+    The lists whose entries take far more memory than bytes are counted at once: what has too many of them is
+    gone before anything waits for a worker.
+    """
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise InvalidRequestError("the request's size", len(data), f"at most {MAX_MESSAGE_BYTES} bytes")
+    try:
+        request = kind.FromString(data)
+    except DecodeError as error:
+        raise InvalidRequestError("the request", str(error), f"a {kind.DESCRIPTOR.name}") from None
+    if isinstance(request, (pb.RecommendRequest, pb.RankRequest)):
+        _check_history_size(request.visitor)
+    elif isinstance(request, pb.RecordEventsRequest):
+        _check_events_size(request)
+    return request
 
 
 def read_limit(request: pb.RecommendRequest | pb.SimilarItemsRequest, default: int) -> int:
@@ -59,9 +81,7 @@ def read_visitor(visitor: pb.Visitor) -> tuple[str, list[Event]]:
     if user_id and not user_id.strip():
         raise InvalidRequestError("visitor.user_id", user_id, "an id, or nothing for an unknown visitor")
     _check_length("visitor.user_id", user_id)
-    if len(visitor.history) > MAX_HISTORY:
-        allowed = f"at most {MAX_HISTORY}, such as the newest"
-        raise InvalidRequestError("number of events in visitor.history", len(visitor.history), allowed)
+    _check_history_size(visitor)
     events = []
     for place, event in enumerate(visitor.history):
         field = f"visitor.history[{place}]"
@@ -75,8 +95,7 @@ def read_visitor(visitor: pb.Visitor) -> tuple[str, list[Event]]:
 
 def read_events(request: pb.RecordEventsRequest) -> list[UserEvent]:
     """Return the events to record, in the order given."""
-    if not 1 <= len(request.events) <= MAX_EVENTS:
-        raise InvalidRequestError("number of events", len(request.events), f"1 to {MAX_EVENTS}")
+    _check_events_size(request)
     events = []
     for place, event in enumerate(request.events):
         field = f"events[{place}]"
@@ -322,6 +341,17 @@ def write_recorded(recorded: Recorded) -> pb.RecordEventsResponse:
     return pb.RecordEventsResponse(
         num_new=recorded.num_new, num_repeated=recorded.num_repeated, delayed=recorded.is_delayed
     )
+
+
+def _check_history_size(visitor: pb.Visitor) -> None:
+    if len(visitor.history) > MAX_HISTORY:
+        allowed = f"at most {MAX_HISTORY}, such as the newest"
+        raise InvalidRequestError("number of events in visitor.history", len(visitor.history), allowed)
+
+
+def _check_events_size(request: pb.RecordEventsRequest) -> None:
+    if not 1 <= len(request.events) <= MAX_EVENTS:
+        raise InvalidRequestError("number of events", len(request.events), f"1 to {MAX_EVENTS}")
 
 
 def _event_type(field: str, event_type: str) -> str:

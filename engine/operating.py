@@ -61,8 +61,10 @@ logger = logging.getLogger(__name__)
 # median, and 80 to 180 ms with this, with 10% more answers.
 SWITCH_INTERVAL_S = 0.0005
 REDIS_URL = "TRIRANK_REDIS_URL"  # of the environment: what is in an argument all processes can read
+MEMORY = "memory"  # in place of a directory of events
 WILDCARDS = ("0.0.0.0", "[::]")
 WORKER_END_S = 5.0  # beside the drain, for one of several servers to end
+GIVE_UP_S = 60.0  # without a worker, for a single server to end
 FIRST_FREE_PORT = 1024  # those below take a right on most systems
 
 
@@ -175,10 +177,10 @@ def _serve_parser() -> ArgumentParser:
     )
     add(
         "--events",
-        type=Path | None,
-        default=None,
-        help="directory of a log that keeps recorded events through crashes (default: in memory alone); "
-        "with --redis_url: of those that Redis does not have yet",
+        type=Literal[MEMORY] | Path,
+        default=Path("events"),
+        help="directory of a log that keeps recorded events through crashes; with --redis_url: of those that "
+        'Redis does not have yet; "memory" keeps them in memory alone',
     )
     add(
         "--redis_url",
@@ -312,8 +314,10 @@ def _serve(args: Any, argv: list[str], worker: Worker | None, closing: contextli
         share=args.share,
         cache=ResponseCache(args.cache_s) if args.cache_s else None,
         reuse_port=worker is not None,
-        # One of several is started again by who watches them, and a probe would ask any of them.
-        give_up=_end_without_workers if worker else None,
+        # One of several is started again by who watches them, and a probe would ask any of them; what watches
+        # a single one may ask for its health, and then ends it in its own way.
+        give_up=_end_without_workers,
+        give_up_s=0.0 if worker else GIVE_UP_S,
     )
     del pipeline
     sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -374,10 +378,10 @@ def _check_options(args: Any) -> None:
                 f"metrics is {args.metrics!r}; expected ports other than that of address, {args.address!r}"
             )
     if args.redis_url:
-        if not args.events:
+        if args.events == MEMORY:
             raise ValueError(
-                "redis_url is given without events; "
-                "expected a directory too, for what Redis does not have yet"
+                f"events is {MEMORY!r} beside redis_url; "
+                "expected a directory, for what Redis does not have yet"
             )
         _check_redis_url(args.redis_url)
 
@@ -390,7 +394,7 @@ def _check_machine(args: Any) -> None:
     _check_listening("address", args.address)
     if args.metrics:
         _check_listening("metrics", args.metrics)
-    if args.events:
+    if args.events != MEMORY:
         _existing(args.events)
     if args.redis_url:
         from engine.redis_events import check_url
@@ -437,7 +441,10 @@ def _existing(directory: Path) -> Path:
     """Return a directory of events, or the nearest above it that is there. Raises ValueError."""
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        raise ValueError(f"events is {str(directory)!r}; expected a directory that can be written or made")
+        raise ValueError(
+            f"events is {str(directory)!r}; expected a directory that can be written or made, or {MEMORY!r}: "
+            "a restart forgets them then"
+        )
     return existing
 
 
@@ -459,24 +466,24 @@ def _host_and_port(name: str, address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _event_store(directory: Path | None, redis_url: str | None) -> EventStore:
+def _event_store(directory: Path | str, redis_url: str | None) -> EventStore:
     if redis_url:
-        assert directory
         from engine.redis_events import RedisEventStore
 
         return RedisEventStore(redis_url, directory)
-    if directory:
-        store = LocalEventStore(directory)
-        logger.info("events of %s: %d", directory, store.num_events)
-        return store
-    logger.warning("events are kept in memory alone: a restart forgets them (--events DIR would not)")
-    return MemoryEventStore()
+    if directory == MEMORY:
+        logger.warning("events are kept in memory alone: a restart forgets them (--events DIR would not)")
+        return MemoryEventStore()
+    store = LocalEventStore(directory)
+    logger.info("events of %s: %d", directory, store.num_events)
+    return store
 
 
-def _check_events(directory: Path | None) -> str:
+def _check_events(directory: Path | str) -> str:
     """Return what would be done with events. Raises ValueError or OSError where it could not be done."""
-    if directory is None:
+    if directory == MEMORY:
         return "in memory alone: a restart forgets them"
+    directory = Path(directory)
     if _existing(directory) != directory:
         return f"{directory} would be made"
     try:

@@ -22,7 +22,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import grpc
 from google.protobuf import message_factory
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -49,7 +49,7 @@ from reranking.policy import Policies, PolicyError
 logger = logging.getLogger(__name__)
 seldom = LimitedLog(logger)
 
-Request = TypeVar("Request")
+Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response")
 Metadata = Sequence[tuple[str, str | bytes]]
 
@@ -89,6 +89,10 @@ class TooLateError(Exception):
     """A request whose deadline passed before anything was done for it."""
 
 
+class StuckError(Exception):
+    """A request when no worker comes back any more: another server may answer it."""
+
+
 class Reply(NamedTuple, Generic[Response]):
     """An answer, and how it came about; None where no stage had a part in it."""
 
@@ -116,8 +120,10 @@ class Refusal(NamedTuple):
 Call = Callable[[RecommendationPipeline, Request, Budget], Reply[Response]]
 
 
-class RecommenderService(pb_grpc.RecommenderServiceServicer):
-    """The calls. `pipelines` may be replaced at any time: a request keeps those it began with."""
+class RecommenderService:
+    """The calls, from the bytes of a request. `pipelines` may be replaced at any time: a request keeps those
+    it began with.
+    """
 
     def __init__(
         self,
@@ -160,6 +166,7 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         self._rates = RateLimiter(rate_limit)
         self._tracing = Tracing()
         self._jobs: dict[Future[Any], float] = {}  # in the pool, and since when
+        self.is_stuck = False  # whether no worker is left (engine/watchdog.py)
         self.metrics.in_flight.set_function(lambda: self.limit.in_flight)
         self.metrics.stuck_workers.set_function(lambda: self.num_stuck(STUCK_S))
         self.metrics.concurrency_limit.set_function(lambda: self.limit.limit)
@@ -202,33 +209,34 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         self.pipeline = pipeline
 
     async def Recommend(  # noqa: N802  # gRPC's spelling
-        self, request: pb.RecommendRequest, context: pb_grpc._ServicerContext
+        self, data: bytes, context: pb_grpc._ServicerContext
     ) -> pb.RecommendResponse:
         """See recommender.proto."""
-        return await self._answer("Recommend", request, context, self._recommend)
+        return await self._answer("Recommend", pb.RecommendRequest, data, context, self._recommend)
 
     async def SimilarItems(  # noqa: N802
-        self, request: pb.SimilarItemsRequest, context: pb_grpc._ServicerContext
+        self, data: bytes, context: pb_grpc._ServicerContext
     ) -> pb.SimilarItemsResponse:
         """See recommender.proto."""
-        return await self._answer("SimilarItems", request, context, self._similar)
+        return await self._answer("SimilarItems", pb.SimilarItemsRequest, data, context, self._similar)
 
     async def Rank(  # noqa: N802
-        self, request: pb.RankRequest, context: pb_grpc._ServicerContext
+        self, data: bytes, context: pb_grpc._ServicerContext
     ) -> pb.RankResponse:
         """See recommender.proto."""
-        return await self._answer("Rank", request, context, self._rank)
+        return await self._answer("Rank", pb.RankRequest, data, context, self._rank)
 
     async def RecordEvents(  # noqa: N802
-        self, request: pb.RecordEventsRequest, context: pb_grpc._ServicerContext
+        self, data: bytes, context: pb_grpc._ServicerContext
     ) -> pb.RecordEventsResponse:
         """See recommender.proto. Needs no thread of the pool, so it takes no place among the requests."""
-        return await self._answer("RecordEvents", request, context, self._record)
+        return await self._answer("RecordEvents", pb.RecordEventsRequest, data, context, self._record)
 
     async def _answer(
         self,
         method: str,
-        request: Request,
+        kind: type[Request],
+        data: bytes,
         context: pb_grpc._ServicerContext,
         work: Callable[[Request, pb_grpc._ServicerContext], Awaitable[Reply[Response]]],
     ) -> Response:
@@ -244,9 +252,8 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
             if key is not None:
                 caller = Caller(f"API key {key.id} ({key.name})", key.id)
             self._check(ROLE_OF.get(method, "reader"), key, caller)
-            if isinstance(request, Exception):  # see add_to_server
-                raise request
-            response, trace = await work(request, context)
+            # Behind these: a message may take thirty times its bytes.
+            response, trace = await work(messages.read_request(kind, data), context)
         except asyncio.CancelledError:
             is_late = context.time_remaining() == 0
             code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
@@ -326,6 +333,8 @@ class RecommenderService(pb_grpc.RecommenderServiceServicer):
         context: pb_grpc._ServicerContext,
     ) -> Reply[Response]:
         """Run a call in the pool. Its place is free when the thread is done, not when the caller has gone."""
+        if self.is_stuck:
+            raise StuckError("no worker of this server comes back from a request; another one may answer")
         time_left_s = context.time_remaining()
         permit = self.limit.admit(time_left_s)
         budget = Budget(time_left_s)
@@ -443,27 +452,12 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc,name-defined]  # m
 def add_to_server(service: RecommenderService, server: grpc.aio.Server) -> None:
     """Have a server answer with a service.
 
-    As the generated function does, but that bytes which are no request, or too many, come to the service too,
-    as the error to answer with: gRPC would answer before the service could count them or ask for a key.
+    As the generated function does, but that the service gets the bytes and reads them itself: gRPC would
+    build every message, of whatever size, before the service could ask for a key or count it.
     """
-
-    def reading(kind: type[Message]) -> Callable[[bytes], Message | messages.InvalidRequestError]:
-        def read(data: bytes) -> Message | messages.InvalidRequestError:
-            if len(data) > messages.MAX_MESSAGE_BYTES:
-                allowed = f"at most {messages.MAX_MESSAGE_BYTES} bytes"
-                return messages.InvalidRequestError("the request's size", len(data), allowed)
-            try:
-                return kind.FromString(data)
-            except DecodeError as error:
-                name = kind.DESCRIPTOR.name
-                return messages.InvalidRequestError("the request", str(error), f"a {name}")
-
-        return read
-
     handlers = {
         method.name: grpc.unary_unary_rpc_method_handler(
             getattr(service, method.name),
-            request_deserializer=reading(message_factory.GetMessageClass(method.input_type)),
             response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
         )
         for method in pb.DESCRIPTOR.services_by_name["RecommenderService"].methods
@@ -510,6 +504,9 @@ def _refusal(error: Exception, time_left_s: float | None, caller: Caller) -> Ref
             return Refusal(code.PERMISSION_DENIED, str(error), "key")
         case TooLateError():
             return Refusal(code.DEADLINE_EXCEEDED, str(error))
+        case StuckError():
+            seldom.warning(f"refused: {error}")
+            return Refusal(code.UNAVAILABLE, str(error), "stuck")
         case StoreUnavailableError():
             return Refusal(code.UNAVAILABLE, str(error))
     name = request_id.get()
@@ -664,6 +661,7 @@ async def serve(
     cache: ResponseCache | None = None,
     reuse_port: bool = False,
     give_up: Callable[[], None] | None = None,
+    give_up_s: float = 0.0,
 ) -> bool:
     """Answer requests until SIGTERM or SIGINT, then finish what is under way.
 
@@ -691,6 +689,7 @@ async def serve(
         cache: of slates; None to make each anew.
         reuse_port: whether other servers may listen on the same port.
         give_up: called when no worker comes back any more; None to say so to those who ask for the health.
+        give_up_s: seconds for which it has to be so.
 
     Raises:
         AddressError: the address is taken, or is none.
@@ -756,10 +755,12 @@ async def serve(
             follow(lambda hangup: follow_bundles(service, bundles, open_bundle, hangup))
 
         async def say(is_serving: bool) -> None:
+            service.is_stuck = not is_serving
             for name in (health.OVERALL_HEALTH, SERVICE):
                 await servicer.set(name, STATUSES.SERVING if is_serving else STATUSES.NOT_SERVING)
 
-        followers.append(asyncio.create_task(watch_workers(service, num_workers, say, give_up=give_up)))
+        watching = watch_workers(service, num_workers, say, give_up=give_up, give_up_s=give_up_s)
+        followers.append(asyncio.create_task(watching))
 
         def hang_up() -> None:
             for hangup in hangups:

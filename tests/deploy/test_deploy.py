@@ -58,7 +58,9 @@ def render(template: str, scope: dict[str, Any]) -> str:
     shown = [True]
     lines = []
     for line in template.split("\n"):
-        if match := re.fullmatch(r"\{\{- if (not |or )?([^{}]+) \}\}", line):
+        if match := re.fullmatch(r"\{\{- if gt \(int (\S+)\) (\d+) \}\}", line):
+            shown.append(shown[-1] and int(look_up(match[1], scope)) > int(match[2]))
+        elif match := re.fullmatch(r"\{\{- if (not |or )?([^{}]+) \}\}", line):
             paths = match[2].split()
             assert len(paths) == (2 if match[1] == "or " else 1), line
             is_so = any(look_up(path, scope) for path in paths) != (match[1] == "not ")
@@ -317,6 +319,15 @@ def test_what_an_operator_adds(kind: str, section: str) -> None:
 def test_pods_that_come_and_go_need_redis() -> None:
     with pytest.raises(ValueError, match=r"autoscaling\.enabled needs redis\.existingSecret"):
         rendered(autoscaling__enabled=True)
+
+
+def test_several_pods_need_redis_unless_it_is_said_that_each_may_have_its_own_events() -> None:
+    with pytest.raises(ValueError, match=r"replicas above 1 need redis\.existingSecret.*events\.perPod=true"):
+        rendered(replicas=2)
+    for given in ({"redis__existingSecret": "r"}, {"events__perPod": True}):
+        assert rendered(replicas=2, **given)["StatefulSet"]["spec"]["replicas"] == 2
+    with_scaler = rendered(replicas=2, autoscaling__enabled=True, redis__existingSecret="r")
+    assert "replicas" not in with_scaler["StatefulSet"]["spec"]
 
 
 def test_the_image() -> None:

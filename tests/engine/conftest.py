@@ -38,7 +38,7 @@ from engine.catalog import CATALOG_SCHEMA
 from engine.client import visitor
 from engine.history import USERS_SCHEMA
 from engine.pipeline import RecommendationPipeline
-from engine.server import Health, RecommenderService, add_to_server
+from engine.server import SERVICE, Health, RecommenderService, add_to_server
 from engine.telemetry import LimitedLog
 from protos.trirank.v1 import recommender_pb2 as pb
 from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
@@ -313,6 +313,8 @@ def server_address(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) 
         "engine.cli",
         "serve",
         str(bundle_path),
+        "--events",
+        "memory",
         "--address",
         "127.0.0.1:0",
         "--json",
@@ -382,7 +384,8 @@ async def serve_in_process(
         add_to_server(service, server)
         servicer = Health()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-        await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+        for name in ("", SERVICE):
+            await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         if credentials:
             port = server.add_secure_port("127.0.0.1:0", credentials)
         else:

@@ -170,7 +170,18 @@ def test_undamaged_it_is_served(bundle_path: Path) -> None:
 
 @contextlib.contextmanager
 def running(start_process: Any, log: Path, *words: str) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
-    command = [sys.executable, "-m", "engine.cli", "serve", *words, "--address", "127.0.0.1:0", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "engine.cli",
+        "serve",
+        "--events",
+        "memory",
+        *words,
+        "--address",
+        "127.0.0.1:0",
+        "--json",
+    ]
     with (
         log.open("a") as errors,
         start_process([*command, "--metrics", "127.0.0.1:0"], errors) as (process, ready),

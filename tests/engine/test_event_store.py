@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 import stat
 import subprocess
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -110,6 +112,56 @@ def test_what_is_not_kept() -> None:
     assert (recent.get("bob"), ids(recent.get("ann")), recent.num_events) == ((), ["e1", "e3"], 3)
     with pytest.raises(ValueError, match="max_per_user is 4; expected 1 to max_events, 3"):
         RecentEvents(4, 3)
+    with pytest.raises(ValueError, match="max_bytes is 0; expected at least 1"):
+        RecentEvents(2, 3, 0)
+
+
+def test_large_events_are_kept_as_far_as_they_take_no_more_bytes_than_may_be() -> None:
+    events = [UserEvent("e", user, "x" * 256, "view", 1) for user in ("ann", "bob", "cat")]
+    num_bytes = sum(len(event.user_id) + len(packed([event])) for event in events)
+    recent = RecentEvents(10, 100, num_bytes)
+    for event in events:
+        assert recent.add(event)
+    assert (recent.user_ids(), recent.num_bytes) == (["ann", "bob", "cat"], num_bytes)
+    assert not recent.add(events[0])  # what is known takes no room
+    assert recent.user_ids() == ["ann", "bob", "cat"]
+    recent.add(UserEvent("f", "ann", "y", "view", 2))
+    assert recent.user_ids() == ["cat", "ann"]  # bob has done nothing for longest
+    assert recent.num_events == 3
+    assert recent.num_bytes == sum(len(user) + len(line) for user, line in recent.users())
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_a_store_bounds_the_bytes_of_its_events(is_local: bool, tmp_path: Path) -> None:
+    large = [UserEvent("e", user, "x" * 256, timestamp=1) for user in "abc"]
+    options = {"max_bytes": 2 * len(packed(large[:1])) + 2}
+    target = store(tmp_path, **options) if is_local else MemoryEventStore(**options)
+    assert target.record(large).result(WAIT_S) == Recorded(3, 0)
+    assert target.user_ids() == ["b", "c"]
+    target.close()
+    if is_local:
+        smaller = store(tmp_path, max_bytes=options["max_bytes"] - 1)
+        assert smaller.user_ids() == ["c"]  # a restart is bounded too
+        smaller.close()
+
+
+def test_users_are_copied_with_pauses_and_freed_while_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("engine.event_store.USERS_AT_ONCE", 2)
+    monkeypatch.setattr("engine.event_store.time", SimpleNamespace(sleep=pauses.append))
+    recent = RecentEvents(max_per_user=5, max_events=100)
+    for user in "abcde":
+        recent.add(UserEvent("1", user, "x", timestamp=1))
+    before = dict(recent._line_of)
+    users = recent.users()
+    assert len(pauses) == 3
+    assert min(pauses) > 0  # others get the interpreter's lock
+    for user in "abcde":  # what comes later is not in the copy
+        recent.add(UserEvent("2", user, "x", timestamp=2))
+    nums_held = [sys.getrefcount(before[user]) for user in "ae"]
+    assert [line is before[user] for user, line in itertools.islice(users, 3)] == [True] * 3
+    assert [sys.getrefcount(before[user]) for user in "ae"] == [nums_held[0] - 1, nums_held[1]]
+    assert [user for user, _ in users] == ["d", "e"]
 
 
 def test_records_round_trip() -> None:
@@ -151,7 +203,7 @@ def test_what_was_packed_is_loaded_as_it_was_and_cut_to_new_limits() -> None:
         again.load(user, line)
         again.load(user, line)  # what is known already changes nothing
         smaller.load(user, line)
-    assert again.users() == recent.users()
+    assert list(again.users()) == list(recent.users())
     assert again.num_events == 20
     assert [ids(smaller.get(f"u{user}")) for user in range(4)] == [[], [], ["e14", "e18"], ["e15", "e19"]]
     assert smaller.num_events == 4
@@ -180,7 +232,8 @@ def test_lines_are_changed_as_lists_would_be(drawn: list[tuple[str, str, int]], 
             expected = sorted([*expected, event], key=lambda other: other.timestamp)[-max_per_user:]
         assert list(recent.get("u")) == expected
         assert recent.num_events == len(expected)
-        assert recent.users() == [("u", packed(expected))]
+        assert list(recent.users()) == [("u", packed(expected))]
+        assert recent.num_bytes == len("u") + len(packed(expected))
         now = UserEvent("now", "u", "x")
         assert recent.timed(now, 3).timestamp == max(3, expected[-1].timestamp)
 

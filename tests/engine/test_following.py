@@ -203,8 +203,19 @@ def test_a_bad_bundle_is_refused_once_and_the_old_one_stays(
     assert caplog.text.count("embeddings.safetensors is damaged") == 1
 
 
-@pytest.mark.parametrize("is_cause", [False, True])
-def test_what_could_not_be_read_is_tried_again_and_what_is_damaged_is_not(
+@pytest.mark.parametrize(
+    ("failure", "is_cause"),
+    [
+        (OSError(errno.EIO, "Input/output error"), False),
+        (OSError(errno.EIO, "Input/output error"), True),
+        (MemoryError("out of memory"), False),
+        (MemoryError("out of memory"), True),
+        (RuntimeError("can't start new thread"), False),
+    ],
+    ids=repr,
+)
+def test_what_may_pass_is_tried_again_and_what_is_damaged_is_not(
+    failure: Exception,
     is_cause: bool,
     publish: Publish,
     served: Any,
@@ -217,10 +228,9 @@ def test_what_could_not_be_read_is_tried_again_and_what_is_damaged_is_not(
     def opened(path: Path) -> Bundle:
         num_opened[0] += 1
         if num_opened[0] <= num_failures:
-            error = OSError(errno.EIO, "Input/output error")
             if not is_cause:
-                raise error
-            raise BundleError("it cannot be read: Input/output error") from error
+                raise failure
+            raise BundleError(f"it cannot be opened: {failure}") from failure
         return Bundle.load(path)
 
     async def scene() -> None:
@@ -239,7 +249,43 @@ def test_what_could_not_be_read_is_tried_again_and_what_is_damaged_is_not(
             assert num_opened[0] == num_failures + 2
 
     asyncio.run(scene())
-    assert caplog.text.count("Input/output error") == 1
+    assert caplog.text.count(f"stays: {'it cannot be opened: ' if is_cause else ''}{failure}") == 1
+    ours = [record for record in caplog.records if record.name == "engine.following"]
+    with_traceback = [record for record in ours if record.exc_info]
+    assert len(with_traceback) == isinstance(failure, RuntimeError)  # what nobody foresaw
+
+
+@pytest.mark.parametrize(
+    "failure", [BundleError("wrong"), TypeError("wrong"), RuntimeError("wrong")], ids=repr
+)
+def test_what_is_wrong_with_the_bundle_itself_is_not_tried_again(
+    failure: Exception,
+    publish: Publish,
+    served: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A library's RuntimeError about a file is the cause of a BundleError."""
+    monkeypatch.setattr(engine.following, "RETRY_S", 0.01)
+    num_opened = [0]
+
+    def opened(path: Path) -> Bundle:
+        num_opened[0] += 1
+        if isinstance(failure, RuntimeError):
+            raise BundleError("it cannot be opened") from failure
+        raise failure
+
+    async def scene() -> None:
+        first = publish()
+        async with (
+            served(prepared(Bundle.load(first))) as shop,
+            following(follow_bundles, shop, first.parent, opened),
+        ):
+            publish()
+            await shop.until(lambda: shop.value("bundle_swaps_total", result="refused") == 1)
+            await asyncio.sleep(0.2)
+            assert (num_opened[0], shop.value("bundle_swaps_total", result="refused")) == (1, 1)
+
+    asyncio.run(scene())
 
 
 def test_a_bundle_that_is_still_being_copied_is_served_once_it_is_whole(
@@ -437,7 +483,7 @@ def test_the_pinned_bundle_is_served_until_it_is_not(
             assert shop.value("bundle_waiting") == 1
             pin_bundle(root, None)
             await shop.until(lambda: version() == third.name)
-            assert shop.value("bundle_waiting") == 0
+            await shop.until(lambda: shop.value("bundle_waiting") == 0)  # perhaps at the next look
             shutil.rmtree(third)
             await shop.until(lambda: version() == second.name)
             assert caplog.text.count(f"bundle {third.name} waits, as {first.name} is pinned") == 1
@@ -480,3 +526,35 @@ def test_keys_are_loaded_again(bundle_path: Path, served: Any, tmp_path: Path) -
             assert shop.service.keys.find(other) is not None
 
     asyncio.run(scene())
+
+
+def test_keys_are_followed_on_after_a_look_that_failed(
+    bundle_path: Path,
+    served: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    num_failures = [0]
+
+    async def scene() -> None:
+        file = tmp_path / "keys.json"
+        create_key(file, "a")
+        keys = KeyFile(file)
+        pipeline = RecommendationPipeline(Bundle.load(bundle_path))
+        changed = keys.changed
+
+        def fails() -> bool:
+            if num_failures[0] < 3:
+                num_failures[0] += 1
+                raise RuntimeError("can't start new thread")
+            return changed()
+
+        monkeypatch.setattr(keys, "changed", fails)
+        async with served(pipeline, keys=keys.load()) as shop, following(follow_keys, shop, keys):
+            other = create_key(file, "b")
+            await shop.until(lambda: shop.service.keys.find(other) is not None)
+
+    asyncio.run(scene())
+    assert num_failures[0] == 3
+    assert caplog.text.count("files could not be looked at: can't start new thread") == 1

@@ -6,10 +6,12 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -19,15 +21,19 @@ pytest.importorskip("aiohttp", reason="the extra `http` is not installed")
 
 import aiohttp
 from aiohttp import test_utils
+from google.protobuf import json_format
 
 from engine.client import RecommenderClient, aio_channels, visitor
 from engine.http_gateway import (
     ERROR_HEADERS,
     HEADERS,
+    LARGE_BYTES,
     NO_PACKAGE,
     PARAMETERS,
     REQUEST_ID,
     SERVICE,
+    SWITCH_INTERVAL_S,
+    Parser,
     _refusal,
     gateway,
     html_page,
@@ -326,6 +332,169 @@ def test_what_nobody_foresaw_is_worded_like_the_rest(
     assert (status, body) == (500, {"code": "INTERNAL", "message": "the gateway failed; its log names r1"})
     assert "request r1 failed" in caplog.text
     assert "out of ink" in caplog.text
+
+
+LARGE = {"visitor": {"history": [{"item_id": "item-9"}] * 4000}}
+
+
+@pytest.fixture
+def parsing(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """Hold what is parsed of large bodies, until `may_end`; `num_begun` counts them."""
+    state = SimpleNamespace(begun=threading.Event(), may_end=threading.Event(), num_begun=0)
+    parse = json_format.Parse
+
+    def held(text: str, message: Any) -> Any:
+        if len(text) > LARGE_BYTES:
+            assert threading.current_thread() is not threading.main_thread()  # of the event loop
+            state.num_begun += 1
+            state.begun.set()
+            assert state.may_end.wait(60)
+        return parse(text, message)
+
+    monkeypatch.setattr("engine.http_gateway.json_format.Parse", held)
+    yield state
+    state.may_end.set()
+
+
+def test_other_calls_are_answered_while_a_large_body_is_parsed(
+    server_address: str, parsing: SimpleNamespace
+) -> None:
+    async def work(ask: Ask) -> None:
+        large = asyncio.create_task(ask("POST", "/v1/recommend", json=LARGE))
+        assert await asyncio.to_thread(parsing.begun.wait, 60)
+        assert await ask("GET", "/healthz") == (200, {"status": "SERVING"})
+        assert (await ask("POST", "/v1/recommend", json={}))[0] == 200
+        assert not large.done()
+        parsing.may_end.set()
+        status, answer = await large
+        assert (status, answer["trace"]["visitor_kind"]) == (200, "VISITOR_KIND_HISTORY_ONLY")
+
+    through(server_address, work)
+
+
+def test_what_is_wrong_with_a_large_body_is_said(server_address: str) -> None:
+    async def work(ask: Ask) -> list[tuple[int, Any]]:
+        utf_8 = b'{"limit": 5}' + b" " * LARGE_BYTES
+        klingon = {"content-type": "text/x; charset=klingon"}
+        return [
+            await ask("POST", "/v1/recommend", json={"limmit": "5" * LARGE_BYTES}),
+            await ask("POST", "/v1/recommend", data=b"\xff" * (LARGE_BYTES + 1)),
+            await ask("POST", "/v1/recommend", data=utf_8, headers=klingon),
+            await ask("POST", "/v1/recommend", data=utf_8),
+        ]
+
+    answers = through(server_address, work)
+    assert [status for status, _ in answers] == [400, 400, 400, 200]
+    assert "limmit" in answers[0][1]["message"]
+    assert answers[2][1]["message"] == "charset is 'klingon'; expected utf-8"
+
+
+def test_where_many_large_bodies_wait_more_are_refused(
+    server_address: str, parsing: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.http_gateway.MAX_WAITING", 1)
+
+    async def run() -> None:
+        async with (
+            grpc.aio.insecure_channel(server_address) as channel,
+            test_utils.TestClient(test_utils.TestServer(gateway([channel]))) as client,
+        ):
+
+            async def ask() -> tuple[int, str | None, Any]:
+                async with client.post("/v1/recommend", json=LARGE) as response:
+                    return response.status, response.headers.get("Retry-After"), await response.json()
+
+            first = asyncio.create_task(ask())
+            assert await asyncio.to_thread(parsing.begun.wait, 60)
+            others = {asyncio.create_task(ask()) for _ in range(2)}
+            (refused,), (waiting,) = await asyncio.wait(others, return_when=asyncio.FIRST_COMPLETED)
+            message = "too many large requests wait; try again in 1.00 s"
+            assert refused.result() == (429, "1", {"code": "RESOURCE_EXHAUSTED", "message": message})
+            assert parsing.num_begun == 1
+            parsing.may_end.set()
+            assert (await first)[0] == (await waiting)[0] == 200
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_a_large_body_keeps_its_turn_while_it_is_parsed_though_nobody_waits(parsing: SimpleNamespace) -> None:
+    async def run() -> None:
+        parser, body = Parser(), json.dumps(LARGE).encode()
+        late, following = (pb.RecommendRequest() for _ in range(2))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await parser.parse(body, None, late)
+        assert await asyncio.to_thread(parsing.begun.wait, 60)
+        waiting = asyncio.create_task(parser.parse(body, None, following))
+        await asyncio.sleep(0)
+        assert (parser._turn.locked(), parser._num_waiting) == (True, 1)
+        parsing.may_end.set()
+        await waiting
+        assert len(following.visitor.history) == 4000
+        with pytest.raises(json_format.ParseError):
+            await parser.parse(b"x" * len(body), None, late)
+        assert (parser._turn.locked(), parser._num_waiting) == (False, 0)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_a_body_that_does_not_arrive_in_time_is_refused() -> None:
+    async def run() -> None:
+        async with (
+            grpc.aio.insecure_channel("127.0.0.1:1") as channel,
+            test_utils.TestServer(gateway([channel])) as server,
+        ):
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            head = (
+                b"POST /v1/recommend HTTP/1.1\r\nHost: shop\r\nContent-Length: 9\r\nx-timeout-ms: 50\r\n\r\n"
+            )
+            writer.write(head + b"{")
+            status, _, rest = (await reader.readuntil(b"}")).partition(b"\r\n")
+            assert status == b"HTTP/1.1 504 Gateway Timeout"
+            message = "the body was not read and parsed within 50 ms, the call's deadline"
+            assert json.loads(rest.split(b"\r\n\r\n")[1]) == {"code": "DEADLINE_EXCEEDED", "message": message}
+            writer.close()
+            await writer.wait_closed()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_the_call_gets_what_the_body_leaves_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([1000.0, 1300.0])  # when the headers were there, and the message
+    monkeypatch.setattr("engine.http_gateway.time", SimpleNamespace(monotonic=lambda: next(times)))
+    left_s: list[float] = []
+
+    async def run() -> None:
+        async def answer(_: bytes, context: Any) -> bytes:
+            left_s.append(context.time_remaining())
+            return b""
+
+        async with (
+            recommending(answer) as address,
+            grpc.aio.insecure_channel(address) as channel,
+            test_utils.TestClient(test_utils.TestServer(gateway([channel]))) as client,
+            client.post("/v1/recommend", json={}, headers={"x-timeout-ms": "600000"}) as response,
+        ):
+            assert response.status == 200
+
+    asyncio.run(run())
+    assert 0 < left_s[0] <= 301
+
+
+def test_the_thread_that_parses_gives_the_lock_away_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    intervals: list[float] = []
+
+    def run(application: Coroutine[Any, Any, Any], **_: Any) -> None:
+        application.close()
+        intervals.append(sys.getswitchinterval())
+
+    monkeypatch.setattr("engine.http_gateway.web.run_app", run)
+    before = sys.getswitchinterval()
+    try:
+        assert main([]) == 0
+    finally:
+        sys.setswitchinterval(before)
+    assert intervals == [SWITCH_INTERVAL_S]
 
 
 def test_events_over_http(server_address: str) -> None:

@@ -86,10 +86,10 @@ def test_who_was_refused_keeps_no_bundle(bundle, request_, code):
         limit.admit()  # and is never given back
     with ThreadPoolExecutor(1) as pool:
         service = RecommenderService(RecommendationPipeline(bundle), pool, limit=limit)
-        context = Refusing()
+        context, data = Refusing(), request_.SerializeToString()
         is_similar = isinstance(request_, pb.SimilarItemsRequest)
         with pytest.raises(RuntimeError) as refused:
-            asyncio.run((service.SimilarItems if is_similar else service.Recommend)(request_, context))
+            asyncio.run((service.SimilarItems if is_similar else service.Recommend)(data, context))
         assert refused.value.args[0] is code
         before = weakref.ref(service.pipeline)
         service.use(RecommendationPipeline(bundle))

@@ -270,7 +270,7 @@ def test_head_weights() -> None:
     ],
 )
 def test_bad_head_weights(weights: dict[str, float], heads: tuple[str, ...], message: str) -> None:
-    with pytest.raises(messages.InvalidRequestError, match=message):
+    with pytest.raises(InvalidRequestError, match=message):
         messages.read_head_weights(pb.RecommendRequest(head_weights=weights), heads)
 
 
@@ -314,3 +314,29 @@ def test_events_to_record() -> None:
 def test_events_that_cannot_be_recorded(request_: pb.RecordEventsRequest, message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         messages.read_events(request_)
+
+
+# Sizes
+
+
+def test_a_request_that_is_too_large_or_none() -> None:
+    with pytest.raises(InvalidRequestError, match=f"size is 6291457; expected at most {6 << 20} bytes"):
+        messages.read_request(pb.RecommendRequest, b" " * (messages.MAX_MESSAGE_BYTES + 1))
+    with pytest.raises(InvalidRequestError, match="expected a RankRequest"):
+        messages.read_request(pb.RankRequest, b"\xff")
+    request = pb.SimilarItemsRequest(item_id="a")
+    assert messages.read_request(pb.SimilarItemsRequest, request.SerializeToString()) == request
+
+
+@pytest.mark.parametrize("kind", [pb.RecommendRequest, pb.RankRequest])
+def test_events_that_hold_nothing_are_counted_before_anything_waits(kind: type[pb.RankRequest]) -> None:
+    """Two bytes of the message each, thirty times that in memory."""
+    visitor = pb.Visitor(history=[pb.Event()] * (messages.MAX_HISTORY + 1))
+    with pytest.raises(InvalidRequestError, match=r"visitor\.history is 100001; expected at most 100000"):
+        messages.read_request(kind, kind(visitor=visitor).SerializeToString())
+
+
+def test_recorded_events_that_hold_nothing_are_counted_too() -> None:
+    data = pb.RecordEventsRequest(events=[pb.RecordedEvent()] * 1001).SerializeToString()
+    with pytest.raises(InvalidRequestError, match="number of events is 1001; expected 1 to 1000"):
+        messages.read_request(pb.RecordEventsRequest, data)

@@ -64,7 +64,7 @@ def serving(start_process: Any, tmp_path_factory: pytest.TempPathFactory) -> Cal
     def serving(bundle: Path, *options: str) -> Iterator[Running]:
         log = tmp_path_factory.mktemp("server") / "log.txt"
         words = [str(bundle), "--address", "127.0.0.1:0", "--json", *options]
-        command = [sys.executable, "-m", "engine.cli", "serve", *words]
+        command = [sys.executable, "-m", "engine.cli", "serve", "--events", "memory", *words]
         with log.open("w") as errors, start_process(command, errors) as (process, ready):
             assert ready, log.read_text()
             said = json.loads(ready)
@@ -287,11 +287,42 @@ def test_a_request_that_is_too_large_is_told_so_and_counted(guarded: tuple[Runni
     with grpc.insecure_channel(server.address) as channel:
         ask = channel.unary_unary("/trirank.v1.RecommenderService/Recommend", None, None)
         with pytest.raises(grpc.RpcError) as caught:
-            ask(bytes((16 << 20) + 1), timeout=WAIT_S, metadata=metadata)
+            ask(bytes((6 << 20) + 1), timeout=WAIT_S, metadata=metadata)
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert caught.value.details() == "the request's size is 16777217; expected at most 16777216 bytes"
+    assert caught.value.details() == "the request's size is 6291457; expected at most 6291456 bytes"
     assert "x-request-id" in dict(caught.value.trailing_metadata())
     assert scraped(server)[name] == before.get(name, 0) + 1
+
+
+def test_who_has_no_key_costs_no_message(guarded: tuple[Running, str]) -> None:
+    """What is no message at all is not looked at: the key comes first, and with it the rate."""
+    server, key = guarded
+    with grpc.insecure_channel(server.address) as channel:
+        ask = channel.unary_unary("/trirank.v1.RecommenderService/Recommend", None, None)
+        found = []
+        for metadata in ((), (("x-api-key", key),)):
+            with pytest.raises(grpc.RpcError) as caught:
+                ask(b"\xff", timeout=WAIT_S, metadata=metadata)
+            found.append(caught.value.code())
+    assert found == [grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INVALID_ARGUMENT]
+
+
+def test_events_survive_a_kill_where_nothing_is_said_of_them(
+    bundle_path: Path, start_process: Any, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "engine.cli", "serve", str(bundle_path), "--address", "127.0.0.1:0"]
+    event = pb.RecordedEvent(event_id="1", user_id="ann", item_id="item-7")
+
+    def recorded() -> int:
+        with start_process(["env", "-C", str(tmp_path), *command, "--json"]) as (process, ready):
+            with RecommenderClient(json.loads(ready)["address"], timeout_s=WAIT_S) as client:
+                num_new = client.record_events([event]).num_new
+            process.kill()
+            process.wait(WAIT_S)
+        return num_new
+
+    assert [recorded(), recorded()] == [1, 0]
+    assert list((tmp_path / "events").iterdir())
 
 
 def bundle_version(server: Running) -> str:
@@ -321,7 +352,17 @@ def test_the_log_is_json_and_names_requests(guarded: tuple[Running, str]) -> Non
 
 
 def test_an_error_is_a_line_of_the_log(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "engine.cli", "serve", str(tmp_path / "none"), "--json_logs", "true"]
+    command = [
+        sys.executable,
+        "-m",
+        "engine.cli",
+        "serve",
+        "--events",
+        "memory",
+        str(tmp_path / "none"),
+        "--json_logs",
+        "true",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     last = [json.loads(line) for line in done.stderr.splitlines()][-1]
@@ -495,6 +536,7 @@ def test_all_processes_have_the_other_bundle_of_the_start(
     asked: list[Sequence[str]] = []
     monkeypatch.setattr(operating, "supervise", lambda argv, *_: asked.append(argv))
     words = [str(bundle_path), "--other", str(other.parent), "--share", "0.1", "--num_processes", "2"]
+    words += ["--events", "memory"]
     assert operating.serve([*words, "--address", "127.0.0.1:0"]) == 0
     assert asked == [[*words, "--address", "127.0.0.1:0", "--other", str(other)]]
 
@@ -515,7 +557,10 @@ def test_check_says_what_is_wrong(
         ((bundle_path, "--tls_cert", bad), "tls_cert is given without tls_key"),
         ((bundle_path, "--tls_cert", bad, "--tls_key", bad), "are no certificate and its key"),
         ((bundle_path, "--events", bad), "expected a directory that can be written or made"),
-        ((bundle_path, "--redis_url", "redis://x"), "redis_url is given without events"),
+        (
+            (bundle_path, "--redis_url", "redis://x", "--events", "memory"),
+            "events is 'memory' beside redis_url; expected a directory",
+        ),
         ((bundle_path, "--metrics", "9464"), "metrics is '9464'; expected host:port"),
         ((bundle_path, "--requests_per_s", "0"), "per_s is 0.0; expected a finite number above 0"),
         ((bundle_path, "--burst", "3"), "burst is given without requests_per_s"),
@@ -592,7 +637,8 @@ def test_ports_that_are_taken(bundle_path: Path, capsys: pytest.CaptureFixture[s
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
         address, metrics = (f"127.0.0.1:{taken.getsockname()[1]}" for taken in (one, other))
         assert checked(capsys, bundle_path, "--address", address, "--metrics", metrics)[0] == 0
-        assert operating.serve([str(bundle_path), "--address", "127.0.0.1:0", "--metrics", metrics]) == 2
+        words = [str(bundle_path), "--address", "127.0.0.1:0", "--metrics", metrics, "--events", "memory"]
+        assert operating.serve(words) == 2
     assert f"metrics: cannot listen on {metrics!r}: Address already in use" in capsys.readouterr().err
 
 

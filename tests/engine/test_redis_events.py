@@ -509,7 +509,7 @@ def test_a_server_whose_redis_goes_and_comes_back(
         "--events",
         str(tmp_path / "events"),
     ]
-    command = [sys.executable, "-m", "engine.cli", "serve", str(bundle_path), *words]
+    command = [sys.executable, "-m", "engine.cli", "serve", "--events", "memory", str(bundle_path), *words]
     log = tmp_path / "log.txt"
     stored = redis.Redis(port=server.port)
     with log.open("w") as errors, start_process(command, errors) as (process, ready):

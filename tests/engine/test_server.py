@@ -305,7 +305,7 @@ def test_policies_are_loaded_again(bundle_path: Path, start_process: Any, tmp_pa
     file, log = tmp_path / "policies.yaml", tmp_path / "stderr.txt"
     file.write_text(HOME)
     address = ["--address", "127.0.0.1:0", "--json", "--policies", str(tmp_path)]
-    command = [sys.executable, "-m", "engine.cli", "serve", str(bundle_path), *address]
+    command = [sys.executable, "-m", "engine.cli", "serve", "--events", "memory", str(bundle_path), *address]
     with log.open("w") as errors, start_process(command, errors) as (process, ready):
         assert ready, log.read_text()
         with RecommenderClient(json.loads(ready)["address"], timeout_s=WAIT_S) as client:
@@ -409,7 +409,17 @@ def test_a_newer_bundle_is_not_lost_to_newer_policies(bundle_path: Path, tmp_pat
 def test_serve_refuses_wrong_policies(bundle_path: Path, tmp_path: Path) -> None:
     file = tmp_path / "policies.yaml"
     file.write_text("policies: {home: {rules: [{rule: drop_sen}]}}")
-    command = [sys.executable, "-m", "engine.cli", "serve", str(bundle_path), "--policies", str(file)]
+    command = [
+        sys.executable,
+        "-m",
+        "engine.cli",
+        "serve",
+        "--events",
+        "memory",
+        str(bundle_path),
+        "--policies",
+        str(file),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert f"{file}: policy 'home': rules[0]: rule is 'drop_sen'" in done.stderr
@@ -420,7 +430,17 @@ def test_serve_refuses_wrong_policies(bundle_path: Path, tmp_path: Path) -> None
 def test_an_address_that_cannot_be_used(bundle_path: Path, given: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = given or f"127.0.0.1:{listener.getsockname()[1]}"  # taken
-        command = [sys.executable, "-m", "engine.cli", "serve", str(bundle_path), "--address", address]
+        command = [
+            sys.executable,
+            "-m",
+            "engine.cli",
+            "serve",
+            "--events",
+            "memory",
+            str(bundle_path),
+            "--address",
+            address,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     if given == "localhost":  # gRPC would take a port of its own choice
@@ -476,7 +496,17 @@ def test_sigterm_before_it_serves(bundle_path: Path, tmp_path: Path) -> None:
     """The first process of a container would otherwise ignore it, and begin to serve."""
     waits = tmp_path / "policies.yaml"
     os.mkfifo(waits)  # who opens it waits for a writer
-    command = [sys.executable, "-m", "engine.cli", "serve", str(bundle_path), "--policies", str(waits)]
+    command = [
+        sys.executable,
+        "-m",
+        "engine.cli",
+        "serve",
+        "--events",
+        "memory",
+        str(bundle_path),
+        "--policies",
+        str(waits),
+    ]
     process = subprocess.Popen([*command, "--address", "127.0.0.1:0", "--json"], stdout=subprocess.PIPE)
 
     def has_handler() -> bool:
@@ -505,6 +535,8 @@ def test_sigterm_while_a_directory_that_is_followed_hangs(
         "engine.cli",
         "serve",
         str(bundles),
+        "--events",
+        "memory",
         "--address",
         "127.0.0.1:0",
         "--json",
@@ -527,7 +559,18 @@ def test_sigterm_while_a_directory_that_is_followed_hangs(
 def test_a_connection_ends_with_its_age_and_no_call_with_it(bundle_path: Path, start_process: Any) -> None:
     """So that clients look the name up anew, and find servers that were added."""
     script = "from engine import cli, server; server.CONNECTION_AGE_S = 0.2; raise SystemExit(cli.main())"
-    command = [sys.executable, "-c", script, "serve", str(bundle_path), "--address", "127.0.0.1:0", "--json"]
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        "serve",
+        "--events",
+        "memory",
+        str(bundle_path),
+        "--address",
+        "127.0.0.1:0",
+        "--json",
+    ]
     with start_process(command) as (process, ready):
         address = json.loads(ready)["address"]
         port = int(address.rpartition(":")[2])

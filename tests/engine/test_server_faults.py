@@ -27,6 +27,7 @@ from engine.client import RecommenderClient, visitor
 from engine.event_store import MemoryEventStore
 from engine.pipeline import RecommendationPipeline
 from protos.trirank.v1 import recommender_pb2 as pb
+from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
 
 WAIT_S = 60
 ROOT = Path(__file__).parents[2]
@@ -64,7 +65,17 @@ sys.exit(main(sys.argv[2:]))
 
 @contextlib.contextmanager
 def bad_ranker(start_process: Any, bundle: Path, log: Path) -> Iterator[tuple[Any, str]]:
-    words = ["serve", str(bundle), "--address", "127.0.0.1:0", "--json", "--num_workers", "2"]
+    words = [
+        "serve",
+        str(bundle),
+        "--events",
+        "memory",
+        "--address",
+        "127.0.0.1:0",
+        "--json",
+        "--num_workers",
+        "2",
+    ]
     begin = log.with_name("begin")
     command = [sys.executable, "-c", BAD_RANKER, str(begin), *words, "--drain_s", "0.1"]
     with log.open("w") as errors, start_process(command, errors) as (process, ready):
@@ -123,6 +134,16 @@ def test_a_ranker_that_throws_finds_nan_and_hangs(
             assert caught.value.code() == Code.DEADLINE_EXCEEDED
             until(lambda: not is_serving(""))
             assert not is_serving("trirank.v1.RecommenderService")
+            # From now on nobody waits in vain. Clients with the service config do not ask any more.
+            stub = pb_grpc.RecommenderServiceStub(channel)
+            for ask, words in (
+                (lambda: stub.Recommend(pb.RecommendRequest(), timeout=WAIT_S), "no worker of this server"),
+                (lambda: hasty.recommend(visitor("loyal")), "backend unhealthy"),
+            ):
+                with pytest.raises(grpc.RpcError) as caught:
+                    ask()
+                assert caught.value.code() == Code.UNAVAILABLE
+                assert words in caught.value.details()
             assert "2 of 2 workers do not come back" in log.read_text()
         process.send_signal(signal.SIGTERM)
         assert process.wait(WAIT_S) == 1
@@ -155,6 +176,12 @@ def test_workers_that_come_back_are_told_of_too(bundle_path: Path) -> None:
     with pytest.raises(SystemExit, match="nobody is left"):
         asyncio.run(watch_workers(Service(), 2, say, give_up=give_up, stuck_s=7, poll_s=0))
     assert said[4:] == [False]
+
+    # Not at once where that is not wanted, and not where one has come back.
+    Service.stuck = iter([2, 2, 1, 2, 2])
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        asyncio.run(watch_workers(Service(), 2, say, give_up=give_up, give_up_s=1e9, stuck_s=7, poll_s=0))
+    assert said[5:] == [False, True, False]
 
 
 # Clocks

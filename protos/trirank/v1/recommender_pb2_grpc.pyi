@@ -7,8 +7,13 @@ Errors: INVALID_ARGUMENT names the field, its value and what is allowed; NOT_FOU
 SimilarItems was asked about and does not have. An unknown user or unknown items in a history are not errors.
 RESOURCE_EXHAUSTED: the server or the caller is at its limit; the trailing metadata says in
 `retry-after-ms` when to come back. UNAUTHENTICATED: the server wants an API key, as
-"authorization: Bearer KEY" or "x-api-key: KEY". UNAVAILABLE: events could not be made safe; send them again.
-`x-request-id` in the trailing metadata names the request in the server's log; a caller may bring its own.
+"authorization: Bearer KEY" or "x-api-key: KEY". UNAVAILABLE: events could not be made safe, or no
+worker comes back; send the same again. `x-request-id` in the trailing metadata names the request in the
+server's log; a caller may bring its own.
+
+Limits: 6 MB a request; 256 characters an id, a value of a filter, and a key or value of a context; 100,000
+events of a history, 10,000 excluded items, 10,000 candidates, 1,000 values of a filter, 64 keys of a context,
+64 overrides, 1,000 recorded events.
 """
 
 from collections import abc as _abc
