@@ -14,7 +14,8 @@
                                 [N] float32), recent_popularity [I+1] int64
       transitions.safetensors   what comes after each item (retrieval/transitions.py), as a sparse matrix of
                                 probabilities: transition_offsets [I+2] int64, transition_rows [N] int32,
-                                transition_weights [N] float32; not there where the events have no order
+                                transition_weights [N] float32; return_rate [1] float32, and where there is
+                                none 0; not there where the events have no order
     and, unless ranker.kind is "none",
       ranker_state.onnx         a history and a context -> the ranker's state (ranking/onnx_scorer.py)
       ranker_scores.onnx        a state and candidates -> scores
@@ -61,6 +62,7 @@ from engine.mapped_arrays import map_arrays
 from ranking.onnx_scorer import OnnxScorer, Provider
 from retrieval.item_index import EXACT_KINDS, ItemIndex
 from retrieval.sparse import SparseRows
+from retrieval.transitions import Transitions
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +110,7 @@ class Bundle:
     item_degrees: NDArray[np.float32]  # [I+1] training users of each item
     content_vectors: NDArray[np.float32]  # [I+1, C] of texts and attributes; row 0 and what has none zeros
     neighbours: SparseRows  # [I+1, I+1]
-    transitions: SparseRows | None  # [I+1, I+1] what comes after each item; None where nothing is known
+    transitions: Transitions | None  # what may come next; None where nothing is known
     recent_popularity: NDArray[np.int64]  # [I+1] training users of each item in the recent window
     users: HistoryStore
     scorer: OnnxScorer | None
@@ -182,9 +184,15 @@ class Bundle:
                     "transition_weights": ((None,), "float32"),
                 },
             )
-            transitions = _sparse_rows(path / TRANSITIONS, "transition", arrays, num_items)
-            if len(transitions.values) and not 0 <= transitions.values.min() <= transitions.values.max() <= 1:
-                raise BundleError(f"{path / TRANSITIONS}: transitions are no probabilities; expected 0 to 1")
+            after = _sparse_rows(path / TRANSITIONS, "transition", arrays, num_items)
+            rates = arrays.get("return_rate", np.zeros(1, np.float32))  # older bundles have none
+            _expect(path / TRANSITIONS, "shape of return_rate", rates.shape, (1,))
+            for values in (after.values, rates):
+                if len(values) and not 0 <= values.min() <= values.max() <= 1:
+                    raise BundleError(
+                        f"{path / TRANSITIONS}: transitions are no probabilities; expected 0 to 1"
+                    )
+            transitions = Transitions(after, float(rates[0]))
         if scorer and ranker_index:
             _expect(path / RANKER_SCORES, "number of items", scorer.num_items, num_items)
             _expect(path / RANKER_INDEX, "number of items", ranker_index.num_items, num_items)

@@ -391,9 +391,10 @@ def export_bundle(
             transitions = training_transitions(train, pipeline["num_neighbours"], data.split.repeats)
             save_file(
                 {
-                    "transition_offsets": transitions.offsets,
-                    "transition_rows": transitions.columns,
-                    "transition_weights": transitions.values,
+                    "transition_offsets": transitions.after.offsets,
+                    "transition_rows": transitions.after.columns,
+                    "transition_weights": transitions.after.values,
+                    "return_rate": np.array([transitions.return_rate], np.float32),
                 },
                 directory / TRANSITIONS,
             )

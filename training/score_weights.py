@@ -83,7 +83,7 @@ def best_weights(
     pairs = [*product(graph_weights, transition_weights), ALONE]
     by_weight = {weight: weighted(queries, items, dim, weight, examples) for weight in {*graph_weights, 0.0}}
     sums = dict.fromkeys(pairs, 0.0)
-    for asked in _asked_at_once(holdout, len(transitions)):
+    for asked in _asked_at_once(holdout, len(transitions.after)):
         questions = holdout.take(asked)
         histories = [history for _, history, _ in questions]
         targets = [target for _, _, target in questions]

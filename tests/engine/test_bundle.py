@@ -312,6 +312,14 @@ def test_parts_that_contradict_each_other(tmp_path: Path, fill: Fill) -> None:
             other_vectors("transition_weights", np.full(115, 1.5, np.float32), "transitions.safetensors"),
             "transitions are no probabilities",
         ),
+        *(
+            (other_vectors("return_rate", np.array(rates, np.float32), "transitions.safetensors"), message)
+            for rates, message in (
+                ([1.5], "transitions are no probabilities"),
+                ([np.nan], "transitions are no probabilities"),
+                ([], r"shape of return_rate is \(0,\); expected \(1,\)"),
+            )
+        ),
         (
             other_vectors("transition_rows", np.full(115, 41, np.int32), "transitions.safetensors"),
             "transitions: columns run from 41 to 41",

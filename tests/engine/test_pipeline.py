@@ -29,6 +29,7 @@ from ranking.context import ContextTable, Encoded
 from ranking.transitions import FLOOR
 from retrieval.fold_in import fold_in
 from retrieval.sources import Candidates
+from retrieval.transitions import Transitions, item_transitions
 
 MakeBundle = Callable[..., Path]
 ALL_SOURCES = ("sequence", "embedding", "neighbours", "popular", "fresh")
@@ -326,6 +327,29 @@ def test_repeats_mean_that_nothing_is_seen(make_bundle: MakeBundle) -> None:
     items, trace = pipeline.recommend(visitor_of(*range(1, 41)), 10)
     assert len(items) == 10
     assert trace.relaxed_rules == []
+
+
+def test_who_returns_finds_what_the_history_holds(make_bundle: MakeBundle) -> None:
+    """As a source, and in the scores: 40 nodes of a ring of which nothing near was touched."""
+    sources = [{"source": "popular", "quota": 0.9}, {"source": "transitions", "quota": 0.1}]
+    path = make_bundle(repeats=True, policy=[], sources=sources, transition_weight=1.0)
+    plain = RecommendationPipeline(Bundle.load(path))
+    assert plain.bundle.transitions is not None
+    nothing = item_transitions(np.zeros(0, np.int32), np.zeros(0, np.int32), 40, k=1)
+    rows = {}
+    for rate in (0.0, 0.3):
+        pipeline = without(plain, transitions=Transitions(nothing, rate))
+        explained = pipeline.recommend(visitor_of(30, 31, 31, 32), 10, explain=True)[1].arrangement
+        rows[rate] = {row: one.transition_score for row, one in explained.explanation.items.items()}
+    assert not any(rows[0.0].values())
+    gained = {row: score for row, score in rows[0.3].items() if score}
+    whole = 2**-0.5 + 3**-0.5 + 4**-0.5
+    assert gained == pytest.approx(
+        {
+            31: np.log1p(0.3 * (2**-0.5 + 3**-0.5) / whole / FLOOR),
+            30: np.log1p(0.3 * 4**-0.5 / whole / FLOOR),
+        }
+    )
 
 
 def test_seen_items_fill_up_last(plain: RecommendationPipeline) -> None:

@@ -98,7 +98,7 @@ def test_train_publishes_one_verified_bundle_and_leaves_logs(shop: Path) -> None
     assert found["scores"]["val_ndcg@10"] >= found["scores"]["val_ndcg@10 of the ranker alone"] > 0
     assert manifest["pipeline"]["graph_weight"] in GRAPH_WEIGHTS
     assert manifest["pipeline"]["transition_weight"] in TRANSITION_WEIGHTS
-    assert len(bundle.transitions.columns) > 100
+    assert len(bundle.transitions.after.columns) > 100
     assert bundle.item_vectors.shape == (101, 16)
     run = min((shop / "runs").iterdir())  # that of the fixture
     for stage in ("retrieval", "ranking", "refit/retrieval", "refit/ranking"):

@@ -28,4 +28,6 @@ def test_events_that_say_not_this_are_no_steps() -> None:
     kinds = np.array([0, NEGATIVE_EVENT, 0, 0], np.uint8)
     log = Interactions(np.ones(4, np.int32), np.array([1, 2, 3, 3], np.int32), kinds, np.arange(4), 1, 3)
     table = training_transitions(log, 10, repeats=False)
-    assert [table.row(item)[0].tolist() for item in range(4)] == [[], [3], [], []]
+    assert [table.after.row(item)[0].tolist() for item in range(4)] == [[], [3], [], []]
+    assert table.return_rate == 0
+    assert training_transitions(log, 10, repeats=True).return_rate > 0
