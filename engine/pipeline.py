@@ -166,6 +166,7 @@ class RecommendationPipeline:
         self.heads: tuple[str, ...] = bundle.scorer.heads if bundle.scorer else ()
         self.head_weights = default_head_weights(bundle)
         self._bonus = TransitionBonus(bundle.catalog.num_items)
+        self._temperature = score_temperature(bundle)
 
     def with_policies(self, policies: Policies) -> RecommendationPipeline:
         """Return a pipeline over the same bundle with other policies; this one stays as it is.
@@ -538,6 +539,7 @@ class RecommendationPipeline:
         """Return the best items by the ranker; without one by the query vector; without that as they are."""
         if self.bundle.scorer:
             scores = self.bundle.scorer.score_states(query.state()[np.newaxis], items.rows[np.newaxis])[0]
+            scores = scores / self._temperature
             if query.transition_weight:
                 scores = scores + self._gained(query, items.rows)
             return items.ordered_by(scores, num_kept)
@@ -549,7 +551,7 @@ class RecommendationPipeline:
 
     def _gained(self, query: Query, rows: NDArray[np.int32]) -> NDArray[np.float32]:
         """Return what it adds to items' scores that they have often come next, [N] float32."""
-        return self._bonus(rows, *query.next_items(), query.transition_weight)
+        return self._bonus(rows, *query.next_items(), query.transition_weight / self._temperature)
 
     def _rerank(
         self,
@@ -667,7 +669,7 @@ def check_settings(pipeline: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"pipeline.{name} is {counts!r}; expected a number from 0 to {MAX_SCORE_WEIGHT}, or null"
             )
-    for name in ("half_life_events", "half_life_days", "popular_window_days"):
+    for name in ("half_life_events", "half_life_days", "popular_window_days", "score_temperature"):
         length = pipeline.get(name)
         if length is not None and not (is_number(length) and length > 0):
             raise ValueError(f"pipeline.{name} is {length!r}; expected a number above 0, or null")
@@ -703,6 +705,12 @@ def transition_weight(bundle: Bundle, head_weights: NDArray[np.float32] | None) 
     if weight is None or bundle.transitions is None:
         return 0.0
     return weight if head_weights is None else weight * float(head_weights.sum())
+
+
+def score_temperature(bundle: Bundle) -> float:
+    """Return what a bundle divides its ranker's scores by, with what adds to them; 1 if it does not say."""
+    temperature: float | None = bundle.manifest["pipeline"].get("score_temperature")
+    return 1.0 if temperature is None else temperature
 
 
 def history_weights(bundle: Bundle, history: History) -> NDArray[np.float32]:

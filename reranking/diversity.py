@@ -161,7 +161,7 @@ class MaxSum(_Trade):
 
     screen: int = setting(10, low=2, high=LAST_PLACE)  # n
     depth: int = setting(5, low=1)  # a screen is chosen from the best depth * n items that are left
-    temperature: float = setting(1.0, above=0)  # 1 for a ranker that was trained with a softmax
+    temperature: float = setting(1.0, above=0)  # 1 for scores that are logarithms of chances, as a bundle's
 
     @property
     def spread(self) -> float:

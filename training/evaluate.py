@@ -30,6 +30,7 @@ from engine.pipeline import (
     Visitor,
     default_head_weights,
     query_vector,
+    score_temperature,
     transition_weight,
 )
 from engine.policies import item_facts
@@ -272,7 +273,7 @@ def ranking_scores(bundle: Bundle, questions: Questions) -> NDArray[np.float32]:
     """Return what a bundle that has a ranker scores all items with when it serves: [Q, I+1] float32.
 
     The ranker in the context of each question, its heads weighed as the bundle does where no request says,
-    and the transitions.
+    and the transitions, all at the bundle's temperature.
     """
     assert bundle.scorer is not None
     wanted = [history.wanted for history in questions.visitor_histories]
@@ -285,7 +286,7 @@ def ranking_scores(bundle: Bundle, questions: Questions) -> NDArray[np.float32]:
     scores[:, 1:] = bundle.scorer.score(history, everything, context, repeated)
     if bundle.transitions is not None and (weight := transition_weight(bundle, weights)):
         scores += np.float32(weight) * bonuses(bundle.transitions, wanted)
-    return scores
+    return scores / score_temperature(bundle)
 
 
 def _ranked(questions: Questions, scores: NDArray[np.float32]) -> _Answers:

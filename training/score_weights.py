@@ -1,5 +1,5 @@
-"""What adds to the ranker's scores, and how much it counts: chosen on validation, both weights together;
-and how much the context counts in the ranker.
+"""What adds to the ranker's scores, and how much it counts: chosen on validation, both weights together; what
+the sum is divided by, for scores to be logarithms of chances; and how much the context counts in the ranker.
 
 The graph's own scores (ranking.fusion.GraphScores), and that an item has often come next
 (ranking/transitions.py). The ranker is trained without either.
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.history import not_asked_for
 from ranking.ranker import HybridRanker
 from training.answers import ranker_scores
 from training.compression import weighted
@@ -25,6 +26,11 @@ from training.transitions import bonuses, training_transitions
 
 GRAPH_WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
 TRANSITION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+TEMPERATURES = tuple(2.0 ** (n / 8) for n in range(-16, 25))  # a quarter to 8
+PRIOR_QUESTIONS = (
+    10  # how much it takes to leave 1: the weight of (ln temperature)^2 beside logarithms of chances
+)
+CHANCES_AMONG = 500  # best items that a page is chosen from
 CONTEXT_STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ALONE = (0.0, 0.0)  # the weights of a ranker without either
 MAX_QUESTIONS = 5000
@@ -40,6 +46,7 @@ class ScoreWeights:
     transitions: float
     metric: float  # METRIC with both
     alone: float  # METRIC of the ranker alone
+    temperature: float = 1.0  # what to divide the sum by
 
     @classmethod
     def read(cls, file: Path) -> ScoreWeights | None:
@@ -64,8 +71,13 @@ def best_weights(
     examples: NDArray[np.float32] | None = None,
     graph_weights: Sequence[float] = GRAPH_WEIGHTS,
     transition_weights: Sequence[float] = TRANSITION_WEIGHTS,
+    temperature: float | None = None,
 ) -> ScoreWeights:
     """Return the weights with the best NDCG@10 on validation, with scores as an export has them.
+
+    And what to divide these by, so that their softmax over the best CHANCES_AMONG items is as likely as can
+    be to choose what was wanted (temperature scaling; Guo et al., "On Calibration of Modern Neural Networks",
+    ICML 2017): weights that rank well make scores that lie too far apart.
 
     Args:
         queries: [N, Q] of a ranker, for each question of `holdout`, uncompressed, with the graph's own part
@@ -78,6 +90,7 @@ def best_weights(
         examples: [M, Q] queries after the histories that an export compresses for; None for `queries`.
         graph_weights: to choose from.
         transition_weights: to choose from.
+        temperature: what to divide by; None looks for it.
     """
     transitions = training_transitions(split.train, k, split.repeats)
     pairs = [*product(graph_weights, transition_weights), ALONE]
@@ -97,7 +110,47 @@ def best_weights(
                     found = mean_accuracy(both, seen, targets, (10,), repeats=split.repeats)
                     sums[pair] += found[METRIC] * len(questions)
     best = max(pairs[:-1], key=lambda pair: (sums[pair], -pair[0], -pair[1]))
-    return ScoreWeights(*best, sums[best] / len(holdout), sums[ALONE] / len(holdout))
+    if temperature is None:
+        chances = Chances()
+        for asked in _asked_at_once(holdout, len(transitions.after)):
+            questions = holdout.take(asked)
+            added = bonuses(transitions, [history.wanted for _, history, _ in questions])
+            scores = by_weight[best[0]][asked] @ items.T + np.float32(best[1]) * added
+            for row, (_, history, target) in zip(scores, questions, strict=True):
+                row[0] = row[not_asked_for(history.items, split.repeats)] = -np.inf
+                chances.add(row, target)
+        temperature = chances.temperature()
+    return ScoreWeights(*best, sums[best] / len(holdout), sums[ALONE] / len(holdout), temperature)
+
+
+class Chances:
+    """How likely scores make what was wanted, at each of TEMPERATURES: a softmax over the best items."""
+
+    def __init__(self) -> None:
+        self._losses: NDArray[np.float64] = PRIOR_QUESTIONS * np.log(TEMPERATURES) ** 2
+
+    def add(self, scores: NDArray[np.float32], targets: NDArray[np.int32]) -> None:
+        """Take what was wanted after a history, where it is among the best CHANCES_AMONG.
+
+        Args:
+            scores: [I+1], -inf for what takes no part.
+            targets: item rows.
+        """
+        best = scores[np.isfinite(scores)].astype(np.float64)
+        if len(best) > CHANCES_AMONG:
+            best = np.partition(best, -CHANCES_AMONG)[-CHANCES_AMONG:]
+        wanted = scores[targets].astype(np.float64)
+        wanted = wanted[wanted >= best.min(initial=np.inf)]
+        if not len(wanted):
+            return
+        top = best.max()
+        for place, temperature in enumerate(TEMPERATURES):
+            whole = np.log(np.exp((best - top) / temperature).sum())
+            self._losses[place] += (whole - (wanted - top) / temperature).sum()
+
+    def temperature(self) -> float:
+        """Return the one of TEMPERATURES that makes it likeliest."""
+        return float(TEMPERATURES[int(self._losses.argmin())])
 
 
 def choose_context_strength(ranker: HybridRanker, split: Split) -> float:

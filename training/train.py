@@ -70,7 +70,13 @@ FOLDS, SCORE_WEIGHTS = "folds.safetensors", "score_weights.json"
 NUM_FOLDS = 5  # of users, by default, where items have fewer events than
 FOLDED_BELOW = 50
 # What of the pipeline's settings decides which weights of scores are best.
-WEIGHED_WITH = ("graph_weight", "transition_weight", "num_neighbours", "half_life_events")
+WEIGHED_WITH = (
+    "graph_weight",
+    "transition_weight",
+    "score_temperature",
+    "num_neighbours",
+    "half_life_events",
+)
 
 DESCRIPTION = """\
 Train both stages on a data set directory and publish a bundle.
@@ -115,6 +121,9 @@ class PipelineOptions:
             what is best on validation, together with transition_weight.
         transition_weight: how much it counts in the ranker's scores that an item has often come next; 0
             where it does not. null: what is best on validation.
+        score_temperature: what the ranker's scores, with what adds to them, are divided by, for their softmax
+            to be chances, which max_sum trades against variety; orders nothing anew. null: what makes
+            validation likeliest.
         popular_window_days: popular is what is popular in the last days of the training data; null, and data
             without times, count all of it.
         policies: what a file of policies holds (docs/policies.md): policies by name, and the default one.
@@ -133,6 +142,7 @@ class PipelineOptions:
     num_neighbours: int = 200
     graph_weight: float | None = None
     transition_weight: float | None = None
+    score_temperature: float | None = None
     popular_window_days: float | None = 30.0
     policies: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(DEFAULT_POLICIES))
 
@@ -350,7 +360,8 @@ def _train_in(
                 weights = choose_weights(ranker, load_file(run / EMBEDDINGS), split, pipeline)
                 weights.write(run / SCORE_WEIGHTS)
                 _say(
-                    f"scores: graph weight {weights.graph:g}, transition weight {weights.transitions:g}; "
+                    f"scores: graph weight {weights.graph:g}, transition weight {weights.transitions:g}, "
+                    f"temperature {weights.temperature:.2g}; "
                     f"val_{METRIC} {weights.metric:.4f} ({weights.alone:.4f} without them)"
                 )
     else:
@@ -375,7 +386,11 @@ def _train_in(
     learned = load_file(vectors)
     if ranker is not None and weights is not None:
         add_graph_scores(ranker, learned, weights.graph, pipeline.get("half_life_events"))
-        pipeline = pipeline | {"graph_weight": weights.graph, "transition_weight": weights.transitions}
+        pipeline = pipeline | {
+            "graph_weight": weights.graph,
+            "transition_weight": weights.transitions,
+            "score_temperature": weights.temperature,
+        }
         metrics["scores"] = {
             f"val_{METRIC}": weights.metric,
             f"val_{METRIC} of the ranker alone": weights.alone,
@@ -400,7 +415,8 @@ def _train_in(
 def choose_weights(
     ranker: HybridRanker, vectors: Mapping[str, Any], split: Split, pipeline: Mapping[str, Any]
 ) -> ScoreWeights:
-    """Return how much adds to a ranker's scores: what the recipe says, and else what is best on validation.
+    """Return how much adds to a ranker's scores, and what divides them: what the recipe says, and else what
+    is best on validation.
 
     Args:
         ranker: fitted to `split.train`, in evaluation mode.
@@ -421,6 +437,7 @@ def choose_weights(
         examples=queries_of_all_heads(ranker, compressed_for(split.train)),
         graph_weights=GRAPH_WEIGHTS if graph is None else (graph,),
         transition_weights=TRANSITION_WEIGHTS if transitions is None else (transitions,),
+        temperature=pipeline.get("score_temperature"),
     )
 
 

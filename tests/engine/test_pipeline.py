@@ -194,6 +194,14 @@ def test_what_has_often_come_next_is_found_and_stands_higher(make_bundle: MakeBu
     unranked = without(pipeline, scorer=None, ranker_index=None)
     reasons = unranked.recommend(visitor, 10, explain=True)[1].arrangement.explanation.items
     assert {one.transition_score for one in reasons.values()} == {None}
+    # A temperature divides all of it, and orders nothing anew.
+    cooler = without(pipeline, manifest=_with_settings(pipeline.bundle, score_temperature=4.0))
+    again, trace = cooler.recommend(visitor, 10, explain=True)
+    assert again.rows.tolist() == items.rows.tolist()
+    np.testing.assert_allclose(again.scores, items.scores / 4, rtol=1e-5)
+    for row in items.rows.tolist():
+        gained = trace.arrangement.explanation.items[row].transition_score
+        assert gained == pytest.approx((expected[row] - ranker[row]) / 4, rel=1e-4)
 
 
 def _with_settings(bundle: Bundle, **settings: Any) -> dict[str, Any]:
@@ -290,6 +298,7 @@ def test_settings_out_of_range(name: str, value: int) -> None:
             "event_weights.purchase is -1; expected a number of at least 0",
         ),
         ({"half_life_events": 0}, "half_life_events is 0; expected a number above 0, or null"),
+        ({"score_temperature": 0}, "score_temperature is 0; expected a number above 0, or null"),
         ({"transition_weight": -1}, "transition_weight is -1; expected a number from 0 to 10, or null"),
         ({"graph_weight": 11}, "graph_weight is 11; expected a number from 0 to 10, or null"),
         ({"half_life_days": float("nan")}, "half_life_days is nan"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,14 @@ import pytest
 from training import score_weights
 from training.data.interactions import Interactions
 from training.data.splits import Holdout, Split
-from training.score_weights import GRAPH_WEIGHTS, TRANSITION_WEIGHTS, ScoreWeights, best_weights, questions_of
+from training.score_weights import (
+    GRAPH_WEIGHTS,
+    TRANSITION_WEIGHTS,
+    Chances,
+    ScoreWeights,
+    best_weights,
+    questions_of,
+)
 
 NUM_ITEMS = 30
 
@@ -33,7 +41,7 @@ ELSEWHERE = split_of(lambda last: NUM_ITEMS)  # as they do not
 
 
 def choose(
-    monkeypatch: pytest.MonkeyPatch, split: Split, of_ranker: int, of_graph: int, **weights: tuple[float, ...]
+    monkeypatch: pytest.MonkeyPatch, split: Split, of_ranker: int, of_graph: int, **options: Any
 ) -> ScoreWeights:
     monkeypatch.setattr(score_weights, "SCORES_AT_ONCE", 1000)  # several blocks
     holdout = questions_of(split)
@@ -42,7 +50,7 @@ def choose(
     items = np.zeros((NUM_ITEMS + 1, 3), np.float32)
     items[of_ranker, 0] = items[of_graph, 2] = 1
     queries = np.tile(np.array([1, 0, 1], np.float32), (len(holdout), 1))
-    return best_weights(queries, items, 2, holdout, split, 10, **weights)
+    return best_weights(queries, items, 2, holdout, split, 10, **options)
 
 
 def test_a_ranker_that_knows_nothing_needs_transitions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +61,11 @@ def test_a_ranker_that_knows_nothing_needs_transitions(monkeypatch: pytest.Monke
 
 
 def test_one_that_knows_better_needs_neither(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose(monkeypatch, ELSEWHERE, NUM_ITEMS, 1) == ScoreWeights(0, 0, 1.0, 1.0)
+    chosen = choose(monkeypatch, ELSEWHERE, NUM_ITEMS, 1)
+    assert (chosen.graph, chosen.transitions, chosen.metric, chosen.alone) == (0, 0, 1.0, 1.0)
+    # Sure as it may be; it says 1 where it could say more.
+    assert chosen.temperature < 0.5
+    assert choose(monkeypatch, ELSEWHERE, NUM_ITEMS, 1, temperature=1.5).temperature == 1.5
 
 
 def test_the_graph_counts_where_it_knows_better(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,9 +83,38 @@ def test_what_the_recipe_says_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> 
     assert given.alone < 0.3 < 0.9 < given.metric
 
 
+@pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
+def test_scores_that_lie_too_far_apart_are_brought_together(factor: float) -> None:
+    """What is drawn with chances of softmax(s) is likeliest at a temperature of f for scores of f * s."""
+    rng = np.random.default_rng(0)
+    chances = Chances()
+    for _ in range(3000):
+        scores = rng.standard_normal(31) * 2
+        scores[:3] = -np.inf
+        among = np.exp(scores) / np.exp(scores).sum()
+        target = rng.choice(31, size=1, p=among).astype(np.int32)
+        chances.add((factor * scores).astype(np.float32), target)
+    assert chances.temperature() == pytest.approx(factor, rel=0.1)
+
+
+def test_chances_are_those_of_the_best_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score_weights, "CHANCES_AMONG", 2)
+    chances = Chances()
+    for _ in range(1000):
+        chances.add(np.array([-np.inf, 5, 4, 3, 2], np.float32), np.array([3], np.int32))
+    assert chances.temperature() == 1  # it was never among them: nothing is known
+    for target in [1] * 731 + [2] * 269:  # as a softmax over these two says
+        chances.add(np.array([-np.inf, 5, 4, 3, 2], np.float32), np.array([target], np.int32))
+    assert chances.temperature() == 1
+    few = Chances()
+    few.add(np.array([-np.inf, 5, 4], np.float32), np.array([2], np.int32))
+    assert few.temperature() < 1.2  # one question says little
+    chances.add(np.full(5, -np.inf, np.float32), np.array([3], np.int32))
+
+
 def test_they_are_kept_for_a_run_that_goes_on(tmp_path: Path) -> None:
     file = tmp_path / "weights.json"
     assert ScoreWeights.read(file) is None
-    chosen = ScoreWeights(0.1, 0.5, 0.3, 0.2)
+    chosen = ScoreWeights(0.1, 0.5, 0.3, 0.2, 2.0)
     chosen.write(file)
     assert ScoreWeights.read(file) == chosen
