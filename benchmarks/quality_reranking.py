@@ -260,7 +260,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="The data set directory it was trained on.")
     parser.add_argument("--max_users", type=int, default=None, help="Ask a fixed random part of the users.")
     parser.add_argument("--over", type=Over, default="graph", help="Vectors that say what is alike.")
-    parser.add_argument("--temperature", type=float, default=1.15, help="Of max_sum's softmax.")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="Of max_sum's softmax, beside the bundle's."
+    )
     parser.add_argument(
         "--json", type=str, default=None, help="File for all figures; - for stdout, no table."
     )

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import grpc
 
-from engine.messages import MAX_MESSAGE_BYTES
+from engine.messages import MAX_ANSWER_BYTES, MAX_MESSAGE_BYTES
 from protos.trirank.v1 import recommender_pb2 as pb
 from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
 
@@ -312,7 +312,7 @@ def _options(num_channels: int) -> list[tuple[str, Any]]:
     if num_channels < 1:
         raise ValueError(f"num_channels is {num_channels}; expected at least 1")
     return [
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.service_config", SERVICE_CONFIG.read_text(encoding="utf-8")),
         # Channels of equal options to one address would share one connection.

@@ -28,6 +28,7 @@ MAGIC = b"TRE\x01"
 HEADER = struct.Struct("<4sII")
 MAX_PAYLOAD_BYTES = 64 << 20
 SEGMENT_NAME = re.compile(r"(\d{8})\.(log|snapshot)")
+DRAFT_NAME = re.compile(r"\d{8}\.tmp")  # of a snapshot
 
 
 class LogInUseError(ValueError):
@@ -194,7 +195,7 @@ class EventLog:
         newest = self._snapshot_number()
         for path in self.directory.iterdir():
             match = SEGMENT_NAME.fullmatch(path.name)
-            if path.suffix == ".tmp" or (match and int(match[1]) < newest):
+            if DRAFT_NAME.fullmatch(path.name) or (match and int(match[1]) < newest):
                 path.unlink()
                 if match and match[2] == "log":
                     self._ended_bytes.pop(int(match[1]), None)

@@ -96,9 +96,9 @@ async def _load_policies(
                 break
     except (PolicyError, OSError) as error:
         return asked, _say_once(f"the policies in use stay: {error}", said)
-    except Exception:
-        logger.exception("the policies in use stay")
-        return asked, said
+    except Exception as error:  # noqa: BLE001  # whatever it is, the policies in use stay
+        said = _say_once(f"the policies in use stay: {error!r}", said, with_traceback=True)
+        return () if _may_pass(error) else asked, said
     service.pipelines, service.policies = after, loaded
     log_policies(service.pipeline, str(policies.path))
     return None, ""
@@ -117,8 +117,8 @@ async def follow_keys(service: Service, keys: KeyFile, hangup: asyncio.Event, po
             service.keys = await _apart(keys.load)
         except KeyFileError as error:
             said = _say_once(f"the API keys in use stay: {error}", said)
-        except Exception:
-            logger.exception("the API keys in use stay")
+        except Exception as error:  # noqa: BLE001  # likewise
+            said = _say_once(f"the API keys in use stay: {error!r}", said, with_traceback=True)
         else:
             said = ""
             logger.info("API keys of %s: %d", keys.path, len(service.keys))
@@ -373,6 +373,7 @@ async def _changes(changed: Callable[[], bool], hangup: asyncio.Event, poll_s: f
         except Exception as error:  # noqa: BLE001  # such as no thread that could be started: it may pass
             said = _say_once(f"files could not be looked at: {error}", said, with_traceback=True)
             continue
+        said = ""
         if is_due:
             hangup.clear()
             yield

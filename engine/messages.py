@@ -33,6 +33,7 @@ MAX_CHARACTERS = 256  # of an id, a filter value, a context key or value
 MAX_MESSAGE_BYTES = 6 << 20  # a history of 100,000 events takes 3 to 5 MB
 
 
+MAX_ANSWER_BYTES = 16 << 20  # that clients take: 10,000 items with long titles
 VISITOR_KINDS = {kind: pb.VisitorKind.Value(f"VISITOR_KIND_{kind.name}") for kind in VisitorKind}
 Request = TypeVar("Request", bound=Message)
 Written = RepeatedCompositeFieldContainer[pb.ScoredItem]

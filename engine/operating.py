@@ -72,6 +72,7 @@ def serve(argv: list[str]) -> int:
     """Answer gRPC requests from a bundle until SIGTERM or SIGINT."""
     args = _serve_parser().parse_args(argv)
     args.redis_url = args.redis_url or os.environ.get(REDIS_URL)
+    args.events = MEMORY if args.events is None else args.events  # as option files of before have it
     worker = told()
     if args.json_logs:
         log_as_json(fields={"worker": worker.number} if worker else None)

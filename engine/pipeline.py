@@ -166,7 +166,6 @@ class RecommendationPipeline:
         self.heads: tuple[str, ...] = bundle.scorer.heads if bundle.scorer else ()
         self.head_weights = default_head_weights(bundle)
         self._bonus = TransitionBonus(bundle.catalog.num_items)
-        self._temperature = score_temperature(bundle)
 
     def with_policies(self, policies: Policies) -> RecommendationPipeline:
         """Return a pipeline over the same bundle with other policies; this one stays as it is.
@@ -417,7 +416,8 @@ class RecommendationPipeline:
 
         weights = history_weights(self.bundle, visitor.history)
         counts = transition_weight(self.bundle, weights_of_heads)
-        return Query(visitor.history.wanted, weights, state, moment, what_comes_next, counts)
+        divisor = score_temperature(self.bundle, weights_of_heads)
+        return Query(visitor.history.wanted, weights, state, moment, what_comes_next, counts, divisor)
 
     # The stages.
 
@@ -539,7 +539,7 @@ class RecommendationPipeline:
         """Return the best items by the ranker; without one by the query vector; without that as they are."""
         if self.bundle.scorer:
             scores = self.bundle.scorer.score_states(query.state()[np.newaxis], items.rows[np.newaxis])[0]
-            scores = scores / self._temperature
+            scores = scores / query.temperature
             if query.transition_weight:
                 scores = scores + self._gained(query, items.rows)
             return items.ordered_by(scores, num_kept)
@@ -551,7 +551,7 @@ class RecommendationPipeline:
 
     def _gained(self, query: Query, rows: NDArray[np.int32]) -> NDArray[np.float32]:
         """Return what it adds to items' scores that they have often come next, [N] float32."""
-        return self._bonus(rows, *query.next_items(), query.transition_weight / self._temperature)
+        return self._bonus(rows, *query.next_items(), query.transition_weight / query.temperature)
 
     def _rerank(
         self,
@@ -707,10 +707,17 @@ def transition_weight(bundle: Bundle, head_weights: NDArray[np.float32] | None) 
     return weight if head_weights is None else weight * float(head_weights.sum())
 
 
-def score_temperature(bundle: Bundle) -> float:
-    """Return what a bundle divides its ranker's scores by, with what adds to them; 1 if it does not say."""
+def score_temperature(bundle: Bundle, head_weights: NDArray[np.float32] | None) -> float:
+    """Return what a bundle divides its ranker's scores by, with what adds to them; 1 if it does not say.
+
+    Args:
+        bundle: whose settings say it for heads whose weights sum to 1.
+        head_weights: [1, heads] that the scores are summed with; None for one head.
+    """
     temperature: float | None = bundle.manifest["pipeline"].get("score_temperature")
-    return 1.0 if temperature is None else temperature
+    if temperature is None:
+        return 1.0
+    return temperature if head_weights is None else temperature * float(head_weights.sum())
 
 
 def history_weights(bundle: Bundle, history: History) -> NDArray[np.float32]:

@@ -28,7 +28,8 @@ class Watched(Generic[T]):
         try:
             return self._read()
         except Exception as error:
-            if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
+            short = (OSError, MemoryError)
+            if isinstance(error, short) or isinstance(error.__cause__, short):
                 self._loaded = None  # what cannot be read now may be later
             raise
 

@@ -33,6 +33,7 @@ class Query:
     # -> [N] items that may come next, ascending, and how likely each is [N] (see retrieval.transitions)
     next_items: Callable[[], tuple[NDArray[np.int32], NDArray[np.float32]]]
     transition_weight: float = 0.0  # how much that counts in the ranker's scores
+    temperature: float = 1.0  # what the sum of both is divided by
 
 
 @dataclass(frozen=True)

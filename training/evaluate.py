@@ -286,7 +286,7 @@ def ranking_scores(bundle: Bundle, questions: Questions) -> NDArray[np.float32]:
     scores[:, 1:] = bundle.scorer.score(history, everything, context, repeated)
     if bundle.transitions is not None and (weight := transition_weight(bundle, weights)):
         scores += np.float32(weight) * bonuses(bundle.transitions, wanted)
-    return scores / score_temperature(bundle)
+    return scores / score_temperature(bundle, weights)
 
 
 def _ranked(questions: Questions, scores: NDArray[np.float32]) -> _Answers:

@@ -50,8 +50,9 @@ class ScoreWeights:
 
     @classmethod
     def read(cls, file: Path) -> ScoreWeights | None:
-        """Return what a run has chosen before; None where it has not."""
-        return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+        """Return what a run has chosen before; None where it has not, or by a version that knew less."""
+        told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return cls(**told) if "temperature" in told else None
 
     def write(self, file: Path) -> None:
         """Keep it for a run that goes on."""

@@ -36,6 +36,13 @@ def test_what_was_appended_comes_back_in_order(tmp_path: Path) -> None:
     assert replayed(tmp_path / "new") == []
 
 
+def test_what_others_keep_there_stays(tmp_path: Path) -> None:
+    for name in ("mine.tmp", "notes.txt", "00000001.tmp"):
+        (tmp_path / name).touch()
+    write(tmp_path, [b"a"])
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.tmp", "notes.txt", "00000001.log", "lock"}
+
+
 def test_a_full_segment_is_followed_by_the_next(tmp_path: Path) -> None:
     records = [bytes([number]) * 30 for number in range(10)]
     write(tmp_path, *([record] for record in records), max_segment_bytes=100)

@@ -616,6 +616,14 @@ def test_options_that_cannot_be_are_found_before_anything_else(
         assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
+def test_option_files_of_before_had_no_directory(
+    bundle_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "options.yaml").write_text("events: null\n")
+    code, err = checked(capsys, bundle_path, "--config", tmp_path / "options.yaml")
+    assert (code, "events: in memory alone" in err) == (0, True)
+
+
 def test_the_redis_url_may_come_from_the_environment(
     bundle_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ from engine.pipeline import (
     check_settings,
     history_weights,
     query_vector,
+    score_temperature,
 )
 from engine.trace import VisitorKind
 from ranking.context import ContextTable, Encoded
@@ -202,6 +203,15 @@ def test_what_has_often_come_next_is_found_and_stands_higher(make_bundle: MakeBu
     for row in items.rows.tolist():
         gained = trace.arrangement.explanation.items[row].transition_score
         assert gained == pytest.approx((expected[row] - ranker[row]) / 4, rel=1e-4)
+
+
+def test_the_temperature_grows_with_the_weights_of_heads(pipeline: RecommendationPipeline) -> None:
+    """As scores, which are sums over heads, do."""
+    weights = np.array([[1, 3]], np.float32)
+    assert score_temperature(pipeline.bundle, weights) == 1
+    bundle = without(pipeline, manifest=_with_settings(pipeline.bundle, score_temperature=2.0)).bundle
+    assert score_temperature(bundle, None) == 2
+    assert score_temperature(bundle, weights) == 8
 
 
 def _with_settings(bundle: Bundle, **settings: Any) -> dict[str, Any]:

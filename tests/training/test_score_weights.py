@@ -118,3 +118,6 @@ def test_they_are_kept_for_a_run_that_goes_on(tmp_path: Path) -> None:
     chosen = ScoreWeights(0.1, 0.5, 0.3, 0.2, 2.0)
     chosen.write(file)
     assert ScoreWeights.read(file) == chosen
+    # A version before looked for no temperature, and knew other transitions.
+    file.write_text('{"graph": 0.1, "transitions": 3.0, "metric": 0.3, "alone": 0.2}')
+    assert ScoreWeights.read(file) is None
