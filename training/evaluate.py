@@ -92,7 +92,7 @@ def evaluate(
     manifest = bundle.manifest
     pipeline = RecommendationPipeline(bundle, policies.load() if policies else None)
     chosen = pipeline.policy(policy)
-    parts = target_slices(split.train, holdout) if slices else {}
+    parts = target_slices(split.train, holdout, repeats=split.repeats) if slices else {}
     num_trained = len(np.unique(split.train.users))
     answers_of: dict[str, Callable[[Questions], _Answers]] = {
         "popularity": lambda q: _ranked(q, _popularity_scores(bundle, q)),
@@ -425,8 +425,8 @@ def _print_slices(results: dict[str, Any], title: str, console: Console) -> None
             first = (name, f"{found['num_users']:,}") if not place else ("", "")
             table.add_row(*first, stage, *cells, end_section=place == len(results["stages"]) - 1)
     console.print(table)
-    for name, definition in DEFINITIONS.items():
-        console.print(f"{name}: {definition}", highlight=False)
+    for name in results["slices"]:
+        console.print(f"{name}: {DEFINITIONS[name]}", highlight=False)
     asked = {name: results["slices"][name]["num_targets"] for name in BY_ITEM}
     asked_share = asked["head items"] / max(sum(asked.values()), 1)
     for stage, share in results["head_share"].items():
@@ -476,7 +476,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--slices",
         action="store_true",
-        help="Measure slices too: new users, short histories, new items, tail and head items.",
+        help="Measure slices too: new users, short histories, new items, tail and head items; and, where "
+        "users return to items, returns and discoveries.",
     )
     options = parser.parse_args(argv)
     try:

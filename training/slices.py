@@ -25,18 +25,22 @@ DEFINITIONS = {
     "new items": "targets without a training event",
     "tail items": f"targets among the least popular items that make {TAIL_SHARE:.0%} of the training events",
     "head items": "targets among all other items with a training event",
+    "returns": "targets that the user knows, where users return to what they know",
+    "discoveries": "targets that the user does not know, there",
 }
-
 
 BY_ITEM = ("new items", "tail items", "head items")  # every target is in one of them
 
 
-def target_slices(train: Interactions, holdout: Holdout) -> dict[str, NDArray[np.bool_]]:
+def target_slices(
+    train: Interactions, holdout: Holdout, *, repeats: bool = False
+) -> dict[str, NDArray[np.bool_]]:
     """Return which targets are in each slice of DEFINITIONS: {name: [M] bool}, like holdout.targets.
 
     Args:
         train: what the model has learned from.
         holdout: the questions.
+        repeats: whether users return to items that they know; without that there are no slices of returns.
     """
     # A question's property is one of all its targets.
     num_targets = np.diff(holdout.target_offsets)
@@ -44,13 +48,18 @@ def target_slices(train: Interactions, holdout: Holdout) -> dict[str, NDArray[np
     history_length = holdout.ends - holdout.events.offsets[holdout.users]
     popularity = train.item_counts()[holdout.targets]
     highest = tail_popularity(train.item_counts())
-    return {
+    slices = {
         "new users": np.repeat(num_trained == 0, num_targets),
         "short histories": np.repeat(history_length < SHORT_HISTORY, num_targets),
         "new items": popularity == 0,
         "tail items": (popularity > 0) & (popularity <= highest),
         "head items": popularity > highest,
     }
+    if repeats:
+        known = [np.isin(targets, history.items) for _, history, targets in holdout]
+        returns = np.concatenate([np.zeros(0, np.bool_), *known])
+        slices |= {"returns": returns, "discoveries": ~returns}
+    return slices
 
 
 def tail_popularity(counts: NDArray[np.int64]) -> int:

@@ -1,5 +1,7 @@
 """Slices of the questions, worked out by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -47,6 +49,15 @@ def test_each_target_is_in_its_slices():
         "tail items": [False, True, False, False],
         "head items": [False, False, False, True],
     }
+    # Where users return to what they know: user 2 has items 1 and 2, user 3 nothing.
+    holdout = dataclasses.replace(holdout, targets=np.array([6, 2, 6, 1], np.int32))
+    found |= {
+        name: mask.tolist()
+        for name, mask in target_slices(train, holdout, repeats=True).items()
+        if name not in found
+    }
+    assert found["returns"] == [False, True, False, False]
+    assert found["discoveries"] == [True, False, True, True]
     assert list(found) == list(DEFINITIONS)
 
 
