@@ -25,8 +25,8 @@ from training.metrics import mean_accuracy
 from training.transitions import bonuses, training_transitions
 
 GRAPH_WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
-TRANSITION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
-TEMPERATURES = tuple(2.0 ** (n / 8) for n in range(-16, 25))  # a quarter to 8
+TRANSITION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
+TEMPERATURES = tuple(2.0 ** (n / 8) for n in range(-16, 41))  # a quarter to 32
 PRIOR_QUESTIONS = (
     10  # how much it takes to leave 1: the weight of (ln temperature)^2 beside logarithms of chances
 )
