@@ -532,8 +532,8 @@ def test_heads_are_weighed_by_the_recipe_and_by_each_request(shop: Path, tmp_pat
 
     by_head = np.stack([scores(**{name: 1.0}) for name in pipeline.heads])
     assert np.abs(by_head[0] - by_head[2]).max() > 1e-3
-    np.testing.assert_allclose(scores(), by_head[0] + 2 * by_head[2], atol=1e-4)
-    np.testing.assert_allclose(scores(click=0.5, purchase=3), by_head.T @ [0, 0.5, 3], atol=1e-4)
+    np.testing.assert_allclose(scores(), (by_head[0] + 2 * by_head[2]) / 3, atol=1e-4)
+    np.testing.assert_allclose(scores(click=0.5, purchase=3), by_head.T @ [0, 0.5, 3] / 3.5, atol=1e-4)
     found = evaluate(bundle, shop / "data", max_users=40, stages=("ranking", "slate"))
     plain = served_with(bundle, rules=False)
     slates = evaluate(plain, shop / "data", max_users=40, stages=("slate",))

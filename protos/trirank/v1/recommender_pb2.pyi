@@ -272,7 +272,8 @@ class RecommendRequest(_message.Message):
     @_builtins.property
     def head_weights(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """What counts how much, where the ranker scores for several kinds of events: {"next": 1, "purchase": 3}. 0 to
-        100 each and not all 0; names that are left out count 0. Empty means the bundle's own weights.
+        100 each and not all 0; names that are left out count 0. Empty means the bundle's own weights. The score is
+        the weighted mean.
         """
 
     def __init__(
