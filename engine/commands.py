@@ -209,7 +209,8 @@ def _add_visitor_arguments(parser: ArgumentParser) -> None:
         type=str,
         nargs="+",
         default=[],
-        help="what the score is the weighted mean of, where the ranker has heads: --head_weights next=1 purchase=3",
+        help="what the score is the mean of, weighed, where the ranker has heads: "
+        "--head_weights next=1 purchase=3",
     )
 
 
