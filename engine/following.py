@@ -31,6 +31,7 @@ from engine.pipeline import RecommendationPipeline, Visitor
 from engine.policy_files import PolicyFiles
 from engine.telemetry import Metrics
 from engine.variants import OTHER
+from engine.watched import is_shortage
 from reranking.policy import Policies, PolicyError
 
 P = ParamSpec("P")
@@ -193,8 +194,7 @@ def _may_pass(error: Exception) -> bool:
     It could not be read, there was no memory, or (RuntimeError) no thread could be started. What a library
     says of a file it says in a RuntimeError too, but that is the cause of a BundleError.
     """
-    short = (OSError, MemoryError)
-    return isinstance(error, (*short, RuntimeError)) or isinstance(error.__cause__, short)
+    return isinstance(error, RuntimeError) or is_shortage(error)
 
 
 def _what_waits(service: Service, root: Path, said: str | None) -> str | None:

@@ -172,7 +172,7 @@ class Parser:
             message: gets the fields.
 
         Raises:
-            ValueError: it is not JSON, not of that charset, or has other fields.
+            ValueError, json_format.ParseError: it is not JSON, not of that charset, or has other fields.
             TooManyWaitError: it is large, and MAX_WAITING others wait.
         """
         if len(body) <= LARGE_BYTES:

@@ -8,6 +8,12 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
+def is_shortage(error: Exception) -> bool:
+    """Return whether it could not be read, or there was no memory for it: it may be good all the same."""
+    short = (OSError, MemoryError)
+    return isinstance(error, short) or isinstance(error.__cause__, short)
+
+
 class Watched(Generic[T]):
     """Reads something, and tells when it is to be read again."""
 
@@ -28,8 +34,7 @@ class Watched(Generic[T]):
         try:
             return self._read()
         except Exception as error:
-            short = (OSError, MemoryError)
-            if isinstance(error, short) or isinstance(error.__cause__, short):
+            if is_shortage(error):
                 self._loaded = None  # what cannot be read now may be later
             raise
 

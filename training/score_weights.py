@@ -27,9 +27,7 @@ from training.transitions import bonuses, training_transitions
 GRAPH_WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
 TRANSITION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 TEMPERATURES = tuple(2.0 ** (n / 8) for n in range(-16, 41))  # a quarter to 32
-PRIOR_QUESTIONS = (
-    10  # how much it takes to leave 1: the weight of (ln temperature)^2 beside logarithms of chances
-)
+PRIOR_QUESTIONS = 10  # weight of (ln temperature)^2 beside logarithms of chances: what it takes to leave 1
 CHANCES_AMONG = 500  # best items that a page is chosen from
 CONTEXT_STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ALONE = (0.0, 0.0)  # the weights of a ranker without either
@@ -144,10 +142,9 @@ class Chances:
         wanted = wanted[wanted >= best.min(initial=np.inf)]
         if not len(wanted):
             return
-        top = best.max()
-        for place, temperature in enumerate(TEMPERATURES):
-            whole = np.log(np.exp((best - top) / temperature).sum())
-            self._losses[place] += (whole - (wanted - top) / temperature).sum()
+        top, temperatures = best.max(), np.array(TEMPERATURES)[:, np.newaxis]
+        whole = np.log(np.exp((best - top) / temperatures).sum(axis=1, keepdims=True))
+        self._losses += (whole - (wanted - top) / temperatures).sum(axis=1)
 
     def temperature(self) -> float:
         """Return the one of TEMPERATURES that makes it likeliest."""

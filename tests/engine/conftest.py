@@ -45,6 +45,7 @@ from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
 from ranking.onnx_scorer import write_models
 from retrieval.item_index import ItemIndex
 from retrieval.sparse import SparseRows
+from tests.engine.command import SERVE
 
 ROOT = Path(__file__).parents[2]
 DIM = 8
@@ -307,18 +308,7 @@ def bundle_path(make_bundle: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def server_address(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real server, as `trirank serve` starts it, in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "engine.cli",
-        "serve",
-        str(bundle_path),
-        "--events",
-        "memory",
-        "--address",
-        "127.0.0.1:0",
-        "--json",
-    ]
+    command = [*SERVE, str(bundle_path), "--address", "127.0.0.1:0", "--json"]
     log = tmp_path_factory.mktemp("server") / "stderr.txt"
     with log.open("w") as errors, start(command, errors) as (process, ready):
         assert ready, f"the server did not start:\n{log.read_text()}"

@@ -26,6 +26,7 @@ from engine.bundle import MANIFEST, Bundle, BundleError, bundles_in, write_bundl
 from engine.client import RecommenderClient, visitor
 from engine.event_store import LocalEventStore
 from protos.trirank.v1 import recommender_pb2 as pb
+from tests.engine.command import SERVE
 
 WAIT_S = 60
 ROOT = Path(__file__).parents[2]
@@ -170,18 +171,7 @@ def test_undamaged_it_is_served(bundle_path: Path) -> None:
 
 @contextlib.contextmanager
 def running(start_process: Any, log: Path, *words: str) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
-    command = [
-        sys.executable,
-        "-m",
-        "engine.cli",
-        "serve",
-        "--events",
-        "memory",
-        *words,
-        "--address",
-        "127.0.0.1:0",
-        "--json",
-    ]
+    command = [*SERVE, *words, "--address", "127.0.0.1:0", "--json"]
     with (
         log.open("a") as errors,
         start_process([*command, "--metrics", "127.0.0.1:0"], errors) as (process, ready),

@@ -35,6 +35,7 @@ from engine.pipeline import RecommendationPipeline
 from engine.tls import TlsError, client_credentials, server_tls
 from engine.workers import ListenError
 from protos.trirank.v1 import recommender_pb2 as pb
+from tests.engine.command import SERVE
 
 WAIT_S = 60
 
@@ -64,7 +65,7 @@ def serving(start_process: Any, tmp_path_factory: pytest.TempPathFactory) -> Cal
     def serving(bundle: Path, *options: str) -> Iterator[Running]:
         log = tmp_path_factory.mktemp("server") / "log.txt"
         words = [str(bundle), "--address", "127.0.0.1:0", "--json", *options]
-        command = [sys.executable, "-m", "engine.cli", "serve", "--events", "memory", *words]
+        command = [*SERVE, *words]
         with log.open("w") as errors, start_process(command, errors) as (process, ready):
             assert ready, log.read_text()
             said = json.loads(ready)
@@ -352,17 +353,7 @@ def test_the_log_is_json_and_names_requests(guarded: tuple[Running, str]) -> Non
 
 
 def test_an_error_is_a_line_of_the_log(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "engine.cli",
-        "serve",
-        "--events",
-        "memory",
-        str(tmp_path / "none"),
-        "--json_logs",
-        "true",
-    ]
+    command = [*SERVE, str(tmp_path / "none"), "--json_logs", "true"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     last = [json.loads(line) for line in done.stderr.splitlines()][-1]

@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from engine.event_store import LocalEventStore, encode
 from engine.events import Recorded, StoreUnavailableError, UserEvent
 from engine.redis_events import RedisEventStore
 from protos.trirank.v1 import recommender_pb2 as pb
+from tests.engine.command import SERVE
 
 SERVER = shutil.which("redis-server")
 WAIT_S = 60
@@ -509,7 +509,7 @@ def test_a_server_whose_redis_goes_and_comes_back(
         "--events",
         str(tmp_path / "events"),
     ]
-    command = [sys.executable, "-m", "engine.cli", "serve", "--events", "memory", str(bundle_path), *words]
+    command = [*SERVE, str(bundle_path), *words]
     log = tmp_path / "log.txt"
     stored = redis.Redis(port=server.port)
     with log.open("w") as errors, start_process(command, errors) as (process, ready):

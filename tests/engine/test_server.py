@@ -32,6 +32,7 @@ from engine.policy_files import PolicyFiles
 from engine.server import RecommenderService, recommend
 from protos.trirank.v1 import recommender_pb2 as pb
 from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
+from tests.engine.command import SERVE
 
 SERVICE = "trirank.v1.RecommenderService"
 WAIT_S = 60  # far beyond what any call here takes
@@ -305,7 +306,7 @@ def test_policies_are_loaded_again(bundle_path: Path, start_process: Any, tmp_pa
     file, log = tmp_path / "policies.yaml", tmp_path / "stderr.txt"
     file.write_text(HOME)
     address = ["--address", "127.0.0.1:0", "--json", "--policies", str(tmp_path)]
-    command = [sys.executable, "-m", "engine.cli", "serve", "--events", "memory", str(bundle_path), *address]
+    command = [*SERVE, str(bundle_path), *address]
     with log.open("w") as errors, start_process(command, errors) as (process, ready):
         assert ready, log.read_text()
         with RecommenderClient(json.loads(ready)["address"], timeout_s=WAIT_S) as client:
@@ -409,17 +410,7 @@ def test_a_newer_bundle_is_not_lost_to_newer_policies(bundle_path: Path, tmp_pat
 def test_serve_refuses_wrong_policies(bundle_path: Path, tmp_path: Path) -> None:
     file = tmp_path / "policies.yaml"
     file.write_text("policies: {home: {rules: [{rule: drop_sen}]}}")
-    command = [
-        sys.executable,
-        "-m",
-        "engine.cli",
-        "serve",
-        "--events",
-        "memory",
-        str(bundle_path),
-        "--policies",
-        str(file),
-    ]
+    command = [*SERVE, str(bundle_path), "--policies", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert f"{file}: policy 'home': rules[0]: rule is 'drop_sen'" in done.stderr
@@ -430,17 +421,7 @@ def test_serve_refuses_wrong_policies(bundle_path: Path, tmp_path: Path) -> None
 def test_an_address_that_cannot_be_used(bundle_path: Path, given: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = given or f"127.0.0.1:{listener.getsockname()[1]}"  # taken
-        command = [
-            sys.executable,
-            "-m",
-            "engine.cli",
-            "serve",
-            "--events",
-            "memory",
-            str(bundle_path),
-            "--address",
-            address,
-        ]
+        command = [*SERVE, str(bundle_path), "--address", address]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     if given == "localhost":  # gRPC would take a port of its own choice
@@ -496,17 +477,7 @@ def test_sigterm_before_it_serves(bundle_path: Path, tmp_path: Path) -> None:
     """The first process of a container would otherwise ignore it, and begin to serve."""
     waits = tmp_path / "policies.yaml"
     os.mkfifo(waits)  # who opens it waits for a writer
-    command = [
-        sys.executable,
-        "-m",
-        "engine.cli",
-        "serve",
-        "--events",
-        "memory",
-        str(bundle_path),
-        "--policies",
-        str(waits),
-    ]
+    command = [*SERVE, str(bundle_path), "--policies", str(waits)]
     process = subprocess.Popen([*command, "--address", "127.0.0.1:0", "--json"], stdout=subprocess.PIPE)
 
     def has_handler() -> bool:
@@ -529,18 +500,7 @@ def test_sigterm_while_a_directory_that_is_followed_hangs(
 ) -> None:
     """As one of a network file system may."""
     bundles = make_bundle().parent
-    command = [
-        sys.executable,
-        "-m",
-        "engine.cli",
-        "serve",
-        str(bundles),
-        "--events",
-        "memory",
-        "--address",
-        "127.0.0.1:0",
-        "--json",
-    ]
+    command = [*SERVE, str(bundles), "--address", "127.0.0.1:0", "--json"]
     with start_process(command) as (process, _):
         pin = bundles / "pinned"
         os.mkfifo(pin)  # who reads it waits for as long as somebody may write

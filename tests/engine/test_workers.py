@@ -30,6 +30,7 @@ from engine.shared_events import MARKS_BYTES, EventServer, SharedEventStore
 from engine.workers import WORKER, ListenError, Worker
 from protos.trirank.v1 import recommender_pb2 as pb
 from protos.trirank.v1 import recommender_pb2_grpc as pb_grpc
+from tests.engine.command import SERVE
 
 WAIT_S = 60
 ROOT = Path(__file__).parents[2]
@@ -240,7 +241,7 @@ def has_ended(server: psutil.Process) -> bool:
 def test_two_servers_on_one_port(bundle_path: Path, start_process: Any, tmp_path: Path) -> None:
     words = ["--address", "127.0.0.1:0", "--json", "--num_processes", "2", "--num_workers", "1"]
     words += ["--metrics", "127.0.0.1:0", "--events", str(tmp_path / "events"), "--json_logs", "true"]
-    command = [sys.executable, "-m", "engine.cli", "serve", "--events", "memory", str(bundle_path), *words]
+    command = [*SERVE, str(bundle_path), *words]
     log = tmp_path / "log.txt"
     with log.open("w") as errors, start_process(command, errors) as (process, ready):
         assert ready, log.read_text()
@@ -380,17 +381,7 @@ def test_a_port_that_is_taken_and_a_bundle_that_is_none(
         ([str(tmp_path), "--address", "127.0.0.1:0"], "a worker could not start; it ended with 2"),
     ):
         log = tmp_path / "log.txt"
-        command = [
-            sys.executable,
-            "-m",
-            "engine.cli",
-            "serve",
-            "--events",
-            "memory",
-            *words,
-            "--num_processes",
-            "2",
-        ]
+        command = [*SERVE, *words, "--num_processes", "2"]
         with log.open("w") as errors, start_process(command, errors) as (process, ready):
             assert not ready
             assert process.wait(WAIT_S) == 2
